@@ -3,8 +3,9 @@
 
 `import torch` calls `arm()` through the entry point group `torch.backends` (PyTorch's documented autoload mechanism,
 switched off by TORCH_DEVICE_BACKEND_AUTOLOAD=0); `import meft_ds` calls it too. It runs in every process that imports
-torch, so it imports nothing but small standard library modules, costs well under a millisecond (benchmarks/import_time.py),
-and never raises. Once `deepspeed.runtime.engine` has been imported, it hands that module to `meft_ds.plugin.install`.
+torch, so it imports nothing but small standard library modules, costs well under a millisecond
+(benchmarks/import_time.py), and never raises. Once `deepspeed.runtime.engine` has been imported, it hands that
+module to `meft_ds.plugin.install`.
 
 The hook waits for that module, not for `deepspeed`: a program that imports deepspeed first has it half-loaded
 by the time `import torch` runs inside it.
@@ -40,8 +41,8 @@ def arm() -> None:
 class _PostImportHook:
     """A finder on `sys.meta_path` that calls `callback(module)` once, right after `module_name` has been executed.
 
-    It finds nothing itself: it asks the finders behind it and wraps the loader of the spec that they return. The wrapper puts
-    the real loader back before the module's code runs, so nobody who looks at the module later sees a trace of it,
+    It finds nothing itself: it asks the finders behind it and wraps the loader of the spec that they return. The
+    wrapper puts the real loader back before the module's code runs, so the module shows no trace of it later,
     and the finder leaves `sys.meta_path` when its work is done. If the import fails, it stays for the next try.
     """
 
@@ -53,7 +54,7 @@ class _PostImportHook:
         self._called_with: ModuleType | None = None
 
     def arm(self) -> None:
-        """Waits for the module, or calls back at once if it is already there. Does nothing when already armed or done."""
+        """Waits for the module, or calls back at once if it is there. Does nothing when already armed or done."""
         with self._lock:
             module = sys.modules.get(self.module_name)
             if module is None and self not in sys.meta_path:
@@ -129,7 +130,8 @@ class _WatchedSpec(ModuleSpec):
     """The spec of a module that is being executed right now: calls back when the import system marks it as done.
 
     There is no other notice of that end, because the real loader is already inside `exec_module`. The import system
-    sets `spec._initializing = False` after success and after failure; after a failure the module is no longer in `sys.modules`.
+    sets `spec._initializing = False` after success and after failure; after a failure the module is no longer
+    in `sys.modules`.
     """
 
     @classmethod
