@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Compiles the C++ kernels on first use, once per machine type, and says which path the ops take.
+
+``MEFT_DS_OPS=torch`` in the environment chooses the plain torch path. The build goes to torch's extension folder
+(``TORCH_EXTENSIONS_DIR``); its name holds a hash of everything that the result depends on, so a home folder shared by
+different machines is safe.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import functools
+import hashlib
+import importlib.util
+import logging
+import os
+import platform
+import shutil
+import sys
+import threading
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+logger = logging.getLogger(__name__)
+
+#: Codes of the dtypes that the kernels know (``meft::Dtype`` in csrc/numbers.h).
+DTYPE_CODES: dict[torch.dtype | None, int] = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, None: 3}
+
+_CSRC = Path(__file__).parent / "csrc"
+# No -ffast-math: it would drop NaN and infinity, and flush subnormals in the whole process. These two only let the
+# compiler use vector instructions for sqrt and for conditional moves.
+_FLAGS = ("-O3", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden")
+_NATIVE_FLAGS = ("-mcpu=native",) if platform.machine() == "aarch64" else ("-march=native",)
+_OPENMP_FLAGS = ("-fopenmp",)
+_loading = threading.Lock()
+
+
+def backend() -> Literal["cpp", "torch"]:
+    """The path that the ops take in this process; the first call may compile (about 20 s, once per machine)."""
+    return "torch" if kernels() is None else "cpp"
+
+
+def kernels() -> Any | None:
+    """The compiled extension module, or None where the plain torch path is used."""
+    if os.environ.get("MEFT_DS_OPS", "").lower() == "torch":
+        return None
+    with _loading:
+        return _load_once()
+
+
+@functools.cache
+def _load_once() -> Any | None:
+    try:
+        return _load()
+    except Exception as error:
+        reason = next((line for line in reversed(str(error).strip().splitlines()) if line.strip()), repr(error))
+        logger.warning(
+            "meft_ds: the C++ host kernels could not be built (%s); going on with the slower plain torch path. "
+            "A C++17 compiler and ninja are needed; MEFT_DS_OPS=torch silences this.",
+            reason.strip(),
+        )
+        logger.debug("build of the C++ host kernels failed", exc_info=error)
+        return None
+
+
+def _load() -> Any:
+    from torch.utils import cpp_extension
+
+    name = f"meft_ds_ops_{_fingerprint()}"
+    folder = Path(cpp_extension._get_build_directory(name, verbose=False))
+    library, finished = folder / f"{name}.so", folder / "finished"
+    # The kernel frees this lock when its holder dies. Torch's own lock file would stay behind and block every later
+    # start, so it is removed by whoever holds ours.
+    with open(folder / "flock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if finished.exists() and library.exists():
+            with contextlib.suppress(ImportError):
+                return _import(name, library)
+        (folder / "lock").unlink(missing_ok=True)
+        with _quiet(), _ninja_on_path():
+            module = cpp_extension.load(
+                name,
+                [str(_CSRC / "bindings.cpp")],
+                extra_cflags=[*_FLAGS, *_NATIVE_FLAGS, *_OPENMP_FLAGS],
+                extra_ldflags=list(_OPENMP_FLAGS),
+                build_directory=str(folder),
+                with_cuda=False,
+            )
+        finished.touch()
+        return module
+
+
+def _import(name: str, library: Path) -> Any:
+    spec = importlib.util.spec_from_file_location(name, library)
+    if spec is None or spec.loader is None:
+        raise ImportError(f"{library} is not an extension module")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _fingerprint() -> str:
+    """Hash of sources, flags, compiler choice, torch, Python and the CPU's instruction sets."""
+    parts = [torch.__version__, sys.version, platform.machine(), os.environ.get("CXX", ""), _cpu_features()]
+    parts += [*_FLAGS, *_NATIVE_FLAGS, *_OPENMP_FLAGS]
+    digest = hashlib.sha256("\0".join(parts).encode())
+    for source in sorted(_CSRC.iterdir()):
+        digest.update(source.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def _cpu_features() -> str:
+    with contextlib.suppress(OSError), open("/proc/cpuinfo") as lines:
+        for line in lines:
+            key, _, value = line.partition(":")
+            if key.strip() in ("flags", "Features"):
+                return " ".join(sorted(value.split()))
+    return platform.processor()
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps torch's remarks on compilers away from the user: a failure gets one warning, from here."""
+    torch_logger = logging.getLogger("torch.utils.cpp_extension")
+    level = torch_logger.level
+    torch_logger.setLevel(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        torch_logger.setLevel(level)
+
+
+@contextlib.contextmanager
+def _ninja_on_path() -> Iterator[None]:
+    """A ninja installed in the interpreter's environment counts, even if that environment is not activated."""
+    beside_python = Path(sys.executable).parent
+    if shutil.which("ninja") or not (beside_python / "ninja").exists():
+        yield
+        return
+    before = os.environ.get("PATH", "")
+    os.environ["PATH"] = f"{before}{os.pathsep}{beside_python}" if before else str(beside_python)
+    try:
+        yield
+    finally:
+        os.environ["PATH"] = before
