@@ -1,0 +1,250 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The ``sparse_adapter`` part of the ``meft_offload`` block: what a user may set, and the numbers that "auto" becomes."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+__all__ = ["PAPER_ROUTER_SCALE", "ResolvedSparseAdapter", "SparseAdapterConfig"]
+
+PAPER_ROUTER_SCALE = 50.0
+"""What the authors of MEFT multiply the mean key of an expert by (their training code)."""
+
+
+def _positive_int(value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"expected a whole number of at least 1, got {value!r}")
+    return value
+
+
+def _positive_int_or_auto(value: Any) -> int | str:
+    if value == "auto":
+        return "auto"
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f'expected a whole number of at least 1 or "auto", got {value!r}')
+    return value
+
+
+def _seed(value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**31:
+        raise ValueError(f"expected a whole number from 0 to 2**31 - 1, got {value!r}")
+    return value
+
+
+def _not_negative(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value < 0:
+        raise ValueError(f"expected a finite number of at least 0, got {value!r}")
+    return float(value)
+
+
+def _positive(value: Any, words: tuple[str, ...]) -> float | str:
+    if isinstance(value, str) and value in words:
+        return value
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value <= 0:
+        named = " or ".join(f'"{word}"' for word in words)
+        raise ValueError(f"expected a finite number above 0 or {named}, got {value!r}")
+    return float(value)
+
+
+def _patterns(value: Any) -> tuple[str, ...] | None:
+    if value is None:
+        return None
+    listed = [value] if isinstance(value, str) else value
+    if not isinstance(listed, list | tuple) or not listed or not all(isinstance(p, str) and p for p in listed):
+        raise ValueError(f"expected null, a regular expression or a list of them, got {value!r}")
+    for pattern in listed:
+        try:
+            re.compile(pattern)
+        except re.error as fault:
+            raise ValueError(f"{pattern!r} is not a regular expression: {fault}") from None
+    return tuple(listed)
+
+
+_Auto = Literal["auto"]
+_IntOrAuto = Annotated[int | _Auto, BeforeValidator(_positive_int_or_auto)]
+
+
+class SparseAdapterConfig(BaseModel):
+    """Settings of the sparse adapter (MEFT, arXiv 2406.04984). Letters: d = hidden size, r = rows per layer.
+
+    ``SparseAdapterConfig()`` is the published setting. ``resolve`` turns every "auto" into a number.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    rows: _IntOrAuto = Field(
+        "auto",
+        description="r, key/value rows per layer. auto = 2 d (the paper: 8,464 at d = 4,096, about 2.07 d).",
+    )
+    experts: _IntOrAuto = Field(
+        "auto",
+        description="N, experts per layer; each owns a contiguous slice of r/N rows (sizes differ by at most one). "
+        "auto = round(4 sqrt(r)), the paper's rule, at least experts_per_token and at most rows.",
+    )
+    experts_per_token: Annotated[int, BeforeValidator(_positive_int)] = Field(
+        8, description="E, experts whose keys a token looks at. Default from the paper."
+    )
+    keys_per_token: Annotated[int, BeforeValidator(_positive_int)] = Field(
+        64, description="K, most rows that a token uses. Default from the paper."
+    )
+    gate: bool = Field(
+        True,
+        description="Multiply each key's score by its expert's router logit (the authors' training code). false is the "
+        "paper's Algorithm 1: the router only picks experts and gets no gradient.",
+    )
+    scope: Literal["token", "batch"] = Field(
+        "token",
+        description='"token": a token uses its own K rows, so a sentence does not depend on its batch neighbours. '
+        '"batch" is the paper\'s Algorithm 1: every token uses the union of all tokens\' rows; a different function.',
+    )
+    selection: Literal["host", "device"] = Field(
+        "host",
+        description='Where key scores are computed. "host": inputs travel down, device memory does not grow with r. '
+        '"device": a copy of the keys (r d values per layer) stays on the device and only needed rows travel up.',
+    )
+    optimizer: Literal["dense", "lazy"] = Field(
+        "dense",
+        description='"dense": AdamW moves every row at every step (published accuracy). "lazy": only rows that were '
+        "active in the window, with a step count per row and exact catch-up of weight decay.",
+    )
+    compute: Literal["auto", "grouped", "union"] = Field(
+        "auto",
+        description='"grouped": tokens grouped by expert, cost T E r/N. "union": all tokens against the union of active '
+        'rows, cost T U; the slow oracle. auto = grouped for scope "token" (measured faster on CPU at every size '
+        'tried), union for scope "batch", where each token does use the whole union.',
+    )
+    cache_rows: _IntOrAuto = Field(
+        "auto",
+        description="Most rows per layer held on the device at once (rows of 2 d values). auto = min(r, 4096). A "
+        "micro-batch that needs more is computed in several passes; nothing is dropped.",
+    )
+    balance_loss: Annotated[float, BeforeValidator(_not_negative)] = Field(
+        0.0,
+        description="Weight of a Switch-style load-balance loss on the router (arXiv 2101.03961, eq. 4), added to the "
+        "gradient only. Default 0 as in the MEFT paper.",
+    )
+    router_scale: Annotated[
+        float | Literal["unit", "paper"], BeforeValidator(lambda v: _positive(v, ("unit", "paper")))
+    ] = Field(
+        "unit",
+        description='Factor on the router\'s first value (mean key of the expert). "unit": selected gates start at '
+        'order 1 (see router.unit_router_scale). "paper": 50, gates near 31 at d = 4,096, overflows fp16 easily.',
+    )
+    init_std: Annotated[float | _Auto, BeforeValidator(lambda v: _positive(v, ("auto",)))] = Field(
+        "auto",
+        description="Standard deviation of new keys (values start at 0). auto = the model's initializer_range, else 0.02.",
+    )
+    target_modules: Annotated[tuple[str, ...] | None, BeforeValidator(_patterns)] = Field(
+        None,
+        description="Regular expression(s); a module whose whole name matches one gets an adapter. null = find the FFNs.",
+    )
+    seed: Annotated[int, BeforeValidator(_seed)] = Field(
+        0, description="Seed of keys and router; independent of the global random state."
+    )
+
+    @model_validator(mode="after")
+    def _cross_checks(self) -> SparseAdapterConfig:
+        faults = []
+        if not self.gate and self.balance_loss > 0:
+            faults.append("balance_loss: must be 0 with gate: false, because the router then gets no gradient")
+        if self.compute == "grouped" and self.scope == "batch":
+            faults.append('compute: "grouped" needs scope "token"; with scope "batch" use "union" or "auto"')
+        if isinstance(self.rows, int):
+            faults += _size_faults(self.rows, self.experts, self.experts_per_token, self.keys_per_token)
+        elif isinstance(self.experts, int) and self.experts_per_token > self.experts:
+            faults.append(_too_many_per_token(self.experts_per_token, self.experts))
+        if faults:
+            raise ValueError("; ".join(faults))
+        return self
+
+    def resolve(self, d: int, initializer_range: float | None = None) -> ResolvedSparseAdapter:
+        """Numbers for a model of hidden size ``d``. Raises ValueError when a size cannot work with that ``d``."""
+        from meft_ds.sparse_adapter.router import unit_router_scale
+
+        r = 2 * d if self.rows == "auto" else int(self.rows)
+        experts_per_token = self.experts_per_token
+        if self.experts == "auto":
+            experts = min(r, max(experts_per_token, round(4 * math.sqrt(r))))
+        else:
+            experts = int(self.experts)
+        faults = _size_faults(r, experts, experts_per_token, self.keys_per_token)
+        if faults:
+            raise ValueError(f"sparse_adapter at hidden size {d}: " + "; ".join(faults))
+        init_std = (initializer_range or 0.02) if self.init_std == "auto" else float(self.init_std)
+        if self.router_scale == "unit":
+            router_scale = unit_router_scale(d=d, r=r, n_experts=experts, per_token=experts_per_token, std=init_std)
+        else:
+            router_scale = PAPER_ROUTER_SCALE if self.router_scale == "paper" else float(self.router_scale)
+        compute: Literal["grouped", "union"]
+        if self.compute == "auto":
+            compute = "union" if self.scope == "batch" else "grouped"
+        else:
+            compute = self.compute
+        return ResolvedSparseAdapter(
+            d=d,
+            rows=r,
+            experts=experts,
+            experts_per_token=experts_per_token,
+            keys_per_token=self.keys_per_token,
+            gate=self.gate,
+            scope=self.scope,
+            selection=self.selection,
+            optimizer=self.optimizer,
+            compute=compute,
+            cache_rows=min(r, 4096 if self.cache_rows == "auto" else int(self.cache_rows)),
+            balance_loss=self.balance_loss,
+            router_scale=router_scale,
+            init_std=init_std,
+            target_modules=self.target_modules,
+            seed=self.seed,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResolvedSparseAdapter:
+    """``SparseAdapterConfig`` with every "auto" replaced by a number, for one hidden size ``d``."""
+
+    d: int
+    rows: int
+    experts: int
+    experts_per_token: int
+    keys_per_token: int
+    gate: bool = True
+    scope: Literal["token", "batch"] = "token"
+    selection: Literal["host", "device"] = "host"
+    optimizer: Literal["dense", "lazy"] = "dense"
+    compute: Literal["grouped", "union"] = "grouped"
+    cache_rows: int
+    balance_loss: float = 0.0
+    router_scale: float
+    init_std: float
+    target_modules: tuple[str, ...] | None = None
+    seed: int = 0
+
+    @property
+    def slice_size(self) -> int:
+        """m, rows of the largest expert."""
+        return -(-self.rows // self.experts)
+
+
+def _size_faults(r: int, experts: int | str, per_token: int, keys: int) -> list[str]:
+    faults = []
+    if keys > r:
+        faults.append(f"keys_per_token: {keys} is more than rows = {r}; lower keys_per_token or raise rows")
+    if isinstance(experts, int):
+        if experts > r:
+            faults.append(f"experts: {experts} is more than rows = {r}, an expert needs at least one row; lower experts")
+        if per_token > experts:
+            faults.append(_too_many_per_token(per_token, experts))
+    elif per_token > r:
+        faults.append(f"experts_per_token: {per_token} is more than rows = {r}; lower experts_per_token or raise rows")
+    return faults
+
+
+def _too_many_per_token(per_token: int, experts: int) -> str:
+    return f"experts_per_token: {per_token} is more than experts = {experts}; lower experts_per_token or raise experts"

@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``SparseAdapter``: the adapter beside one frozen FFN. It selects, asks its ``RowSource`` for rows, and computes.
+
+    p_t = G x_t;  tau_t = the E largest p_t;  s_tj = p_{t,e(j)} (x_t . k_j) for keys j of tau_t;
+    I_t = the K largest s_tj above 0;  y_t = sum_{j in I_t} s_tj v_j
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from meft_ds.sparse_adapter.balance import with_balance_gradient
+from meft_ds.sparse_adapter.compute import Job, apply_grouped
+from meft_ds.sparse_adapter.config import ResolvedSparseAdapter
+from meft_ds.sparse_adapter.plan import make_banks, plan_groups, sort_pairs
+from meft_ds.sparse_adapter.replay import Replay, inside_backward
+from meft_ds.sparse_adapter.router import Router, expert_starts
+from meft_ds.sparse_adapter.rows import RowSource
+from meft_ds.sparse_adapter.select import Selection, active_slots, key_scores, select_keys, top_experts
+from meft_ds.sparse_adapter.union import apply_union
+
+__all__ = ["SparseAdapter"]
+
+
+class SparseAdapter(nn.Module):
+    """Sparse adapter of one layer. The router is its only parameter; rows belong to ``rows``.
+
+    In eval mode nothing is written: no row gradients, no metrics, no saved selections.
+    """
+
+    rows: RowSource
+
+    def __init__(self, config: ResolvedSparseAdapter, router_weight: Tensor, rows: RowSource, layer: int = 0) -> None:
+        """router_weight [N, d] in the dtype and on the device that the router shall have."""
+        super().__init__()
+        if (rows.r, rows.d) != (config.rows, config.d):
+            raise ValueError(f"rows are {rows.r} x {rows.d}, the adapter wants r = {config.rows}, d = {config.d}")
+        if tuple(router_weight.shape) != (config.experts, config.d):
+            raise ValueError(f"router is {tuple(router_weight.shape)}, expected ({config.experts}, {config.d})")
+        self.config = config
+        self.layer = layer
+        self.router = Router(router_weight)
+        self.rows = rows
+        self.aux_scale = 1.0
+        """Factor on the balance loss's gradient: the engine sets loss scale / accumulation steps."""
+        self._replay = Replay()
+        self._starts = expert_starts(config.rows, config.experts)
+        self._starts_on: dict[torch.device, Tensor] = {self._starts.device: self._starts}
+
+    def forward(self, x: Tensor, token_mask: Tensor | None = None) -> Tensor:
+        """y, shaped and typed like x [..., d]. ``token_mask`` [...]: False or 0 for padding, which selects nothing."""
+        config = self.config
+        flat = x.reshape(-1, config.d)
+        with torch.autocast(x.device.type, enabled=False):
+            p = self.router(flat) if config.gate else self.router(flat.detach()).detach()
+            x_rows = flat.to(self.rows.dtype)
+            selection, scores = self._select(x_rows.detach(), p.detach(), token_mask)
+            if config.gate and config.balance_loss > 0 and self.training and torch.is_grad_enabled():
+                weight = config.balance_loss * self.aux_scale
+                p = with_balance_gradient(p, selection.experts, selection.tokens, weight)
+            job = Job(self.rows, selection, self.training, scores)
+            gate_p = p if config.gate else None
+            if config.compute == "grouped":
+                y = apply_grouped(x_rows, gate_p, job)
+            else:
+                y = apply_union(x_rows, gate_p, job, self._starts, config.scope == "batch")
+        return y.to(x.dtype).view(x.shape)
+
+    def end_window(self) -> None:
+        """Forgets saved selections; called after every optimizer step, when no backward can be pending."""
+        self._replay.clear()
+
+    def extra_repr(self) -> str:
+        c = self.config
+        return f"layer={self.layer}, d={c.d}, rows={c.rows}, experts={c.experts}, E={c.experts_per_token}, K={c.keys_per_token}"
+
+    def _select(self, x: Tensor, p: Tensor, token_mask: Tensor | None) -> tuple[Selection, Tensor | None]:
+        again = self.training and inside_backward()
+        if again:
+            saved = self._replay.take(x)
+            if saved is not None:
+                return saved, None
+        with torch.no_grad():
+            selection, scores = self._choose(x, p, token_mask)
+        if self.training and not again:
+            self._replay.save(x, selection)
+            self.rows.record(int(selection.active.sum()), x.shape[0], selection.load)
+        return selection, scores
+
+    def _choose(self, x: Tensor, p: Tensor, token_mask: Tensor | None) -> tuple[Selection, Tensor | None]:
+        config, rows = self.config, self.rows
+        tokens = None if token_mask is None else token_mask.reshape(-1).to(x.device) != 0
+        experts = top_experts(p, config.experts_per_token)
+        gates = p.gather(1, experts) if config.gate else None
+        keys = rows.keys_for_selection()
+        on_host = rows.selection == "host"
+        if on_host:
+            x_s = rows.to_host(x, "x")
+            experts_s = rows.to_host(experts.to(torch.int32), "experts").long()
+            gates_s = None if gates is None else rows.to_host(gates, "gates")
+            tokens_s = None if tokens is None else rows.to_host(tokens, "tokens")
+        else:
+            x_s, experts_s, gates_s, tokens_s = x, experts, gates, tokens
+        q = key_scores(x_s, keys, experts_s, self._starts_at(x_s.device), tokens_s)
+        mask = select_keys(q, gates_s, config.keys_per_token, tokens_s)
+        hit = active_slots(experts_s, mask, config.experts)
+        scores = q if q.device == x.device else None
+        if on_host:
+            mask_s, mask = mask, rows.to_device(mask, "mask")
+        pairs = sort_pairs(experts, mask.any(2), config.experts, config.d * x.element_size())
+        if on_host:
+            counts = _host_counts(experts_s, mask_s, config.experts, pairs.chunk_tokens)
+        else:
+            # One transfer, so one wait, for both: which rows are active and how many pairs every expert has.
+            plan = rows.to_host(torch.cat([hit.view(-1).int(), pairs.counts().view(-1).int()]), "plan")
+            hit = plan[: hit.numel()].view(hit.shape).bool()
+            counts = plan[hit.numel() :].view(-1, config.experts).long()
+        selection = Selection(experts, mask, hit, counts.sum(0), tokens)
+        if config.compute == "grouped":
+            banks = make_banks(hit, self._starts, rows.capacity, 2 * config.d * 4)
+            selection.plan = plan_groups(pairs, counts, banks)
+        return selection, scores
+
+    def _starts_at(self, device: torch.device) -> Tensor:
+        if device not in self._starts_on:
+            self._starts_on[device] = self._starts.to(device)
+        return self._starts_on[device]
+
+
+def _host_counts(experts: Tensor, mask: Tensor, n_experts: int, chunk_tokens: int) -> Tensor:
+    """Live pairs of every (chunk of tokens, expert): int64 [C, N]."""
+    T = experts.shape[0]
+    chunks = -(-T // chunk_tokens)
+    chunk = torch.arange(T).div(chunk_tokens, rounding_mode="floor")
+    key = torch.where(mask.any(2), experts, n_experts) + (chunk * (n_experts + 1))[:, None]
+    return key.view(-1).bincount(minlength=chunks * (n_experts + 1)).view(chunks, -1)[:, :-1]
