@@ -1,0 +1,37 @@
+# SPDX-License-Identifier: Apache-2.0
+"""meft-ds: fine-tune language models in DeepSpeed on too little GPU memory, by one block in the ds_config JSON.
+
+Importing this package only arms the hook that lets DeepSpeed see the `"meft_offload"` block; everything else loads on
+first use, because `import torch` itself imports this file through the entry point.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from meft_ds import autoload
+
+if TYPE_CHECKING:
+    from meft_ds.config import MeftConfig, parse_config
+    from meft_ds.plugin.export import save_adapter
+    from meft_ds.sparse_adapter.files import load_adapter
+
+__version__ = "0.1.0"
+__all__ = ["MeftConfig", "__version__", "load_adapter", "parse_config", "save_adapter"]
+
+_LAZY = {
+    "MeftConfig": "meft_ds.config",
+    "parse_config": "meft_ds.config",
+    "save_adapter": "meft_ds.plugin.export",
+    "load_adapter": "meft_ds.sparse_adapter.files",
+}
+
+autoload.arm()
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module 'meft_ds' has no attribute {name!r}; it offers {', '.join(__all__)}")
+    import importlib
+
+    return getattr(importlib.import_module(_LAZY[name]), name)

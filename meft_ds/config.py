@@ -1,0 +1,151 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The `"meft_offload"` block of a ds_config as one strict model, and one error that lists every fault in it."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, field_validator
+
+from meft_ds.sparse_adapter.config import SparseAdapterConfig
+
+BLOCK = "meft_offload"
+
+
+class MeftConfig(BaseModel):
+    """The whole block. An empty block means: the sparse adapter with its defaults."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    sparse_adapter: SparseAdapterConfig = Field(
+        default_factory=SparseAdapterConfig, description="MEFT: large sparse adapters whose rows live on the host."
+    )
+    train: tuple[Annotated[str, StringConstraints(min_length=1)], ...] = Field(
+        (),
+        strict=False,
+        description="Regular expressions over parameter names of the base model to train as well, through the `dense` "
+        "wire format; everything else in the base stays frozen. Default: none, as in the MEFT paper.",
+    )
+    moments_dtype: Literal["fp32", "bf16"] = Field(
+        "fp32", description="Dtype of AdamW's two moments on the host. bf16 halves them. Default: fp32, as DeepSpeed."
+    )
+    grad_dtype: Literal["auto", "fp32"] = Field(
+        "auto", description="Dtype of row gradients on the bus: auto = the compute dtype, fp32 = twice the bytes in bf16."
+    )
+    host_memory_gb: Literal["auto"] | Annotated[float, Field(gt=0)] = Field(
+        "auto",
+        description="Host memory per node, in GiB, that the offloaded state may take. auto = what is free at the start.",
+    )
+
+    @field_validator("train")
+    @classmethod
+    def _train_compiles(cls, patterns: tuple[str, ...]) -> tuple[str, ...]:
+        for pattern in patterns:
+            try:
+                re.compile(pattern)
+            except re.error as e:
+                raise ValueError(f"{pattern!r} is not a regular expression ({e}); escape special characters") from None
+        return patterns
+
+
+def parse_config(block: Any, extra_faults: list[str] | None = None) -> MeftConfig:
+    """Check the block and return it.
+
+    Args:
+        block: value of the top-level key "meft_offload".
+        extra_faults: faults found elsewhere in the ds_config, to be listed in the same error.
+
+    Raises:
+        ValueError: one message that lists all faults, each with the key's path, what was expected and what to do.
+    """
+    faults = list(extra_faults or [])
+    config = None
+    if not isinstance(block, Mapping):
+        faults.append(
+            f'{BLOCK}: expected an object such as {{"sparse_adapter": {{"rows": 4096}}}}, got '
+            f"{'null' if block is None else repr(block)}; remove the key to train without meft-ds"
+        )
+    else:
+        config, found = _validate(dict(block))
+        faults += found
+    if faults:
+        lines = "\n".join(f"  {n}. {fault}" for n, fault in enumerate(faults, 1))
+        plural = "fault" if len(faults) == 1 else "faults"
+        raise ValueError(f"the ds_config's {BLOCK!r} block has {len(faults)} {plural}:\n{lines}")
+    assert config is not None
+    return config
+
+
+def _validate(block: dict[str, Any]) -> tuple[MeftConfig | None, list[str]]:
+    """Faults of a block. Checks across keys run only on keys that are right, so drop wrong ones and look again."""
+    faults: list[str] = []
+    while True:
+        try:
+            config = MeftConfig.model_validate(block)
+            return (None if faults else config), faults
+        except ValidationError as e:
+            before = len(faults)
+            for error in e.errors(include_url=False):
+                fault = _describe(error)
+                if fault not in faults:
+                    faults.append(fault)
+            if len(faults) == before or not _drop(block, [error["loc"] for error in e.errors(include_url=False)]):
+                return None, faults
+
+
+def _describe(error: Any) -> str:
+    # pydantic names the branch of a union in the path; users know only keys and list positions
+    path = _key_path(error["loc"])
+    where = ".".join([BLOCK, *map(str, path)])
+    if error["type"] == "extra_forbidden":
+        valid = sorted(_model_at(path[:-1]).model_fields)
+        near = difflib.get_close_matches(str(path[-1]), valid, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]!r}?" if near else f"valid keys: {', '.join(valid)}"
+        return f"{where}: unknown key; {hint}"
+    message = error["msg"].removeprefix("Value error, ")
+    got = "" if error["type"] == "value_error" else f", got {error['input']!r}"
+    return f"{where}: {message}{got}"
+
+
+def _key_path(loc: tuple[int | str, ...]) -> list[int | str]:
+    path: list[int | str] = []
+    model: type[BaseModel] | None = MeftConfig
+    for part in loc:
+        if isinstance(part, int):
+            path.append(part)
+        elif model is not None:
+            path.append(part)
+            field = model.model_fields.get(part)
+            annotation = field.annotation if field else None
+            model = annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
+    return path
+
+
+def _model_at(path: list[int | str]) -> type[BaseModel]:
+    model: type[BaseModel] = MeftConfig
+    for part in path:
+        annotation = model.model_fields[str(part)].annotation
+        assert isinstance(annotation, type) and issubclass(annotation, BaseModel)
+        model = annotation
+    return model
+
+
+def _drop(block: dict[str, Any], locations: list[tuple[int | str, ...]]) -> bool:
+    """Remove faulty keys from the block (a copy level by level); False when nothing could be removed."""
+    dropped = False
+    for loc in locations:
+        path = [part for part in _key_path(loc) if isinstance(part, str)]
+        holder: Any = block
+        for part in path[:-1]:
+            if not isinstance(holder.get(part), dict):
+                break
+            holder[part] = dict(holder[part])
+            holder = holder[part]
+        else:
+            if path and path[-1] in holder:
+                del holder[path[-1]]
+                dropped = True
+    return dropped

@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: Apache-2.0
+"""AdamW state on the host: flat tensors, and rows in the `dense` and `lazy` modes (kernels live in `meft_ds.ops`)."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from meft_ds import ops
+from meft_ds.offload.wire import AdamHyper
+
+RowMode = Literal["dense", "lazy"]
+
+
+class FlatAdam:
+    """AdamW of one contiguous float32 slice.
+
+    Args:
+        master: float32 [n], updated in place.
+        replica: [n] in the compute dtype, refreshed in the same pass; None when the master itself is the replica.
+        moments_dtype: float32 or bfloat16.
+    """
+
+    def __init__(self, master: Tensor, replica: Tensor | None, moments_dtype: torch.dtype) -> None:
+        self.master, self.replica = master, replica
+        self.exp_avg = torch.zeros(master.shape, dtype=moments_dtype)
+        self.exp_avg_sq = torch.zeros(master.shape, dtype=moments_dtype)
+
+    def step(self, grad: Tensor, hyper: AdamHyper, *, step: int, grad_scale: float) -> None:
+        """One AdamW step with gradient grad * grad_scale; `step` counts from 1."""
+        ops.adamw_(
+            self.master,
+            self.exp_avg,
+            self.exp_avg_sq,
+            grad,
+            **vars(hyper),
+            step=step,
+            grad_scale=grad_scale,
+            replica=self.replica,
+        )
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Live state tensors by name."""
+        return {"master": self.master, "exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq}
+
+    def scalars(self) -> dict[str, Any]:
+        """Numbers that resuming needs beside the tensors: none here."""
+        return {}
+
+    def load_scalars(self, scalars: dict[str, Any]) -> None:
+        """Counterpart of `scalars`."""
+        assert not scalars
+
+
+class RowAdam(FlatAdam):
+    """AdamW of rows [n, w] from sparse row gradients.
+
+    `dense`: every row takes a step; rows without a gradient move by their moments (what the MEFT paper's accuracy used).
+    `lazy`: only rows with a gradient are touched, each with its own step count for bias correction; the decoupled weight
+    decay of the steps a row slept is caught up exactly when it wakes.
+    """
+
+    def __init__(self, master: Tensor, replica: Tensor | None, moments_dtype: torch.dtype, mode: RowMode) -> None:
+        super().__init__(master, replica, moments_dtype)
+        self.mode = mode
+        self.decay_log = 0.0  # sum of log(1 - lr * wd) over all applied steps
+        if mode == "lazy":
+            self.row_steps = torch.zeros(master.shape[0], dtype=torch.int32)
+            self.row_decay = torch.zeros(master.shape[0], dtype=torch.float64)
+
+    def step_rows(self, ids: Tensor, grad: Tensor, hyper: AdamHyper, *, step: int, grad_scale: float) -> None:
+        """One step from gradients of rows `ids` (int64 [k], sorted, local); `grad` is [k, w]."""
+        common: dict[str, Any] = {**vars(hyper), "grad_scale": grad_scale, "replica": self.replica}
+        if self.mode == "dense":
+            ops.adamw_rows_(self.master, self.exp_avg, self.exp_avg_sq, ids, grad, step=step, **common)
+            return
+        ops.adamw_lazy_rows_(
+            self.master,
+            self.exp_avg,
+            self.exp_avg_sq,
+            self.row_steps,
+            self.row_decay,
+            ids,
+            grad,
+            decay_log=self.decay_log,
+            **common,
+        )
+        self.decay_log += math.log1p(-hyper.lr * hyper.weight_decay)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Live state tensors by name."""
+        lazy = {"row_steps": self.row_steps, "row_decay": self.row_decay} if self.mode == "lazy" else {}
+        return {**super().tensors(), **lazy}
+
+    def scalars(self) -> dict[str, Any]:
+        """The cumulative decay (lazy mode), as a hex string so that JSON keeps every bit."""
+        return {"decay_log": self.decay_log.hex()} if self.mode == "lazy" else {}
+
+    def load_scalars(self, scalars: dict[str, Any]) -> None:
+        """Counterpart of `scalars`."""
+        if self.mode == "lazy":
+            self.decay_log = float.fromhex(scalars["decay_log"])

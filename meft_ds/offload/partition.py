@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Who owns what among data-parallel ranks, and the deterministic reduction of sparse rows onto their owners."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ranks:
+    """The data-parallel ranks that share one node's store. `group` is None when there is only one."""
+
+    rank: int = 0
+    world: int = 1
+    group: dist.ProcessGroup | None = None
+
+    def barrier(self) -> None:
+        """Return once every rank is here."""
+        if self.world > 1:
+            dist.barrier(self.group)
+
+
+def owned_range(n: int, ranks: Ranks) -> tuple[int, int]:
+    """[lo, hi) of `n` items that this rank owns: contiguous slices whose sizes differ by at most one."""
+    return boundary(n, ranks.rank, ranks.world), boundary(n, ranks.rank + 1, ranks.world)
+
+
+def boundary(n: int, rank: int, world: int) -> int:
+    """First item of `rank`'s slice of `n` items."""
+    return n * rank // world
+
+
+def all_reduce_sum(values: list[float], device: torch.device, ranks: Ranks) -> list[float]:
+    """Sum a few float64 numbers over ranks; every rank gets bit-identical results."""
+    if ranks.world == 1:
+        return values
+    t = torch.tensor(values, dtype=torch.float64, device=device)
+    dist.all_reduce(t, group=ranks.group)
+    return t.tolist()
+
+
+def reduce_rows_to_owners(ids: Tensor, rows: Tensor, n: int, ranks: Ranks) -> tuple[Tensor, Tensor]:
+    """Sum sparse rows over ranks and give each rank the rows it owns.
+
+    Args:
+        ids: int64 [k] on the host, sorted and unique within this rank, global row ids below `n`.
+        rows: [k, w] on the device the process group works on.
+        n: number of rows in all.
+
+    Returns:
+        (ids, rows): int64 [u] sorted global ids on the host that this rank owns, and float32 [u, w] sums. Contributions
+        are added in rank order, so the result is the same on every run.
+    """
+    if ranks.world == 1:
+        return ids, rows
+    device, width = rows.device, rows.shape[1]
+    bounds = torch.tensor([boundary(n, k, ranks.world) for k in range(ranks.world + 1)])
+    cuts = torch.searchsorted(ids, bounds)
+    sent = (cuts[1:] - cuts[:-1]).to(device)
+    received = torch.empty_like(sent)
+    dist.all_to_all_single(received, sent, group=ranks.group)
+    out_splits, in_splits = received.tolist(), sent.tolist()
+
+    got_ids = torch.empty(sum(out_splits), dtype=torch.int64, device=device)
+    dist.all_to_all_single(got_ids, ids.to(device), out_splits, in_splits, group=ranks.group)
+    got_rows = torch.empty(sum(out_splits), width, dtype=rows.dtype, device=device)
+    dist.all_to_all_single(got_rows, rows.contiguous(), out_splits, in_splits, group=ranks.group)
+
+    union, where = torch.unique(got_ids, sorted=True, return_inverse=True)
+    total = torch.zeros(union.numel(), width, dtype=torch.float32, device=device)
+    start = 0
+    for count in out_splits:
+        # within one source rank ids are unique, so index_add_ meets no collision and stays deterministic
+        total.index_add_(0, where[start : start + count], got_rows[start : start + count].float())
+        start += count
+    return union.cpu(), total

@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What in the rest of the ds_config does not go with the "meft_offload" block: faults stop the run, skips are warned of."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib.metadata import version
+from typing import Any
+
+from packaging.version import Version
+
+TESTED = {"deepspeed": ("0.18.2", "0.19.8"), "transformers": ("4.57.3", "5.23.0")}
+"""Oldest and newest version that the tests run against."""
+
+
+def version_warnings() -> list[str]:
+    """One line for each installed package outside its tested range."""
+    lines = []
+    for package, (oldest, newest) in TESTED.items():
+        here = Version(version(package))
+        if not Version(oldest) <= here <= Version(newest):
+            lines.append(f"{package} {here} is outside the range meft-ds is tested with ({oldest} to {newest})")
+    return lines
+
+
+def conflicts(ds_config: Mapping[str, Any]) -> list[str]:
+    """Settings elsewhere in the ds_config that the block cannot work with, one line each with the fix."""
+    faults = []
+    zero = ds_config.get("zero_optimization") or {}
+    stage = zero.get("stage", 0)
+    if stage not in (0, 1, 2):
+        faults.append(
+            f"zero_optimization.stage: {stage} is not supported together with meft_offload yet (expected 0, 1 or 2; base "
+            "weights stay whole on each rank); set it to 2"
+        )
+    for key in ("zenflow", "offload_param"):
+        if _is_on(zero.get(key)):
+            faults.append(f"zero_optimization.{key}: does not go with meft_offload; remove it")
+    for key in ("hybrid_engine", "amp", "compression_training", "sparse_gradients", "flops_profiler.autotuning"):
+        if _is_on(ds_config.get(key)):
+            faults.append(f"{key}: does not go with meft_offload; remove it")
+    if (ds_config.get("tensor_parallel") or {}).get("autotp_size", 0) > 1:
+        faults.append("tensor_parallel.autotp_size: tensor parallelism does not go with meft_offload; remove it")
+    if ds_config.get("sequence_parallel_size", 1) > 1:
+        faults.append("sequence_parallel_size: sequence parallelism does not go with meft_offload; set it to 1")
+    autocast = ds_config.get("torch_autocast") or {}
+    if _is_on(autocast) and autocast.get("dtype") in ("float16", "fp16", "half"):
+        faults.append('torch_autocast.dtype: float16 needs a loss scaler that meft_offload has only under "fp16"; use it')
+    faults += _optimizer_faults(ds_config.get("optimizer"))
+    return faults
+
+
+def skipped(ds_config: Mapping[str, Any]) -> list[str]:
+    """Settings that have no effect under the block, one warning line each."""
+    lines = []
+    zero = ds_config.get("zero_optimization") or {}
+    if _is_on(zero.get("offload_optimizer")):
+        lines.append("zero_optimization.offload_optimizer is skipped: meft_offload holds the optimizer state on the host")
+    if (ds_config.get("data_types") or {}).get("grad_accum_dtype") not in (None, "fp32", "float32"):
+        lines.append("data_types.grad_accum_dtype is skipped: meft_offload accumulates gradients in fp32")
+    for key in ("communication_data_type", "prescale_gradients", "gradient_predivide_factor"):
+        if key in ds_config:
+            lines.append(f"{key} is skipped: meft_offload reduces its own payloads")
+    return lines
+
+
+def _optimizer_faults(optimizer: Mapping[str, Any] | None) -> list[str]:
+    if not optimizer:
+        return []
+    kind, params = str(optimizer.get("type", "")), optimizer.get("params") or {}
+    if kind.lower() not in ("adam", "adamw"):
+        return [f'optimizer.type: {kind!r} is not supported, meft_offload updates with AdamW; use "AdamW"']
+    faults = []
+    l2 = kind.lower() == "adam" and (params.get("adam_w_mode") is False or params.get("torch_adam") is True)
+    if l2 and params.get("weight_decay"):
+        faults.append("optimizer.params.weight_decay: L2 decay (Adam) is not supported, only decoupled decay; use AdamW")
+    if params.get("amsgrad"):
+        faults.append("optimizer.params.amsgrad: is not supported; remove it")
+    if params.get("bias_correction") is False:
+        faults.append("optimizer.params.bias_correction: false is not supported; remove it")
+    for name, least in (("lr", 0.0), ("weight_decay", 0.0), ("eps", 0.0)):
+        value = params.get(name)
+        if isinstance(value, int | float) and value < least:
+            faults.append(f"optimizer.params.{name}: expected a number >= 0, got {value!r}")
+    return faults
+
+
+def _is_on(section: Any) -> bool:
+    if isinstance(section, Mapping):
+        return bool(section) and section.get("enabled", True) is not False and section.get("device") != "none"
+    return bool(section)

@@ -1,0 +1,224 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The optimizer DeepSpeed's engine sees: it reads the user's hyperparameters and lets the pipeline do the step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from deepspeed.runtime.base_optimizer import ZeROOptimizer
+from deepspeed.runtime.fp16.loss_scaler import CreateLossScaler
+from deepspeed.utils import logger
+from torch import Tensor, nn
+
+from meft_ds.offload.pipeline import Pipeline
+from meft_ds.offload.wire import AdamHyper, Unit
+
+_READ = ("lr", "betas", "eps", "weight_decay")
+_IGNORABLE = {"torch_adam", "adam_w_mode", "fp32_optimizer_states", "fused", "foreach", "bias_correction", "amsgrad"}
+
+
+class MeftOptimizer(ZeROOptimizer):
+    """Takes lr, betas, eps and weight decay from the user's own `param_groups` at every step, so that any LR scheduler
+    that drives them keeps working.
+
+    It is a `ZeROOptimizer` because that is what makes DeepSpeed scale losses through it and accept `loss.backward()`.
+
+    Args:
+        basic: the user's optimizer; only its `param_groups` are used, its `step` is never called.
+        pipeline: carries the units.
+        clip: largest global gradient norm, 0 for none.
+        mean_over: gradients of how many ranks are averaged (1 when the user asked for sums).
+        compute_dtype: torch.float16 turns loss scaling on.
+        static_loss_scale, dynamic_loss_scale, loss_scale_args: DeepSpeed's fp16 settings.
+        after_step: called after every step, skipped or not.
+    """
+
+    def __init__(
+        self,
+        basic: torch.optim.Optimizer,
+        pipeline: Pipeline,
+        *,
+        clip: float,
+        mean_over: int,
+        compute_dtype: torch.dtype,
+        static_loss_scale: float,
+        dynamic_loss_scale: bool,
+        loss_scale_args: dict[str, Any],
+        after_step: Callable[[], None],
+    ) -> None:
+        super().__init__()
+        check_groups(basic.param_groups)
+        self.optimizer, self.pipeline = basic, pipeline
+        self.clip, self._mean_over, self._after_step = clip, mean_over, after_step
+        self.custom_loss_scaler = False
+        self.torch_autocast_gradscaler = None
+        self.dynamic_loss_scale = dynamic_loss_scale and compute_dtype == torch.float16
+        self.loss_scaler = CreateLossScaler(
+            dtype=compute_dtype,
+            static_loss_scale=static_loss_scale,
+            dynamic_scaling=self.dynamic_loss_scale,
+            dynamic_loss_args=loss_scale_args,
+        )
+        self.overflow = False
+        self.applied_steps = 0
+        self._global_grad_norm: float | None = None
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The user's parameter groups, empty ones included (an LR scheduler counts them)."""
+        return self.optimizer.param_groups
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        return self.optimizer.defaults
+
+    @property
+    def state(self) -> dict[Any, Any]:
+        """Empty: the state lives on the host, in the pipeline's units."""
+        return {}
+
+    @property
+    def cur_scale(self) -> float:
+        """Loss scale in use; 1 outside fp16."""
+        return float(self.loss_scaler.loss_scale)
+
+    @property
+    def loss_scale(self) -> float:
+        return self.cur_scale
+
+    def step(self, closure: Any = None) -> None:
+        """One update from what the window collected, or a skipped one if any gradient was not finite."""
+        if closure is not None:
+            raise ValueError("MeftOptimizer.step takes no closure; call engine.backward(loss) and engine.step()")
+        result = self.pipeline.step(
+            self._hyper_of,
+            step=self.applied_steps + 1,
+            grad_scale=1.0 / (self._mean_over * self.cur_scale),
+            clip=self.clip,
+            check_overflow=True,
+        )
+        self.overflow = result.overflow
+        self._global_grad_norm = result.grad_norm
+        if not result.overflow:
+            self.applied_steps += 1
+        elif not self.dynamic_loss_scale:
+            logger.warning("meft-ds: gradients are not finite, step skipped; weights and moments are unchanged")
+        self.loss_scaler.update_scale(result.overflow)
+        self._after_step()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Drop gradients of parameters outside the units (none in the usual case); windows are closed by `step`."""
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.grad = None
+
+    def backward_prologue(self, loss: Tensor | None = None) -> Tensor | None:
+        """Called by the engine before a backward; older engines hand the loss over here to have it scaled."""
+        return None if loss is None else self.scale_if_loss(loss)
+
+    def scale_if_loss(self, value: Any) -> Any:
+        """The loss times the loss scale."""
+        return self.loss_scaler.scale_loss(value)
+
+    def needs_scaler(self) -> bool:
+        """Whether a bare loss.backward() would lack loss scaling."""
+        return self.cur_scale != 1.0 or self.dynamic_loss_scale
+
+    def backward(self, loss: Tensor, retain_graph: bool = False, **_: Any) -> None:
+        """Backward as DeepSpeed before 0.19 asks its optimizer for it."""
+        self.scale_if_loss(loss).backward(retain_graph=retain_graph)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What DeepSpeed keeps in its own checkpoint file: the parameter groups' hyperparameters.
+
+        Weights, moments, counters and the loss scaler are saved by `meft_ds.plugin.checkpoint`.
+        """
+        groups = [{k: v for k, v in group.items() if k != "params"} for group in self.param_groups]
+        return {"meft_offload": True, "param_groups": groups}
+
+    def load_state_dict(self, state: dict[str, Any], load_optimizer_states: bool = True, **_: Any) -> None:
+        """Counterpart of `state_dict`."""
+        if len(state["param_groups"]) != len(self.param_groups):
+            raise ValueError(
+                f"the checkpoint has {len(state['param_groups'])} parameter groups, this run has {len(self.param_groups)}; "
+                "build the optimizer as in the run that saved it"
+            )
+        if load_optimizer_states:
+            for group, saved in zip(self.param_groups, state["param_groups"], strict=True):
+                group.update(saved)
+
+    def counters(self) -> dict[str, Any]:
+        """Numbers that resuming needs, as JSON."""
+        return {"applied_steps": self.applied_steps, "loss_scaler": _plain(vars(self.loss_scaler))}
+
+    def load_counters(self, counters: dict[str, Any]) -> None:
+        """Counterpart of `counters`."""
+        self.applied_steps = counters["applied_steps"]
+        vars(self.loss_scaler).update(counters["loss_scaler"])
+
+    def destroy(self) -> None:
+        """Called by the engine when it is taken down: stop listening to gradients."""
+        for unit in self.pipeline.units:
+            unit.release()
+
+    def _hyper_of(self, unit: Unit) -> AdamHyper:
+        group = self.param_groups[unit.group]
+        beta1, beta2 = group["betas"]
+        return AdamHyper(
+            lr=float(group["lr"]),
+            beta1=float(beta1),
+            beta2=float(beta2),
+            eps=float(group["eps"]),
+            weight_decay=float(group["weight_decay"]),
+        )
+
+
+def adamw_from_config(params: Iterable[nn.Parameter] | list[dict[str, Any]], settings: dict[str, Any]) -> torch.optim.AdamW:
+    """The ds_config's "optimizer.params" as an AdamW that only serves as the holder of parameter groups."""
+    for key in settings:
+        if key not in _READ and key not in _IGNORABLE:
+            logger.warning(f"meft-ds: optimizer.params.{key} is skipped: the host AdamW has no such setting")
+    return torch.optim.AdamW(params, **{k: v for k, v in settings.items() if k in _READ})
+
+
+def check_client_optimizer(optimizer: Any) -> None:
+    """Refuse optimizers whose update is not AdamW's.
+
+    Raises:
+        ValueError: naming the class and the fix.
+    """
+    name = type(optimizer).__name__
+    if "adam" not in name.lower() or "8bit" in name.lower():
+        raise ValueError(f"meft_offload updates with AdamW, but the training program passes {name}; pass torch.optim.AdamW")
+    coupled = isinstance(optimizer, torch.optim.Adam) and not isinstance(optimizer, torch.optim.AdamW)
+    decays = any(group.get("weight_decay") for group in optimizer.param_groups)
+    if coupled and decays and not optimizer.defaults.get("decoupled_weight_decay", False):
+        raise ValueError("meft_offload supports only decoupled weight decay; pass torch.optim.AdamW instead of Adam")
+    if any(group.get("amsgrad") for group in optimizer.param_groups):
+        raise ValueError("meft_offload does not support amsgrad; build the optimizer without it")
+
+
+def check_groups(groups: list[dict[str, Any]]) -> None:
+    """Refuse hyperparameters AdamW is not defined for.
+
+    Raises:
+        ValueError: naming the group, the key and the value.
+    """
+    for index, group in enumerate(groups):
+        missing = [key for key in _READ if key not in group]
+        if missing:
+            raise ValueError(f"parameter group {index} lacks {', '.join(missing)}; meft_offload needs an AdamW optimizer")
+        for key in ("lr", "eps", "weight_decay"):
+            value = float(group[key])
+            if not (math.isfinite(value) and value >= 0):
+                raise ValueError(f"parameter group {index}: {key} must be a finite number >= 0, got {value}")
+        if not all(0 <= float(beta) < 1 for beta in group["betas"]):
+            raise ValueError(f"parameter group {index}: betas must lie in [0, 1), got {group['betas']}")
+
+
+
+def _plain(values: dict[str, Any]) -> dict[str, Any]:
+    return {k: v for k, v in values.items() if isinstance(v, bool | int | float)}

@@ -1,0 +1,221 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Builds what an engine runs: ranks, the plan and its memory check, the row stores, and the units of every wire format."""
+
+from __future__ import annotations
+
+import re
+import socket
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from meft_ds.config import MeftConfig
+from meft_ds.offload.arena import Specs, allocate, arena_bytes
+from meft_ds.offload.bus import Bus
+from meft_ds.offload.dense import DenseUnit
+from meft_ds.offload.host_memory import check_host_memory, check_shared_memory, free_host_bytes, free_shared_bytes
+from meft_ds.offload.partition import Ranks, all_reduce_sum, owned_range
+from meft_ds.offload.wire import Footprint, Unit
+from meft_ds.sparse_adapter.config import ResolvedSparseAdapter
+from meft_ds.sparse_adapter.module import SparseAdapter
+from meft_ds.sparse_adapter.router import init_keys
+from meft_ds.sparse_adapter.store import HostRows, initialise_rows, store_specs
+from meft_ds.sparse_adapter.unit import RowsUnit, rows_footprint
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What the run will hold and move, for the log line at step 0."""
+
+    host: int
+    device: int
+    down: int
+    up: int
+    row_parameters: int
+    dense_parameters: int
+    layers: int
+
+
+def single_node_ranks(group: dist.ProcessGroup | None, world: int, device: torch.device) -> Ranks:
+    """The data-parallel ranks.
+
+    Raises:
+        ValueError: when they do not all run on one machine.
+    """
+    if world == 1:
+        return Ranks()
+    machine = f"{socket.gethostname()}:{_boot_id()}"
+    machines: list[str | None] = [None] * world
+    dist.all_gather_object(machines, machine, group=group)
+    if len(set(machines)) > 1:
+        raise ValueError(
+            f"meft_offload runs on one node for now, but the ranks are on {len(set(machines))}: "
+            f"{', '.join(sorted({str(m).split(':')[0] for m in machines}))}; start all ranks on one machine"
+        )
+    return Ranks(rank=dist.get_rank(group), world=world, group=group)
+
+
+def freeze_base(model: nn.Module, train: Iterable[str], own: set[int]) -> list[str]:
+    """Freeze every parameter that neither belongs to an adapter (`own`, by id) nor matches a pattern in `train`.
+
+    Returns:
+        Names of the base parameters that train.
+
+    Raises:
+        ValueError: for a pattern that matches nothing, naming it.
+    """
+    patterns = [re.compile(p) for p in train]
+    unused = set(patterns)
+    trained = []
+    for name, p in model.named_parameters():
+        if id(p) in own:
+            continue
+        matching = [pattern for pattern in patterns if pattern.search(name)]
+        unused -= set(matching)
+        p.requires_grad_(bool(matching))
+        if matching:
+            trained.append(name)
+    if unused:
+        some = ", ".join(name for name, p in list(model.named_parameters())[:6] if id(p) not in own)
+        raise ValueError(
+            f"meft_offload.train: {', '.join(repr(p.pattern) for p in unused)} matches no parameter; names look like {some}"
+        )
+    return trained
+
+
+def dense_units(
+    model: nn.Module, groups: list[dict[str, list[nn.Parameter]]], layers: int, ranks: Ranks, moments_dtype: torch.dtype
+) -> list[DenseUnit]:
+    """Units for every trainable parameter of the model, one per layer, parameter group and dtype; not yet allocated.
+
+    Parameters that no group names (routers, and base tensors the program did not hand to its optimizer) follow group 0.
+    """
+    group_of = {id(p): index for index, group in enumerate(groups) for p in group["params"]}
+    sorted_in: dict[tuple[int, int, torch.dtype], list[tuple[str, nn.Parameter]]] = {}
+    last_layer = 0
+    for name, p in model.named_parameters():
+        number = next((int(part) for part in name.split(".") if part.isdigit()), None)
+        last_layer = min(number, layers - 1) if number is not None else last_layer
+        if p.requires_grad:
+            key = (last_layer, group_of.get(id(p), 0), p.dtype)
+            sorted_in.setdefault(key, []).append((name, p))
+    units = []
+    for (layer, group, dtype), params in sorted(sorted_in.items(), key=lambda item: (item[0][:2], str(item[0][2]))):
+        name = f"layer{layer}.dense.g{group}.{str(dtype).removeprefix('torch.')}"
+        units.append(
+            DenseUnit(name=name, layer=layer, params=params, group=group, ranks=ranks, moments_dtype=moments_dtype)
+        )
+    return units
+
+
+def row_specs(layers: int, sizes: ResolvedSparseAdapter, dtype: torch.dtype) -> Specs:
+    """Host tensors of all layers' stores."""
+    specs: Specs = {}
+    for layer in range(layers):
+        specs |= store_specs(f"layer{layer}", sizes.rows, sizes.d, dtype)
+    return specs
+
+
+def rows_plan(
+    layers: int, sizes: ResolvedSparseAdapter, config: MeftConfig, dtype: torch.dtype, ranks: Ranks
+) -> list[Footprint]:
+    """Footprint of every layer's rows, before anything is allocated."""
+    lo, hi = owned_range(sizes.rows, ranks)
+    one = rows_footprint(
+        r=sizes.rows,
+        d=sizes.d,
+        own=hi - lo,
+        capacity=sizes.cache_rows,
+        dtype=dtype,
+        moments_dtype=DTYPES[config.moments_dtype],
+        grad_dtype=grad_dtype(config, dtype),
+        selection=sizes.selection,
+        mode=sizes.optimizer,
+    )
+    return [one] * layers
+
+
+def preflight(footprints: list[Footprint], specs: Specs, config: MeftConfig, bus: Bus, ranks: Ranks) -> int:
+    """Check the plan against the memory that is free on this node; returns the host bytes of the whole node.
+
+    Raises:
+        ValueError: the same on every rank.
+    """
+    shared = arena_bytes(specs)
+    (private,) = all_reduce_sum([float(sum(f.host_private for f in footprints))], bus.device, ranks)
+    needed = shared + int(private)
+    limit = None if config.host_memory_gb == "auto" else config.host_memory_gb
+    # what one rank sees as free is what all must decide by, or some would wait for the others for ever
+    frees = [float(free_host_bytes()) if k == ranks.rank else 0.0 for k in range(ranks.world)]
+    free = int(min(all_reduce_sum(frees, bus.device, ranks)))
+    detail = f"{shared / 2**30:.2f} GiB rows, {private / 2**30:.2f} GiB moments and buffers"
+    check_host_memory(needed, free, limit_gb=limit, detail=detail)
+    if ranks.world > 1:
+        check_shared_memory(shared, free_shared_bytes())
+    return needed
+
+
+def row_units(
+    adapters: list[SparseAdapter],
+    sizes: ResolvedSparseAdapter,
+    config: MeftConfig,
+    dtype: torch.dtype,
+    bus: Bus,
+    ranks: Ranks,
+    specs: Specs,
+) -> list[RowsUnit]:
+    """Allocate the stores, give every adapter its rows, and return the units that move them."""
+    pinned = {name for name in specs if name.endswith("replica")} if bus.device.type != "cpu" else set()
+    memory = allocate(specs, ranks, pinned=pinned)
+    units = []
+    for layer, adapter in enumerate(adapters):
+        master = memory[f"layer{layer}.master"]
+        replica = memory.get(f"layer{layer}.replica", master)
+        rows = HostRows(
+            master=master, replica=replica, capacity=sizes.cache_rows, bus=bus, selection=sizes.selection
+        )
+        keys = init_keys(sizes.rows, sizes.d, sizes.init_std, sizes.seed, layer)
+        initialise_rows(master, replica, keys, *owned_range(sizes.rows, ranks))
+        rows.is_training = _mode_of(adapter)
+        adapter.rows = rows
+        units.append(
+            RowsUnit(
+                name=f"layer{layer}.rows",
+                layer=layer,
+                rows=rows,
+                group=0,
+                ranks=ranks,
+                mode=sizes.optimizer,
+                moments_dtype=DTYPES[config.moments_dtype],
+                grad_dtype=grad_dtype(config, dtype),
+            )
+        )
+    ranks.barrier()  # every rank wrote its slice before anybody fetches
+    return units
+
+
+def in_layer_order(rows: list[RowsUnit], dense: list[DenseUnit]) -> list[Unit]:
+    """All units, shallowest layer first."""
+    return sorted([*dense, *rows], key=lambda unit: (unit.layer, unit.name))
+
+
+def grad_dtype(config: MeftConfig, compute: torch.dtype) -> torch.dtype:
+    """Dtype of row gradients on the bus."""
+    return compute if config.grad_dtype == "auto" else torch.float32
+
+
+def _mode_of(adapter: SparseAdapter):  # type: ignore[no-untyped-def]
+    return lambda: adapter.training
+
+
+def _boot_id() -> str:
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return ""

@@ -1,0 +1,239 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where the adapter's rows live: the host store of one layer, and the window of fetched rows on the device.
+
+The store keeps key and value of a row side by side (one 2d chunk per row): float32 masters and a transfer replica in the
+compute dtype, shared by the ranks of a node. Rows fetched for a micro-batch stay on the device for the whole accumulation
+window, because weights do not change inside it, and their gradients are accumulated there in float32. When a window
+touches more distinct rows than the cache may hold, the accumulated gradients spill to the host and fetching starts anew;
+nothing is dropped, and the spills are counted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from meft_ds.offload.arena import Specs
+from meft_ds.offload.bus import Bus
+
+_FIRST_ROWS = 256  # first size of a window; it doubles on demand up to the capacity
+
+
+def store_specs(name: str, r: int, d: int, dtype: torch.dtype) -> Specs:
+    """Host tensors that one layer's rows need, shared by a node's ranks; fp32 compute needs no replica."""
+    specs: Specs = {f"{name}.master": ((r, 2 * d), torch.float32)}
+    if dtype != torch.float32:
+        specs[f"{name}.replica"] = ((r, 2 * d), dtype)
+    return specs
+
+
+class HostRows:
+    """Row source of one layer during training (see `RowSource`).
+
+    Args:
+        master: float32 [r, 2d], host.
+        replica: compute dtype [r, 2d], host; the same tensor as `master` in fp32.
+        capacity: most distinct rows that the device holds at once.
+        bus: transfers.
+        selection: "host" (device memory does not grow with r) or "device" (a replica of all keys stays there).
+    """
+
+    def __init__(
+        self, *, master: Tensor, replica: Tensor, capacity: int, bus: Bus, selection: Literal["host", "device"]
+    ) -> None:
+        self.master, self.replica = master, replica
+        self.r, self.d = master.shape[0], master.shape[1] // 2
+        self.dtype, self.device = replica.dtype, bus.device
+        self.capacity, self.selection = min(capacity, self.r), selection
+        self.version = 0
+        self.spills = 0  # windows' overflows of the cache since the start
+        self._bus = bus
+        self._fetch_width = 2 * self.d if selection == "host" else self.d
+        self._slot_of_row = torch.zeros(self.r, dtype=torch.int64)  # 0 = not on the device; slot 0 is a row of zeros
+        self._used = 0
+        self._row_of_slot = torch.zeros(0, dtype=torch.int64)
+        self._has_grad = torch.zeros(1, dtype=torch.bool)
+        self._cache = torch.zeros(1, self._fetch_width, dtype=self.dtype, device=self.device)
+        self._grads = torch.zeros(1, 2 * self.d, dtype=torch.float32, device=self.device)
+        self._spilled: list[tuple[Tensor, Tensor]] = []
+        self._keys: Tensor | None = None
+        self.window_rows = 0  # U of the last closed window
+        self.window_tokens = 0
+        self.expert_load: Tensor | None = None  # tokens per expert in the open window; int64 [N]
+        self.last_expert_load: Tensor | None = None  # the same of the last closed window
+        self._ever_active = torch.zeros(self.r, dtype=torch.bool)
+        self.is_training: Callable[[], bool] = lambda: True  # the traffic of evaluation is counted apart
+
+    # -- what the adapter module asks for (RowSource) --------------------------------------------------------------
+
+    def keys_for_selection(self) -> Tensor:
+        """All keys [r, d] in the compute dtype, where selection runs."""
+        if self.selection == "host":
+            return self.replica[:, : self.d]
+        if self._keys is None:
+            self._keys = torch.empty(self.r, self.d, dtype=self.dtype, device=self.device)
+            self._bus.up_into(self._keys, self.replica[:, : self.d], "keys")
+        return self._keys
+
+    def to_host(self, t: Tensor, what: str) -> Tensor:
+        """Small tensor device -> host; valid until the next call with the same `what`."""
+        return self._bus.down(t, what, key=("select", what))
+
+    def to_device(self, t: Tensor, what: str) -> Tensor:
+        """Small tensor host -> device."""
+        return self._bus.up(t, what)
+
+    def gather(self, table: Tensor) -> Tensor:
+        """Rows named by `table` (int64 host [n], -1 = empty) as [n, 2d] on the device, zero rows for -1."""
+        slots = self._bus.up(self._resident(table), "ids")
+        cached = self._cache.index_select(0, slots)
+        if self.selection == "host":
+            return cached
+        rows = self._bus.up(table.clamp(min=0), "ids")
+        keys = self.keys_for_selection().index_select(0, rows)
+        keys.masked_fill_((slots == 0).unsqueeze(1), 0)
+        return torch.cat([keys, cached], dim=1)
+
+    def add_grad(self, table: Tensor, grad: Tensor) -> None:
+        """Accumulate `grad` [n, 2d] for the rows of `table`; -1 entries are ignored, the others are unique."""
+        host_slots = self._resident(table)
+        slots = self._bus.up(host_slots, "ids")
+        self._has_grad[host_slots] = True
+        if self._grads.shape[0] < self._cache.shape[0]:
+            self._grads = _grown(self._grads, self._cache.shape[0])
+        # Unique rows make this deterministic; the empty entries collide in slot 0, which nobody reads as a gradient.
+        self._grads.index_add_(0, slots, grad.to(torch.float32))
+
+    def record(self, union_rows: int, tokens: int, expert_load: Tensor | None) -> None:
+        """Metrics of one training micro-batch."""
+        self.window_tokens += tokens
+        if expert_load is not None:
+            self.expert_load = expert_load if self.expert_load is None else self.expert_load + expert_load
+
+    # -- what the wire unit asks for -------------------------------------------------------------------------------
+
+    def close_window(self) -> tuple[Tensor, Tensor]:
+        """(ids, gradients) of the window: int64 [U] sorted on the host, float32 [U, 2d] on the device."""
+        if self._spilled:
+            ids, rows = self._merge_spilled()
+        else:
+            ids, slots = self._rows_with_grad()
+            rows = self._grads.index_select(0, self._bus.up(slots, "ids"))
+        self.window_rows, self.last_expert_load = ids.numel(), self.expert_load
+        self._ever_active[ids] = True
+        return ids, rows
+
+    def open_window(self, *, changed: bool) -> None:
+        """Forget the fetched rows and their gradients; `changed` says that the store was updated meanwhile."""
+        self._forget()
+        self._spilled = []
+        self.expert_load, self.window_tokens = None, 0
+        if changed:
+            self.version += 1
+
+    def refresh_keys(self, ids: Tensor | None) -> None:
+        """Bring the device's key replica up to date after an update of rows `ids` (all of them for None)."""
+        if self._keys is None:
+            return
+        if ids is None:
+            self._bus.up_into(self._keys, self.replica[:, : self.d], "keys")
+        elif ids.numel():
+            fresh = self._bus.up(self.replica[:, : self.d].index_select(0, ids), "keys")
+            self._keys.index_copy_(0, self._bus.up(ids, "ids"), fresh)
+
+    def device_bytes(self) -> int:
+        """Bytes held on the device: row cache, gradients, and the key replica with device selection."""
+        held = [self._cache, self._grads] + ([] if self._keys is None else [self._keys])
+        return sum(t.numel() * t.element_size() for t in held)
+
+    def dead_rows(self) -> int:
+        """Rows that no token selected since the start."""
+        return self.r - int(self._ever_active.sum())
+
+    # -- window internals ------------------------------------------------------------------------------------------
+
+    def _resident(self, table: Tensor) -> Tensor:
+        """Slots [n] of the rows in `table`, fetching what is missing; 0 for -1."""
+        empty = table < 0
+        slots = self._slot_of_row[table.clamp(min=0)]
+        slots[empty] = 0
+        missing = table[(slots == 0) & ~empty]
+        if missing.numel() == 0:
+            return slots
+        missing = torch.unique(missing)
+        if self._used + missing.numel() > self.capacity:
+            self._spill()
+            missing = torch.unique(table[~empty])
+            assert missing.numel() <= self.capacity, "a request names more rows than the row source's capacity"
+        self._fetch(missing)
+        slots = self._slot_of_row[table.clamp(min=0)]
+        slots[empty] = 0
+        return slots
+
+    def _fetch(self, rows: Tensor) -> None:
+        first, last = self._used + 1, self._used + 1 + rows.numel()
+        if last > self._cache.shape[0]:
+            room = max(last, min(2 * self._cache.shape[0], self.capacity + 1), min(_FIRST_ROWS, self.capacity + 1))
+            self._cache = _grown(self._cache, room)
+            self._row_of_slot = _grown(self._row_of_slot, room)
+            self._has_grad = _grown(self._has_grad, room)
+        source = self.replica if self.selection == "host" else self.replica[:, self.d :]
+        self._bus.fetch_rows(source, rows, self._cache[first:last], "rows" if self.is_training() else "eval_rows")
+        self._slot_of_row[rows] = torch.arange(first, last)
+        self._row_of_slot[first - 1 : last - 1] = rows
+        self._used = last - 1
+
+    def _spill(self) -> None:
+        self.spills += 1
+        self._move_grads_to_host()
+        self._forget()
+
+    def _move_grads_to_host(self) -> None:
+        ids, slots = self._rows_with_grad()
+        grads = self._grads.index_select(0, self._bus.up(slots, "ids"))
+        self._spilled.append((ids, self._bus.down(grads, "spill")))
+
+    def _rows_with_grad(self) -> tuple[Tensor, Tensor]:
+        """(ids, slots) of the rows that got a gradient, sorted by id; rows that only eval fetched are left out."""
+        slots = 1 + torch.nonzero(self._has_grad[1 : self._used + 1]).squeeze(1)
+        ids, order = torch.sort(self._row_of_slot[slots - 1])
+        return ids, slots[order]
+
+    def _forget(self) -> None:
+        self._slot_of_row[self._row_of_slot[: self._used]] = 0
+        self._grads[: self._used + 1].zero_()
+        self._has_grad[: self._used + 1] = False
+        self._used = 0
+
+    def _merge_spilled(self) -> tuple[Tensor, Tensor]:
+        self._move_grads_to_host()
+        ids = torch.cat([ids for ids, _ in self._spilled])
+        union, where = torch.unique(ids, sorted=True, return_inverse=True)
+        total = torch.zeros(union.numel(), 2 * self.d)
+        start = 0
+        for part, rows in self._spilled:
+            total.index_add_(0, where[start : start + part.numel()], rows)
+            start += part.numel()
+        return union, self._bus.up(total, "spill")
+
+
+def _grown(t: Tensor, rows: int) -> Tensor:
+    if t.shape[0] >= rows:
+        return t
+    grown = torch.zeros(rows, *t.shape[1:], dtype=t.dtype, device=t.device)
+    grown[: t.shape[0]] = t
+    return grown
+
+
+def initialise_rows(master: Tensor, replica: Tensor, keys: Tensor, lo: int, hi: int) -> None:
+    """Write this rank's rows [lo, hi) at the start: the given keys [r, d] and zero values, so step 0 equals the base."""
+    d = keys.shape[1]
+    master[lo:hi, :d] = keys[lo:hi]
+    master[lo:hi, d:] = 0
+    if replica is not master:
+        replica[lo:hi] = master[lo:hi]
+
+

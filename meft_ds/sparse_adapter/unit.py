@@ -1,0 +1,153 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The `rows` wire format: the gradients of the rows that were active in a window go down with their ids, and the updated
+rows become what the next micro-batch fetches.
+
+Bytes per layer and window (sparse_adapter's formula): 2*d*U_win*bytes up, fetched once per window, and as many down.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from meft_ds import ops
+from meft_ds.offload.bus import Bus
+from meft_ds.offload.host_adam import RowAdam, RowMode
+from meft_ds.offload.partition import Ranks, owned_range, reduce_rows_to_owners
+from meft_ds.offload.wire import AdamHyper, Footprint, Unit
+from meft_ds.sparse_adapter.store import HostRows
+
+
+class RowsUnit(Unit):
+    """One layer's adapter rows.
+
+    Args:
+        name: unit name, e.g. "layer3.rows".
+        layer: position in layer order.
+        rows: the layer's row source.
+        group: index of the user's parameter group.
+        ranks: data-parallel ranks; this one owns 1/N of the rows.
+        mode: "dense" or "lazy" AdamW.
+        moments_dtype: float32 or bfloat16.
+        grad_dtype: dtype of the gradients on the bus.
+    """
+
+    wire = "rows"
+
+    def __init__(
+        self,
+        *,
+        name: str,
+        layer: int,
+        rows: HostRows,
+        group: int,
+        ranks: Ranks,
+        mode: RowMode,
+        moments_dtype: torch.dtype,
+        grad_dtype: torch.dtype,
+    ) -> None:
+        self.name, self.layer, self.group = name, layer, group
+        self.rows = rows
+        self._ranks, self._mode, self._grad_dtype = ranks, mode, grad_dtype
+        self._moments_dtype = moments_dtype
+        self._lo, self._hi = owned_range(rows.r, ranks)
+        own = slice(self._lo, self._hi)
+        replica = None if rows.replica is rows.master else rows.replica[own]
+        self.adam = RowAdam(rows.master[own], replica, moments_dtype, mode)
+        self._ids: Tensor | None = None
+        self._payload: Tensor | None = None
+
+    def footprint(self) -> Footprint:
+        return rows_footprint(
+            r=self.rows.r,
+            d=self.rows.d,
+            own=self._hi - self._lo,
+            capacity=self.rows.capacity,
+            dtype=self.rows.dtype,
+            moments_dtype=self._moments_dtype,
+            grad_dtype=self._grad_dtype,
+            selection=self.rows.selection,
+            mode=self._mode,
+        )
+
+    def collect(self) -> None:
+        self._ids, grads = self.rows.close_window()
+        self._payload = grads.to(self._grad_dtype)
+
+    def reduce(self) -> None:
+        assert self._ids is not None and self._payload is not None
+        ids, rows = reduce_rows_to_owners(self._ids, self._payload, self.rows.r, self._ranks)
+        self._ids, self._payload = ids, rows.to(self._grad_dtype)
+
+    def send(self, bus: Bus) -> None:
+        assert self._payload is not None
+        self._payload = bus.down(self._payload, "rows", key=self.name)
+
+    def sq_norm(self) -> float:
+        assert self._payload is not None
+        return ops.sq_norm(self._payload)
+
+    def host_step(self, hyper: AdamHyper, *, step: int, grad_scale: float) -> None:
+        assert self._ids is not None and self._payload is not None
+        self.adam.step_rows(self._ids - self._lo, self._payload, hyper, step=step, grad_scale=grad_scale)
+
+    def apply(self, bus: Bus) -> None:
+        lazy_alone = self._mode == "lazy" and self._ranks.world == 1
+        self.rows.refresh_keys(self._ids if lazy_alone else None)
+        self._close(changed=True)
+
+    def discard(self) -> None:
+        self._close(changed=False)
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        return self.adam.tensors()
+
+    def state_range(self) -> tuple[int, int, int]:
+        return self._lo, self._hi, self.rows.r
+
+    def scalars(self) -> dict[str, Any]:
+        return self.adam.scalars()
+
+    def load_scalars(self, scalars: dict[str, Any]) -> None:
+        self.adam.load_scalars(scalars)
+
+    def after_load(self, bus: Bus) -> None:
+        if self.adam.replica is not None:
+            self.adam.replica.copy_(self.adam.master)
+        self._ranks.barrier()
+        self.rows.refresh_keys(None)
+        self._close(changed=True)
+
+    def _close(self, *, changed: bool) -> None:
+        self.rows.open_window(changed=changed)
+        self._ids = self._payload = None
+
+
+def rows_footprint(
+    *,
+    r: int,
+    d: int,
+    own: int,
+    capacity: int,
+    dtype: torch.dtype,
+    moments_dtype: torch.dtype,
+    grad_dtype: torch.dtype,
+    selection: str,
+    mode: RowMode,
+) -> Footprint:
+    """Bytes of one layer's rows before anything is allocated; `own` rows belong to this rank."""
+    width = 2 * d
+    replica = 0 if dtype == torch.float32 else dtype.itemsize
+    capacity = min(capacity, r)
+    return Footprint(
+        host_shared=r * width * (4 + replica),
+        host_private=own * width * 2 * moments_dtype.itemsize
+        + (own * 12 if mode == "lazy" else 0)
+        + r * 9  # slot of each row, and whether it was ever active
+        + own * width * grad_dtype.itemsize,  # the payload's staging at worst
+        device=capacity * width * (dtype.itemsize + 4) + (r * d * dtype.itemsize if selection == "device" else 0),
+        down=r * width * grad_dtype.itemsize,
+        up=r * width * dtype.itemsize,
+    )

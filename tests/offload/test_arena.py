@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+import os
+import stat
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+from tests.ranks import run_ranks, start_ranks
+
+from meft_ds.offload.arena import allocate, arena_bytes, remove_stale
+from meft_ds.offload.partition import Ranks
+
+SCRIPT = """
+import os, sys, time
+from pathlib import Path
+import torch, torch.distributed as dist
+from meft_ds.offload.arena import allocate
+from meft_ds.offload.partition import Ranks
+
+dist.init_process_group("gloo")
+ranks = Ranks(rank=dist.get_rank(), world=dist.get_world_size(), group=dist.group.WORLD)
+directory = Path(sys.argv[1])
+specs = {"a": ((5, 3), torch.float32), "b": ((7,), torch.bfloat16)}
+t = allocate(specs, ranks, pinned=set(), directory=directory)
+assert list(directory.iterdir()) == [], "the file must be gone as soon as everybody has mapped it"
+if ranks.rank == 0:
+    t["a"].fill_(3.0)
+dist.barrier()
+assert t["a"].sum() == 45 and t["b"].sum() == 0
+dist.barrier()
+if ranks.rank == 1:
+    t["b"].fill_(2.0)
+dist.barrier()
+assert t["b"].float().sum() == 14
+print("shared")
+if len(sys.argv) > 2:
+    sys.stdout.flush()
+    time.sleep(60)
+"""
+
+
+def test_one_rank_gets_private_zeroed_memory(tmp_path: Path) -> None:
+    specs = {"a": ((4, 2), torch.float32), "b": ((3,), torch.bfloat16)}
+    t = allocate(specs, Ranks(), pinned=set(), directory=tmp_path)
+    assert t["a"].shape == (4, 2) and t["b"].dtype == torch.bfloat16 and t["a"].sum() == 0
+    assert list(tmp_path.iterdir()) == []
+    assert arena_bytes(specs) == 2 * 4096
+
+
+def test_ranks_share_one_block_and_leave_no_file(tmp_path: Path) -> None:
+    script = tmp_path / "share.py"
+    script.write_text(SCRIPT)
+    (shm := tmp_path / "shm").mkdir()
+    assert run_ranks(script, 2, str(shm)) == ["shared\n"] * 2
+    assert list(shm.iterdir()) == []
+
+
+def test_sigkill_of_every_rank_leaves_no_file(tmp_path: Path) -> None:
+    script = tmp_path / "share.py"
+    script.write_text(SCRIPT)
+    (shm := tmp_path / "shm").mkdir()
+    processes = start_ranks(script, 2, str(shm), "sleep")
+    for process in processes:
+        assert process.stdout is not None and process.stdout.readline() == "shared\n"
+    for process in processes:
+        process.kill()
+        process.wait(timeout=30)
+    assert list(shm.iterdir()) == []
+
+
+def test_file_of_a_start_killed_before_it_could_unlink_is_removed_by_the_next(tmp_path: Path) -> None:
+    code = """
+import os, sys, time
+from pathlib import Path
+import torch
+from unittest.mock import patch
+import torch.distributed as dist
+from meft_ds.offload import arena
+from meft_ds.offload.partition import Ranks
+def hang(*a, **k):
+    print("made", flush=True)
+    time.sleep(60)
+with patch.object(dist, "broadcast_object_list", hang):
+    arena.allocate({"a": ((5,), torch.float32)}, Ranks(rank=0, world=2), pinned=set(), directory=Path(sys.argv[1]))
+"""
+    with subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None and process.stdout.readline() == "made\n"
+        (left,) = tmp_path.iterdir()
+        assert stat.S_IMODE(left.stat().st_mode) == 0o600
+        assert remove_stale(tmp_path) == []  # its creator lives
+        process.kill()
+        process.wait(timeout=30)
+    deadline = time.monotonic() + 10
+    while not remove_stale(tmp_path) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not left.exists()
+
+
+def test_files_of_others_are_left_alone(tmp_path: Path) -> None:
+    foreign = tmp_path / f"meft-ds-{os.getuid() + 1}-1-1-abc"
+    foreign.touch()
+    assert remove_stale(tmp_path) == [] and foreign.exists()

@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs a program on several ranks (gloo, this machine), as a launcher would, and hands back what each rank printed."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+REPO = Path(__file__).resolve().parent.parent
+
+
+def start_ranks(
+    script: Path, world: int, *args: str, env: dict[str, str] | None = None, cwd: Path | None = None
+) -> list[subprocess.Popen[str]]:
+    """Start `world` processes of `script` with the environment that a launcher sets."""
+    port = _free_port()
+    processes = []
+    for rank in range(world):
+        ours = {
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": str(world),
+            "LOCAL_WORLD_SIZE": str(world),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": os.pathsep.join([str(REPO), os.environ.get("PYTHONPATH", "")]),
+        }
+        processes.append(
+            subprocess.Popen(
+                [sys.executable, str(script), *args],
+                env={**os.environ, **ours, **(env or {})},
+                cwd=cwd,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+        )
+    return processes
+
+
+def run_ranks(script: Path, world: int, *args: str, timeout: float = 240, **kwargs: dict[str, str]) -> list[str]:
+    """Run to the end; fails with both streams when a rank fails."""
+    processes = start_ranks(script, world, *args, **kwargs)  # type: ignore[arg-type]
+    outputs, failed = [], []
+    try:
+        for rank, process in enumerate(processes):
+            out, err = process.communicate(timeout=timeout)
+            outputs.append(out)
+            if process.returncode != 0:
+                failed.append(f"rank {rank} ended with {process.returncode}\n{out}\n{err[-6000:]}")
+    finally:
+        for process in processes:
+            process.kill()
+    assert not failed, "\n\n".join(failed)
+    return outputs
+
+
+def _free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
