@@ -183,7 +183,11 @@ def _gather(rows: RowSource, bank: Bank, m: int) -> Tensor:
 
 def _bank_rows(W: Tensor, tiles: Tiles, block: slice) -> Tensor:
     """Rows of every tile of a block: [n, m, 2 d]; no copy when each group has exactly one tile."""
-    if tiles.count == W.shape[0] and tiles.first[-1] == tiles.first.shape[0] - 1 and bool((tiles.first.diff() == 1).all()):
+    if (
+        tiles.count == W.shape[0]
+        and tiles.first[-1] == tiles.first.shape[0] - 1
+        and bool((tiles.first.diff() == 1).all())
+    ):
         return W[block]
     return W.index_select(0, tiles.group[block])
 

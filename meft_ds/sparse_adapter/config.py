@@ -100,7 +100,7 @@ class SparseAdapterConfig(BaseModel):
     scope: Literal["token", "batch"] = Field(
         "token",
         description='"token": a token uses its own K rows, so a sentence does not depend on its batch neighbours. '
-        '"batch" is the paper\'s Algorithm 1: every token uses the union of all tokens\' rows; a different function.',
+        "\"batch\" is the paper's Algorithm 1: every token uses the union of all tokens' rows; a different function.",
     )
     selection: Literal["host", "device"] = Field(
         "host",
@@ -238,7 +238,9 @@ def _size_faults(r: int, experts: int | str, per_token: int, keys: int) -> list[
         faults.append(f"keys_per_token: {keys} is more than rows = {r}; lower keys_per_token or raise rows")
     if isinstance(experts, int):
         if experts > r:
-            faults.append(f"experts: {experts} is more than rows = {r}, an expert needs at least one row; lower experts")
+            faults.append(
+                f"experts: {experts} is more than rows = {r}, an expert needs at least one row; lower experts"
+            )
         if per_token > experts:
             faults.append(_too_many_per_token(per_token, experts))
     elif per_token > r:

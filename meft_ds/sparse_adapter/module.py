@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """``SparseAdapter``: the adapter beside one frozen FFN. It selects, asks its ``RowSource`` for rows, and computes.
 
-    p_t = G x_t;  tau_t = the E largest p_t;  s_tj = p_{t,e(j)} (x_t . k_j) for keys j of tau_t;
-    I_t = the K largest s_tj above 0;  y_t = sum_{j in I_t} s_tj v_j
+p_t = G x_t;  tau_t = the E largest p_t;  s_tj = p_{t,e(j)} (x_t . k_j) for keys j of tau_t;
+I_t = the K largest s_tj above 0;  y_t = sum_{j in I_t} s_tj v_j
 """
 
 from __future__ import annotations
@@ -31,17 +31,20 @@ class SparseAdapter(nn.Module):
 
     rows: RowSource
 
-    def __init__(self, config: ResolvedSparseAdapter, router_weight: Tensor, rows: RowSource, layer: int = 0) -> None:
-        """router_weight [N, d] in the dtype and on the device that the router shall have."""
+    def __init__(
+        self, config: ResolvedSparseAdapter, router_weight: Tensor, rows: RowSource | None, layer: int = 0
+    ) -> None:
+        """router_weight [N, d] in the dtype and on the device that the router shall have. rows may be set later."""
         super().__init__()
-        if (rows.r, rows.d) != (config.rows, config.d):
+        if rows is not None and (rows.r, rows.d) != (config.rows, config.d):
             raise ValueError(f"rows are {rows.r} x {rows.d}, the adapter wants r = {config.rows}, d = {config.d}")
         if tuple(router_weight.shape) != (config.experts, config.d):
             raise ValueError(f"router is {tuple(router_weight.shape)}, expected ({config.experts}, {config.d})")
         self.config = config
         self.layer = layer
         self.router = Router(router_weight)
-        self.rows = rows
+        if rows is not None:
+            self.rows = rows
         self.aux_scale = 1.0
         """Factor on the balance loss's gradient: the engine sets loss scale / accumulation steps."""
         self._replay = Replay()

@@ -42,6 +42,10 @@ class RowSource(Protocol):
     def selection(self) -> Literal["host", "device"]:
         """Where keys are scored."""
 
+    @property
+    def master(self) -> Tensor:
+        """All rows [r, 2 d] as they are saved: fp32 where there is an fp32 copy."""
+
     def keys_for_selection(self) -> Tensor:
         """All keys [r, d], possibly strided, in ``dtype``: on the host for "host", on ``device`` for "device"."""
 
@@ -93,6 +97,10 @@ class DeviceRows(nn.Module):
     @property
     def device(self) -> torch.device:
         return self.weight.device
+
+    @property
+    def master(self) -> Tensor:
+        return self.weight
 
     def keys_for_selection(self) -> Tensor:
         keys = self.weight[:, : self.d]

@@ -1,0 +1,195 @@
+# SPDX-License-Identifier: Apache-2.0
+"""An adapter on disk, and back into a plain model on one device for inference.
+
+``meft_adapter.json`` says what the adapter is and names the tensor file with its size and SHA-256;
+``meft_adapter-<hash>.safetensors`` holds fp32 ``layers.<i>.rows`` [r, 2 d] (key || value) and ``layers.<i>.router`` [N, d].
+The tensor file is named by its content and the JSON is replaced last, so a directory always holds one complete adapter.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from meft_ds.sparse_adapter.attach import find_adapters, place
+from meft_ds.sparse_adapter.config import ResolvedSparseAdapter
+from meft_ds.sparse_adapter.discover import Site, make_site
+from meft_ds.sparse_adapter.module import SparseAdapter
+from meft_ds.sparse_adapter.rows import DeviceRows
+
+__all__ = ["FORMAT", "JSON_NAME", "SavedAdapter", "load_adapter", "read_adapter", "write_adapter"]
+
+JSON_NAME = "meft_adapter.json"
+FORMAT = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class SavedAdapter:
+    """A read adapter. modules: name of the FFN of every layer. rows fp32 [r, 2 d] and routers fp32 [N, d] per layer."""
+
+    config: ResolvedSparseAdapter
+    model_class: str
+    modules: list[str]
+    rows: list[Tensor]
+    routers: list[Tensor]
+
+
+def write_adapter(directory: str | Path, model: nn.Module) -> Path:
+    """Writes the adapter of ``model``; returns the path of the JSON. Raises ValueError when the model has none.
+
+    Ranks that share rows must not write at the same time: call it on one of them.
+    """
+    adapters = find_adapters(model)
+    if not adapters:
+        raise ValueError(f"{type(model).__name__} has no sparse adapter to save")
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    tensors: dict[str, Tensor] = {}
+    for i, adapter in enumerate(adapters.values()):
+        tensors[f"layers.{i}.rows"] = adapter.rows.master.detach().float().cpu().contiguous()
+        tensors[f"layers.{i}.router"] = adapter.router.weight.detach().float().cpu().contiguous()
+    temporary = _temporary(directory)
+    try:
+        save_file(tensors, temporary, metadata={"format": "pt"})
+        digest, size = _digest(temporary), temporary.stat().st_size
+        name = f"meft_adapter-{digest[:16]}.safetensors"
+        _into_place(temporary, directory / name)
+    finally:
+        temporary.unlink(missing_ok=True)
+    first = next(iter(adapters.values()))
+    about = {
+        "format": FORMAT,
+        "method": "sparse_adapter",
+        "model_class": type(model).__name__,
+        "hidden_size": first.config.d,
+        "config": asdict(first.config),
+        "modules": list(adapters),
+        "tensors": {"file": name, "bytes": size, "sha256": digest, "dtype": "float32"},
+    }
+    temporary = _temporary(directory)
+    try:
+        temporary.write_text(json.dumps(about, indent=2) + "\n")
+        _into_place(temporary, directory / JSON_NAME)
+    finally:
+        temporary.unlink(missing_ok=True)
+    for old in directory.glob("meft_adapter-*.safetensors"):
+        if old.name != name:
+            old.unlink(missing_ok=True)
+    return directory / JSON_NAME
+
+
+def read_adapter(directory: str | Path) -> SavedAdapter:
+    """Reads and checks an adapter. Raises ValueError for anything missing, cut short, changed, or of another format."""
+    path = Path(directory) / JSON_NAME
+    try:
+        about = json.loads(path.read_text())
+        if about["format"] != FORMAT:
+            raise ValueError(f"{path}: format {about['format']!r}, this version reads {FORMAT}; update meft-ds")
+        config = _config(about["config"])
+        modules, model_class, stored = about["modules"], about["model_class"], about["tensors"]
+        file = path.parent / Path(stored["file"]).name
+        size, digest = stored["bytes"], stored["sha256"]
+    except FileNotFoundError:
+        raise ValueError(f"{path} not found; save_adapter writes it") from None
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as fault:
+        raise ValueError(f"{path} is damaged ({fault!r}); save the adapter again") from None
+    if not file.is_file():
+        raise ValueError(f"{file} is missing; copy the whole directory of the adapter")
+    if file.stat().st_size != size or _digest(file) != digest:
+        raise ValueError(f"{file} was cut short or changed: its size or SHA-256 is not the one in {JSON_NAME}")
+    try:
+        tensors = load_file(file)
+    except SafetensorError as fault:
+        raise ValueError(f"{file} cannot be read: {fault}") from None
+    rows, routers = [], []
+    for i in range(len(modules)):
+        rows.append(_checked(tensors, f"layers.{i}.rows", (config.rows, 2 * config.d), file))
+        routers.append(_checked(tensors, f"layers.{i}.router", (config.experts, config.d), file))
+    return SavedAdapter(config=config, model_class=model_class, modules=modules, rows=rows, routers=routers)
+
+
+def load_adapter(model: nn.Module, directory: str | Path) -> nn.Module:
+    """Puts a saved adapter into a plain model, for inference on the model's device and in its dtype; returns the model.
+
+    Raises ValueError, and leaves the model as it was, when the files are damaged or belong to another architecture.
+    """
+    saved = read_adapter(directory)
+    if find_adapters(model):
+        raise ValueError(f"{type(model).__name__} already has sparse adapters; load into a fresh model")
+    sites = _sites(model, saved)
+    adapters = []
+    for layer, site in enumerate(sites):
+        like = next(p for p in site.module.parameters() if p.is_floating_point())
+        rows = DeviceRows(saved.rows[layer].to(like.device, like.dtype))
+        adapters.append(SparseAdapter(saved.config, saved.routers[layer].to(like.device, like.dtype), rows, layer))
+    place(model, sites, adapters)
+    return model
+
+
+def _sites(model: nn.Module, saved: SavedAdapter) -> list[Site]:
+    name = type(model).__name__
+    if name != saved.model_class:
+        raise ValueError(f"the adapter was trained in a {saved.model_class}, this model is a {name}")
+    config: Any = getattr(model, "config", None)
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    width = getattr(config, "hidden_size", saved.config.d)
+    if width != saved.config.d:
+        raise ValueError(f"the adapter has hidden size d = {saved.config.d}, this model has {width}")
+    modules = dict(model.named_modules())
+    missing = [module for module in saved.modules if module not in modules]
+    if missing:
+        raise ValueError(
+            f"this model lacks {len(missing)} of the adapter's {len(saved.modules)} places, the first is {missing[0]}; "
+            "load it into the architecture that it was trained in"
+        )
+    return [make_site(model, module, modules[module]) for module in saved.modules]
+
+
+def _config(stored: dict[str, Any]) -> ResolvedSparseAdapter:
+    known = {f.name for f in fields(ResolvedSparseAdapter)}
+    if set(stored) != known:
+        raise KeyError(f"config keys {sorted(set(stored) ^ known)}")
+    patterns = stored["target_modules"]
+    return ResolvedSparseAdapter(**{**stored, "target_modules": None if patterns is None else tuple(patterns)})
+
+
+def _checked(tensors: dict[str, Tensor], name: str, shape: tuple[int, int], file: Path) -> Tensor:
+    t = tensors.get(name)
+    if t is None or tuple(t.shape) != shape or t.dtype != torch.float32:
+        found = "nothing" if t is None else f"{t.dtype} {tuple(t.shape)}"
+        raise ValueError(f"{file}: {name} should be float32 {shape} by {JSON_NAME}, found {found}")
+    return t
+
+
+def _temporary(directory: Path) -> Path:
+    handle, name = tempfile.mkstemp(prefix=".meft_adapter-", suffix=".tmp", dir=directory)
+    os.close(handle)
+    return Path(name)
+
+
+def _into_place(temporary: Path, target: Path) -> None:
+    """Renames after the bytes are on disk: a name must never stand for half a file."""
+    with open(temporary, "rb+") as file:
+        os.fsync(file.fileno())
+    mask = os.umask(0)
+    os.umask(mask)
+    os.chmod(temporary, 0o666 & ~mask)
+    os.replace(temporary, target)
+
+
+def _digest(path: Path) -> str:
+    sha = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            sha.update(block)
+    return sha.hexdigest()
