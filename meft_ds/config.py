@@ -8,11 +8,19 @@ import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, ValidationError, field_validator
 
 from meft_ds.sparse_adapter.config import SparseAdapterConfig
 
 BLOCK = "meft_offload"
+
+
+def _gib_or_auto(value: Any) -> float | str:
+    if value == "auto":
+        return "auto"
+    if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+        raise ValueError(f'expected GiB as a number above 0 or "auto", got {value!r}')
+    return float(value)
 
 
 class MeftConfig(BaseModel):
@@ -35,7 +43,7 @@ class MeftConfig(BaseModel):
     grad_dtype: Literal["auto", "fp32"] = Field(
         "auto", description="Dtype of row gradients on the bus: auto = the compute dtype, fp32 = twice the bytes in bf16."
     )
-    host_memory_gb: Literal["auto"] | Annotated[float, Field(gt=0)] = Field(
+    host_memory_gb: Annotated[float | Literal["auto"], BeforeValidator(_gib_or_auto)] = Field(
         "auto",
         description="Host memory per node, in GiB, that the offloaded state may take. auto = what is free at the start.",
     )

@@ -73,9 +73,11 @@ class MeftEngine(DeepSpeedEngine):
         self._meft_sizes = sizes
         adapters = attach(model, sizes, sites)
         self._meft_adapters = adapters
+        for adapter in adapters:
+            adapter.router.requires_grad_(sizes.gate)  # without the gate the router only picks experts
         setup.freeze_base(model, config.train, {id(p) for adapter in adapters for p in adapter.parameters()})
         super()._configure_distributed_model(model)
-        assert all(p.dtype == compute for a in adapters for p in a.parameters())
+        assert all(p.dtype == compute for adapter in adapters for p in adapter.parameters())
 
     def _configure_optimizer(self, client_optimizer: Any, model_parameters: list[Any]) -> None:
         """The pipeline takes the place of the optimizer; the user's own one only holds the hyperparameters."""

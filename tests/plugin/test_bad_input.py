@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every fault of a user's ends in a ValueError that says what was expected and how to fix it."""
+
+from typing import Any
+
+import pytest
+import torch
+from tests.toy import ADAPTER, ds_config, make_engine, single_rank, tiny_llama
+from torch import nn
+
+from meft_ds.plugin import setup
+
+
+def refused(config: dict[str, Any], model: nn.Module | None = None, **kwargs: Any) -> str:
+    with pytest.raises(ValueError) as e:
+        make_engine(config, model, **kwargs)
+    return str(e.value)
+
+
+@pytest.mark.parametrize(
+    ("block", "expected"),
+    [
+        ({"sparse_adapter": {**ADAPTER, "row": 3}}, "sparse_adapter.row: unknown key; did you mean 'rows'?"),
+        ({"sparse_adapter": {**ADAPTER, "rows": 8}}, "keys_per_token: 9 is more than rows = 8"),
+        ({"sparse_adapter": {**ADAPTER, "experts": 41}}, "experts: 41 is more than rows = 40"),
+        ({"sparse_adapter": {**ADAPTER, "keys_per_token": 0}}, "keys_per_token"),
+        ({"sparse_adapter": {**ADAPTER, "experts_per_token": 0}}, "experts_per_token"),
+        (None, "meft_offload: expected an object such as"),
+    ],
+)
+def test_faults_in_the_block_reach_the_user_through_deepspeed_initialize(block: Any, expected: str) -> None:
+    config = ds_config()
+    config["meft_offload"] = block
+    assert expected in refused(config)
+
+
+def test_negative_learning_rate_is_refused_from_the_config_and_from_code() -> None:
+    config = ds_config()
+    config["optimizer"]["params"]["lr"] = -1e-3
+    assert "optimizer.params.lr: expected a number >= 0, got -0.001" in refused(config)
+    del config["optimizer"]
+    model = tiny_llama()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    optimizer.param_groups[0]["lr"] = -1.0
+    assert "group 0: lr must be a finite number >= 0, got -1.0" in refused(config, model, optimizer=optimizer)
+
+
+def test_optimizers_other_than_adamw_are_refused() -> None:
+    config = ds_config()
+    del config["optimizer"]
+    model = tiny_llama()
+    assert "passes SGD; pass torch.optim.AdamW" in refused(config, model, optimizer=torch.optim.SGD(model.parameters(), lr=1))
+    adam = torch.optim.Adam(model.parameters(), weight_decay=0.1)
+    assert "only decoupled weight decay" in refused(config, tiny_llama(), optimizer=adam)
+    assert "needs an optimizer" in refused(config, tiny_llama())
+
+
+def test_a_model_without_an_ffn_gets_the_candidate_names() -> None:
+    class NoFfn(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.second(self.first(x))
+
+    message = refused(ds_config(), NoFfn())
+    assert "first" in message and "target_modules" in message
+
+
+def test_stage_3_is_refused_for_now() -> None:
+    assert "zero_optimization.stage: 3 is not supported" in refused(ds_config(zero_optimization={"stage": 3}))
+
+
+def test_pipeline_models_are_refused() -> None:
+    import deepspeed
+    from deepspeed.pipe import PipelineModule
+
+    single_rank()
+    deepspeed.init_distributed("gloo")
+    config = ds_config(zero_optimization={"stage": 0})
+    model = PipelineModule(layers=[nn.Linear(4, 4), nn.Linear(4, 4)], num_stages=1, loss_fn=nn.MSELoss())
+    assert "does not go with PipelineEngine: pass a plain nn.Module" in refused(config, model)
+
+
+def test_hybrid_engine_is_refused() -> None:
+    config = ds_config(hybrid_engine={"enabled": True})
+    assert "hybrid_engine" in refused(config)
+
+
+def test_too_little_host_memory_names_needed_free_and_the_knob(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = ds_config()
+    config["meft_offload"]["host_memory_gb"] = 1e-6
+    assert "host_memory_gb allows 0.00 GiB" in refused(config)
+    monkeypatch.setattr(setup, "free_host_bytes", lambda: 1000)
+    message = refused(ds_config())
+    assert "needs 0.00 GiB" in message and "sparse_adapter.rows" in message and "free on this node" in message
+
+
+def test_a_train_pattern_that_matches_nothing_is_refused() -> None:
+    config = ds_config()
+    config["meft_offload"]["train"] = ["lm_heat"]
+    assert "'lm_heat' matches no parameter; names look like model.embed_tokens.weight" in refused(config)
