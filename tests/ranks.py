@@ -16,7 +16,7 @@ def start_ranks(
     script: Path, world: int, *args: str, env: dict[str, str] | None = None, cwd: Path | None = None
 ) -> list[subprocess.Popen[str]]:
     """Start `world` processes of `script` with the environment that a launcher sets."""
-    port = _free_port()
+    port = free_port()
     processes = []
     for rank in range(world):
         ours = {
@@ -59,7 +59,8 @@ def run_ranks(script: Path, world: int, *args: str, timeout: float = 240, **kwar
     return outputs
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A TCP port nobody listens on now."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         return s.getsockname()[1]

@@ -8,6 +8,7 @@ import os
 from typing import Any
 
 import torch
+from tests.ranks import free_port
 from torch import Tensor, nn
 
 VOCAB, HIDDEN, LAYERS = 61, 16, 2
@@ -65,10 +66,11 @@ def ds_config(*, precision: str = "fp32", block: Any = ..., gas: int = 1, micro:
 
 
 def single_rank() -> None:
-    """The environment of a launcher with one rank."""
-    for key, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}.items():
-        os.environ.setdefault(key, value)
-    os.environ.setdefault("MASTER_PORT", "29555")
+    """The environment of a launcher with one rank, unless we already run under a launcher."""
+    if torch.distributed.is_initialized() or int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        return
+    here = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    os.environ.update(here)
 
 
 def make_engine(config: dict[str, Any], model: nn.Module | None = None, **kwargs: Any) -> Any:

@@ -1,0 +1,193 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Save, resume, reuse."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tests.toy import ADAPTER, batch, ds_config, make_engine, state_of, tiny_llama, train
+
+import meft_ds
+
+pytestmark = pytest.mark.compat
+
+
+def config(precision: str = "bf16", **adapter: Any) -> dict[str, Any]:
+    schedule = {"type": "WarmupDecayLR", "params": {"warmup_num_steps": 2, "total_num_steps": 20, "warmup_max_lr": 0.02}}
+    made = ds_config(precision=precision, gas=2, block={"sparse_adapter": {**ADAPTER, **adapter}}, scheduler=schedule)
+    if precision == "fp16":
+        made["fp16"] |= {"initial_scale_power": 8, "loss_scale_window": 2}
+    return made
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("optimizer", ["dense", "lazy"])
+def test_resumed_training_is_bit_identical_to_uninterrupted_training(tmp_path: Path, precision: str, optimizer: str) -> None:
+    straight = make_engine(config(precision, optimizer=optimizer))
+    train(straight, 3)
+    straight.save_checkpoint(str(tmp_path))
+    expected = train(straight, 4, first_seed=500)
+
+    resumed = make_engine(config(precision, optimizer=optimizer, seed=5), tiny_llama(seed=9))
+    path, _ = resumed.load_checkpoint(str(tmp_path))
+    assert path is not None and resumed.global_steps == 3
+    assert train(resumed, 4, first_seed=500) == expected
+    one, two = state_of(straight), state_of(resumed)
+    assert all(torch.equal(one[k], two[k]) for k in one)
+    assert straight.get_lr() == resumed.get_lr()
+    assert straight.optimizer.counters() == resumed.optimizer.counters()
+
+
+def test_our_files_are_safetensors_and_json_and_nothing_temporary_is_left(tmp_path: Path) -> None:
+    engine = make_engine(config())
+    train(engine, 1)
+    engine.save_checkpoint(str(tmp_path), tag="here")
+    kinds = {path.suffix for path in (tmp_path / "here" / "meft").iterdir()}
+    assert kinds == {".safetensors", ".json"}
+    assert (tmp_path / "latest").read_text() == "here"
+    assert list(tmp_path.rglob("*.tmp")) == []
+
+
+def test_loading_without_optimizer_states_takes_the_weights_only(tmp_path: Path) -> None:
+    engine = make_engine(config())
+    train(engine, 6)
+    engine.save_checkpoint(str(tmp_path))
+    fresh = make_engine(config(), tiny_llama(seed=9))
+    fresh.load_checkpoint(str(tmp_path), load_module_only=True)
+    one, two = state_of(engine), state_of(fresh)
+    for name in one:
+        assert torch.equal(one[name], two[name]) != ("exp_avg" in name), name
+    assert fresh.optimizer.applied_steps == 0
+
+
+def damaged(tmp_path: Path) -> tuple[Any, Path, dict[str, torch.Tensor]]:
+    """A saved run, its folder, and a fresh engine's state, which a failing load must leave as it is."""
+    engine = make_engine(config())
+    train(engine, 2)
+    engine.save_checkpoint(str(tmp_path), tag="t")
+    fresh = make_engine(config(), tiny_llama(seed=9))
+    return fresh, tmp_path / "t" / "meft", state_of(fresh)
+
+
+def refuse(engine: Any, folder: Path, before: dict[str, torch.Tensor]) -> str:
+    with pytest.raises(ValueError) as e:
+        engine.load_checkpoint(str(folder.parent.parent))
+    after = state_of(engine)
+    assert all(torch.equal(before[k], after[k]) for k in before), "a refused checkpoint must change nothing"
+    return str(e.value)
+
+
+def test_a_truncated_file_is_refused_by_name(tmp_path: Path) -> None:
+    engine, folder, before = damaged(tmp_path)
+    victim = next(folder.glob("layer1.rows*"))
+    victim.write_bytes(victim.read_bytes()[:-100])
+    message = refuse(engine, folder, before)
+    assert victim.name in message and "truncated" in message and "earlier checkpoint" in message
+
+
+def test_a_flipped_bit_is_refused_by_name(tmp_path: Path) -> None:
+    engine, folder, before = damaged(tmp_path)
+    victim = next(folder.glob("layer0.dense*"))
+    content = bytearray(victim.read_bytes())
+    content[-5] ^= 1
+    victim.write_bytes(content)
+    assert victim.name in (message := refuse(engine, folder, before)) and "SHA-256" in message
+
+
+def test_an_unfinished_or_damaged_save_is_refused(tmp_path: Path) -> None:
+    engine, folder, before = damaged(tmp_path)
+    manifest = folder / "meft_state.json"
+    whole = manifest.read_text()
+    manifest.write_text(whole[: len(whole) // 2])
+    assert "is damaged" in refuse(engine, folder, before)
+    manifest.unlink()
+    assert "unfinished save" in refuse(engine, folder, before)
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"rows": 44}, "rows: checkpoint 40, this run 44"),
+        ({"keys_per_token": 8}, "keys_per_token: checkpoint 9, this run 8"),
+        ({"optimizer": "lazy"}, "optimizer: checkpoint 'dense', this run 'lazy'"),
+    ],
+)
+def test_a_checkpoint_of_another_adapter_is_refused_naming_the_setting(
+    tmp_path: Path, change: dict[str, Any], expected: str
+) -> None:
+    _, folder, _ = damaged(tmp_path)
+    other = make_engine(config(**change))
+    assert expected in refuse(other, folder, state_of(other))
+
+
+def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
+    _, folder, _ = damaged(tmp_path)
+    other = make_engine(config(), tiny_llama(layers=3))
+    assert "layers: checkpoint 2, this run 3" in refuse(other, folder, state_of(other))
+
+
+def test_a_checkpoint_written_without_the_block_is_refused(tmp_path: Path) -> None:
+    plain = make_engine(ds_config(block=None, precision="bf16"))
+    train(plain, 1)
+    plain.save_checkpoint(str(tmp_path), tag="t")
+    engine = make_engine(config())
+    assert "saved by a run without the block" in refuse(engine, tmp_path / "t" / "meft", state_of(engine))
+
+
+def test_a_missing_latest_file_is_answered_as_deepspeed_does(tmp_path: Path) -> None:
+    assert make_engine(config()).load_checkpoint(str(tmp_path)) == (None, None)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_saved_adapter_in_a_plain_model_gives_the_logits_of_training_time_eval_and_generates(
+    tmp_path: Path, precision: str
+) -> None:
+    engine = make_engine(config(precision))
+    train(engine, 4)
+    engine.eval()
+    inputs = {k: t for k, t in batch(3).items() if k != "labels"}
+    with torch.no_grad():
+        expected = engine(**inputs).logits
+    meft_ds.save_adapter(engine, tmp_path)
+
+    plain = tiny_llama().eval()
+    for p in plain.parameters():  # as DeepSpeed and from_pretrained do: buffers stay fp32
+        p.data = p.data.to(expected.dtype)
+    with torch.no_grad():
+        assert not torch.allclose(plain(**inputs).logits, expected)
+        model = meft_ds.load_adapter(plain, tmp_path)
+        assert torch.equal(model(**inputs).logits, expected)
+        out = model.generate(inputs["input_ids"][1:2, :4], max_new_tokens=5, do_sample=False)
+    assert out.shape == (1, 9)
+
+
+def test_save_pretrained_writes_plain_base_weights_and_the_adapter_beside_them(tmp_path: Path) -> None:
+    from transformers import LlamaForCausalLM
+
+    engine = make_engine(config("fp32"))
+    train(engine, 3)
+    engine.module.save_pretrained(tmp_path)
+    engine.eval()
+    inputs = {k: t for k, t in batch(3).items() if k != "labels"}
+    with torch.no_grad():
+        expected = engine(**inputs).logits
+        plain, info = LlamaForCausalLM.from_pretrained(tmp_path, output_loading_info=True, attn_implementation="eager")
+        assert not info["unexpected_keys"] and not info["missing_keys"]
+        model = meft_ds.load_adapter(plain.eval(), tmp_path)
+        assert torch.equal(model(**inputs).logits, expected)
+
+
+def test_a_model_without_adapter_cannot_be_saved_as_one(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="has no meft-ds adapter; pass the engine"):
+        meft_ds.save_adapter(tiny_llama(), tmp_path)
+
+
+def test_manifest_tells_what_the_state_belongs_to(tmp_path: Path) -> None:
+    engine = make_engine(config())
+    train(engine, 2)
+    engine.save_checkpoint(str(tmp_path), tag="t")
+    manifest = json.loads((tmp_path / "t" / "meft" / "meft_state.json").read_text())
+    assert manifest["about"]["model"] == "LlamaForCausalLM" and manifest["about"]["rows"] == 40
+    assert manifest["counters"]["applied_steps"] == 2
