@@ -4,7 +4,7 @@
 With S the active rows, Q = X A_S^T, Gam_tj = P_{t,e(j)}, M the selection: Z = relu(M Gam Q) and Y = Z V_S. Backward:
 dV_S = Z^T dY; Ez = (dY V_S^T) [Z > 0]; dQ = Ez Gam; dA_S = dQ^T X; dP_te = sum_{j in e} (Ez Q)_tj; dX = dQ A_S. The
 router's part of dX and dG come from autograd through P. GEMMs run in the rows' dtype, sums over experts, tiles and
-tokens in fp32. Saved: x, the gates, and the selected entries of Q (in tile order, E m per token, a few per cent of x),
+tokens in fp32. Saved: x, the gates, and the selected entries of Q (in group order, E m per token, a few per cent of x),
 which also say where Z > 0; they cost less than computing Q again.
 """
 
@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from meft_ds.sparse_adapter.plan import Bank, GroupPlan, Tiles
+from meft_ds.sparse_adapter.plan import Bank, Block, GroupPlan, Groups
 from meft_ds.sparse_adapter.rows import RowSource
 from meft_ds.sparse_adapter.select import Selection
 
@@ -77,96 +77,83 @@ class _Grouped(torch.autograd.Function):
 
 
 def _forward(x: Tensor, gates: Tensor | None, job: Job) -> tuple[Tensor, Tensor]:
-    """y [T, d] and the selected q of all tile rows, 0 elsewhere: [sum of tile rows, m]."""
+    """y [T, d] and the selected q of all padded rows, 0 elsewhere: [rows of all groups, m]."""
     d, mask = x.shape[1], job.selection.mask
-    m, E = mask.shape[2], mask.shape[1]
+    E, m = mask.shape[1:]
     plan = _plan(job)
     several = len(plan.banks) > 1
     y = x.new_zeros(x.shape, dtype=torch.float32 if several else x.dtype)
     saved: list[Tensor] = []
-    flat_mask = mask.view(-1, m)
-    flat_gates = None if gates is None else gates.view(-1)
-    flat_scores = None if job.scores is None else job.scores.view(-1, m)
     for bank, chunks in plan.banks:
-        W = _gather(job.rows, bank, m)
-        for tiles in chunks:
-            gam = None if flat_gates is None else flat_gates[tiles.pair][:, None]
-            selected = flat_mask.index_select(0, tiles.pair) & tiles.valid[:, None]
-            scores = None if flat_scores is None else flat_scores.index_select(0, tiles.pair)
-            out = x.new_empty(tiles.rows + 1, d)
+        K, V = _gather(job.rows, bank)
+        for groups in chunks:
+            gam = _per_row(gates, groups)
+            on = (mask.view(-1, m).index_select(0, groups.pair) & groups.valid[:, None]).to(x.dtype)
+            q_all = x.new_empty(groups.rows, m) if job.scores is None else _scores(job.scores, groups)
+            out = x.new_empty(groups.rows + 1, d)
             out[-1] = 0
-            q_saved = x.new_empty(tiles.rows, m)
-            for block in tiles.blocks(d * x.element_size()):
-                w = _bank_rows(W, tiles, block.tiles)
-                n = w.shape[0]
-                if scores is None:
-                    xg = x.index_select(0, tiles.token[block.rows]).view(n, tiles.size, d)
-                    q = torch.bmm(xg, w[..., :d].transpose(1, 2)).view(-1, m)
-                else:
-                    q = scores[block.rows]
-                s = q.float() if gam is None else gam[block.rows] * q.float()
-                # relu again: q may differ in the last bit from the q that selection saw on another device.
-                on = selected[block.rows] & (s > 0)
-                q_saved[block.rows] = q.masked_fill(~on, 0)
-                z = s.masked_fill_(~on, 0).to(x.dtype).view(n, tiles.size, m)
-                torch.bmm(z, w[..., d:], out=out[block.rows].view(n, tiles.size, d))
-            saved.append(q_saved)
-            part = _sum_pairs(out, tiles, E)
-            here = y[tiles.token_lo : tiles.token_hi]
-            if several:
-                here += part
-            else:
-                here.copy_(part)
-    return y.to(x.dtype), torch.cat(saved) if saved else x.new_zeros(0, m)
+            for block in groups.blocks:
+                n, size, _ = shape = (block.n, block.size, -1)
+                q = q_all[block.rows]
+                if job.scores is None:
+                    xg = x.index_select(0, groups.token[block.rows]).view(shape)
+                    torch.bmm(xg, _take(K, groups, block).transpose(1, 2), out=q.view(shape))
+                q *= on[block.rows]
+                # relu once more: q may differ in its last bit from what selection saw on another device.
+                z = (q.float() if gam is None else gam[block.rows] * q).clamp_(min=0)
+                if job.scores is None:
+                    q *= z > 0
+                torch.bmm(z.to(x.dtype).view(n, size, m), _take(V, groups, block), out=out[block.rows].view(shape))
+            saved.append(q_all)
+            _add_tokens(y, out, groups, E, several)
+    return y.to(x.dtype), saved[0] if len(saved) == 1 else torch.cat([x.new_zeros(0, m), *saved])
 
 
 def _backward(
-    dy: Tensor, x: Tensor, gates: Tensor | None, q_all: Tensor, job: Job, need_x: bool, need_p: bool
+    dy: Tensor, x: Tensor, gates: Tensor | None, q_saved: Tensor, job: Job, need_x: bool, need_p: bool
 ) -> tuple[Tensor | None, Tensor | None]:
+    """(dX, dP at the selected experts [T, E] fp32); row gradients go to ``job.rows``."""
     d, mask = x.shape[1], job.selection.mask
-    m, E = mask.shape[2], mask.shape[1]
+    E, m = mask.shape[1:]
     plan = _plan(job)
     several = len(plan.banks) > 1
     dx = x.new_zeros(x.shape, dtype=torch.float32 if several else x.dtype) if need_x else None
     d_gates = torch.zeros(mask.shape[:2], dtype=torch.float32, device=x.device) if need_p else None
     done = 0
     for bank, chunks in plan.banks:
-        W = _gather(job.rows, bank, m)
-        dW = torch.zeros(W.shape, dtype=torch.float32, device=x.device) if job.train else None
-        for tiles in chunks:
-            q_tiles = q_all[done : done + tiles.rows]
-            done += tiles.rows
-            gam = None if gates is None else gates.view(-1)[tiles.pair][:, None]
-            out = x.new_empty(tiles.rows + 1, d) if need_x else None
-            dg = torch.zeros(tiles.rows + 1, dtype=torch.float32, device=x.device) if need_p else None
-            for block in tiles.blocks(d * x.element_size()):
-                w = _bank_rows(W, tiles, block.tiles)
-                n = w.shape[0]
-                token = tiles.token[block.rows]
-                dyg = dy.index_select(0, token).view(n, tiles.size, d)
-                q = q_tiles[block.rows].float()
-                ez = torch.bmm(dyg, w[..., d:].transpose(1, 2)).view(-1, m).float().masked_fill_(q == 0, 0)
+        K, V = _gather(job.rows, bank)
+        # With one chunk every group is written once; with several they add up.
+        make = torch.zeros if any(groups.order is not None for groups in chunks) else torch.empty
+        dW = make((*K.shape[:2], 2 * d), dtype=torch.float32, device=x.device) if job.train else None
+        for groups in chunks:
+            q_all = q_saved[done : done + groups.rows]
+            done += groups.rows
+            gam = _per_row(gates, groups)
+            out = x.new_empty(groups.rows + 1, d) if dx is not None else None
+            dg = torch.zeros(groups.rows + 1, device=x.device) if d_gates is not None else None
+            for block in groups.blocks:
+                n, size, _ = shape = (block.n, block.size, -1)
+                token = groups.token[block.rows]
+                dyg = dy.index_select(0, token).view(shape)
+                q = q_all[block.rows].float()
+                ez = torch.bmm(dyg, _take(V, groups, block).transpose(1, 2)).view(-1, m) * (q != 0)
                 if dg is not None:
                     torch.sum(ez * q, dim=1, out=dg[block.rows])
-                dq = (ez if gam is None else ez * gam[block.rows]).to(x.dtype).view(n, tiles.size, m)
+                dq = (ez if gam is None else ez * gam[block.rows]).to(x.dtype).view(n, size, m)
                 if out is not None:
-                    torch.bmm(dq, w[..., :d], out=out[block.rows].view(n, tiles.size, d))
+                    torch.bmm(dq, _take(K, groups, block), out=out[block.rows].view(shape))
                 if dW is not None:
-                    z = (q if gam is None else q * gam[block.rows]).to(x.dtype).view(n, tiles.size, m)
-                    xg = x.index_select(0, token).view(n, tiles.size, d)
-                    part = torch.cat([torch.bmm(dq.transpose(1, 2), xg), torch.bmm(z.transpose(1, 2), dyg)], dim=2)
-                    _add_tiles(dW, part, tiles, block.tiles)
+                    z = (q if gam is None else q * gam[block.rows]).to(x.dtype).view(n, size, m)
+                    xg = x.index_select(0, token).view(shape)
+                    _add_rows(dW[..., :d], torch.bmm(dq.transpose(1, 2), xg), groups, block)
+                    _add_rows(dW[..., d:], torch.bmm(z.transpose(1, 2), dyg), groups, block)
             if out is not None and dx is not None:
                 out[-1] = 0
-                here = dx[tiles.token_lo : tiles.token_hi]
-                if several:
-                    here += _sum_pairs(out, tiles, E)
-                else:
-                    here.copy_(_sum_pairs(out, tiles, E))
+                _add_tokens(dx, out, groups, E, several)
             if dg is not None and d_gates is not None:
-                d_gates[tiles.token_lo : tiles.token_hi] += dg[tiles.slot].view(-1, E)
+                d_gates[groups.token_lo : groups.token_hi] += dg.index_select(0, groups.slot).view(-1, E)
         if dW is not None:
-            job.rows.add_grad(bank.table, dW.view(-1, 2 * d))
+            job.rows.add_grad(bank.table.view(-1), dW.view(-1, 2 * d))
     return None if dx is None else dx.to(x.dtype), d_gates
 
 
@@ -176,36 +163,38 @@ def _plan(job: Job) -> GroupPlan:
     return plan
 
 
-def _gather(rows: RowSource, bank: Bank, m: int) -> Tensor:
-    """Rows of a bank: [G, m, 2 d]."""
-    return rows.gather(bank.table).view(-1, m, 2 * rows.d)
+def _gather(rows: RowSource, bank: Bank) -> tuple[Tensor, Tensor]:
+    """Keys and values of a bank, [G, m, d] each; apart and contiguous, for the GEMM libraries would copy them anyway."""
+    W = rows.gather(bank.table.view(-1)).view(*bank.table.shape, 2 * rows.d)
+    return W[..., : rows.d].contiguous(), W[..., rows.d :].contiguous()
 
 
-def _bank_rows(W: Tensor, tiles: Tiles, block: slice) -> Tensor:
-    """Rows of every tile of a block: [n, m, 2 d]; no copy when each group has exactly one tile."""
-    if (
-        tiles.count == W.shape[0]
-        and tiles.first[-1] == tiles.first.shape[0] - 1
-        and bool((tiles.first.diff() == 1).all())
-    ):
-        return W[block]
-    return W.index_select(0, tiles.group[block])
+def _per_row(gates: Tensor | None, groups: Groups) -> Tensor | None:
+    return None if gates is None else gates.view(-1).index_select(0, groups.pair)[:, None]
 
 
-def _sum_pairs(out: Tensor, tiles: Tiles, per_token: int) -> Tensor:
-    """Sums the E pairs of every token: gather and sum in one pass, fp32 sums, the same order in every run."""
-    return F.embedding_bag(tiles.slot.view(-1, per_token), out, mode="sum")
+def _scores(scores: Tensor, groups: Groups) -> Tensor:
+    return scores.view(-1, scores.shape[2]).index_select(0, groups.pair)
 
 
-def _add_tiles(dW: Tensor, part: Tensor, tiles: Tiles, block: slice) -> None:
-    """Adds tiles' row gradients [n, m, 2 d] to their groups' in dW [G, m, 2 d], in a fixed order."""
-    lo = int(torch.searchsorted(tiles.first, block.start, right=True)) - 1
-    hi = int(torch.searchsorted(tiles.first, block.stop - 1, right=True))
-    target = dW[lo:hi].view(hi - lo, -1)
-    flat = part.view(part.shape[0], -1)
-    if hi - lo == part.shape[0] and bool((tiles.first[lo + 1 : hi] - tiles.first[lo : hi - 1] == 1).all()):
-        target += flat
-        return
-    offsets = (tiles.first[lo:hi] - block.start).clamp(min=0).to(dW.device, non_blocking=True)
-    index = torch.arange(part.shape[0], device=dW.device)
-    target += F.embedding_bag(index, flat.float(), offsets, mode="sum")
+def _take(bank_rows: Tensor, groups: Groups, block: Block) -> Tensor:
+    """Rows of a block's groups [n, m, d]."""
+    return bank_rows[block.groups] if groups.order is None else bank_rows[groups.order[block.groups]]
+
+
+def _add_rows(total: Tensor, part: Tensor, groups: Groups, block: Block) -> None:
+    """Writes (one chunk) or adds (several) row gradients [n, m, d] of a block's groups, each group once: no races."""
+    if groups.order is None:
+        total[block.groups] = part
+    else:
+        total.index_add_(0, groups.order[block.groups], part.float())
+
+
+def _add_tokens(total: Tensor, out: Tensor, groups: Groups, per_token: int, several: bool) -> None:
+    """Sums the E pairs of every token: gather and sum in one pass, in fp32, in the same order in every run."""
+    part = F.embedding_bag(groups.slot.view(-1, per_token), out, mode="sum")
+    here = total[groups.token_lo : groups.token_hi]
+    if several:
+        here += part
+    else:
+        here.copy_(part)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from meft_ds.sparse_adapter.balance import with_balance_gradient
 from meft_ds.sparse_adapter.compute import Job, apply_grouped
 from meft_ds.sparse_adapter.config import ResolvedSparseAdapter
-from meft_ds.sparse_adapter.plan import make_banks, plan_groups, sort_pairs
+from meft_ds.sparse_adapter.plan import chunk_length, count_pairs, make_banks, plan_groups, sort_pairs
 from meft_ds.sparse_adapter.replay import Replay, inside_backward
 from meft_ds.sparse_adapter.router import Router, expert_starts
 from meft_ds.sparse_adapter.rows import RowSource
@@ -97,44 +97,33 @@ class SparseAdapter(nn.Module):
         experts = top_experts(p, config.experts_per_token)
         gates = p.gather(1, experts) if config.gate else None
         keys = rows.keys_for_selection()
-        on_host = rows.selection == "host"
-        if on_host:
+        N, row_bytes = config.experts, config.d * x.element_size()
+        length = chunk_length(x.shape[0], config.experts_per_token, row_bytes)
+        if rows.selection == "host":
             x_s = rows.to_host(x, "x")
             experts_s = rows.to_host(experts.to(torch.int32), "experts").long()
             gates_s = None if gates is None else rows.to_host(gates, "gates")
             tokens_s = None if tokens is None else rows.to_host(tokens, "tokens")
+            counts = count_pairs(experts_s, tokens_s, N, length)
         else:
             x_s, experts_s, gates_s, tokens_s = x, experts, gates, tokens
-        q = key_scores(x_s, keys, experts_s, self._starts_at(x_s.device), tokens_s)
+            counts = rows.to_host(count_pairs(experts, tokens, N, length), "counts")
+        pairs_s = sort_pairs(experts_s, tokens_s, counts, length)
+        q = key_scores(x_s, keys, self._starts_at(x_s.device), pairs_s)
         mask = select_keys(q, gates_s, config.keys_per_token, tokens_s)
-        hit = active_slots(experts_s, mask, config.experts)
-        scores = q if q.device == x.device else None
-        if on_host:
-            mask_s, mask = mask, rows.to_device(mask, "mask")
-        pairs = sort_pairs(experts, mask.any(2), config.experts, config.d * x.element_size())
-        if on_host:
-            counts = _host_counts(experts_s, mask_s, config.experts, pairs.chunk_tokens)
+        active = active_slots(experts_s, mask, N)
+        if rows.selection == "host":
+            mask = rows.to_device(mask, "mask")
         else:
-            # One transfer, so one wait, for both: which rows are active and how many pairs every expert has.
-            plan = rows.to_host(torch.cat([hit.view(-1).int(), pairs.counts().view(-1).int()]), "plan")
-            hit = plan[: hit.numel()].view(hit.shape).bool()
-            counts = plan[hit.numel() :].view(-1, config.experts).long()
-        selection = Selection(experts, mask, hit, counts.sum(0), tokens)
+            active = rows.to_host(active, "active")
+        selection = Selection(experts, mask, active, counts.sum(0), tokens)
         if config.compute == "grouped":
-            banks = make_banks(hit, self._starts, rows.capacity, 2 * config.d * 4)
-            selection.plan = plan_groups(pairs, counts, banks)
-        return selection, scores
+            pairs = pairs_s if x_s.device == x.device else sort_pairs(experts, tokens, counts, length)
+            banks = make_banks(active, self._starts, rows.capacity, 2 * config.d * 4)
+            selection.plan = plan_groups(pairs, banks, row_bytes)
+        return selection, q if q.device == x.device else None
 
     def _starts_at(self, device: torch.device) -> Tensor:
         if device not in self._starts_on:
             self._starts_on[device] = self._starts.to(device)
         return self._starts_on[device]
-
-
-def _host_counts(experts: Tensor, mask: Tensor, n_experts: int, chunk_tokens: int) -> Tensor:
-    """Live pairs of every (chunk of tokens, expert): int64 [C, N]."""
-    T = experts.shape[0]
-    chunks = -(-T // chunk_tokens)
-    chunk = torch.arange(T).div(chunk_tokens, rounding_mode="floor")
-    key = torch.where(mask.any(2), experts, n_experts) + (chunk * (n_experts + 1))[:, None]
-    return key.view(-1).bincount(minlength=chunks * (n_experts + 1)).view(chunks, -1)[:, :-1]

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from meft_ds.sparse_adapter.plan import GroupPlan, sort_pairs
+from meft_ds.sparse_adapter.plan import GroupPlan, SortedPairs, group_chunk
 
 __all__ = ["Selection", "active_slots", "key_scores", "select_keys", "top_experts"]
 
@@ -24,7 +24,7 @@ class Selection:
     experts: int64 [T, E], ascending in each token (so a candidate's position orders like its row id).
     mask: bool [T, E, m] over the candidates, m = rows of the largest expert.
     active: bool [N, m] on the host: slots of each expert's slice that some token uses; U = active.sum().
-    load: int64 [N] on the host: tokens that use at least one row of each expert.
+    load: int64 [N] on the host: tokens that the router sent to each expert.
     tokens: bool [T], False for padding; None = all are real.
     plan: how the grouped form orders the pairs (token, expert); None for the union form.
     """
@@ -49,37 +49,33 @@ def top_experts(p: Tensor, per_token: int) -> Tensor:
     return ids.sort(dim=1).values
 
 
-def key_scores(x: Tensor, keys: Tensor, experts: Tensor, starts: Tensor, tokens: Tensor | None = None) -> Tensor:
-    """q_tj = x_t . k_j for all candidates: [T, E, m] in the dtype of x; 0 beyond a short slice and for padding.
+def key_scores(x: Tensor, keys: Tensor, starts: Tensor, pairs: SortedPairs) -> Tensor:
+    """q_tj = x_t . k_j for all candidates: [T, E, m] in the dtype of x; 0 beyond a short slice and for padding tokens.
 
-    x [T, d], keys [r, d] (may be strided), experts int64 [T, E], starts int64 [N + 1], all on one device.
+    x [T, d], keys [r, d] (may be strided), starts int64 [N + 1], all on one device, which sorted ``pairs`` too.
     """
-    T, E = experts.shape
-    r = keys.shape[0]
+    d, r = x.shape[1], keys.shape[0]
     n_experts = starts.shape[0] - 1
     m = -(-r // n_experts)
-    slot = torch.arange(m, device=x.device)
-    if T == 0:
-        return x.new_zeros(T, E, m)
-    live = None if tokens is None else tokens[:, None].expand(T, E)
-    pairs = sort_pairs(experts, live, n_experts, x.shape[1] * x.element_size())
     # Row ids of each expert; a short slice repeats its last row here and is blanked below.
+    slot = torch.arange(m, device=x.device)
+    short = slot >= (starts[1:] - starts[:-1])[:, None]
     table = (starts[:-1, None] + slot).clamp(max=r - 1)
     parts = []
     for chunk in range(pairs.chunks):
-        tiles = pairs.all_tiles(chunk)
-        scores = x.new_zeros(tiles.rows + 1, m)
-        for block in tiles.blocks(x.shape[1] * x.element_size()):
-            k = keys.index_select(0, table[tiles.group[block.tiles]].view(-1)).view(-1, m, x.shape[1])
-            xg = x.index_select(0, tiles.token[block.rows]).view(k.shape[0], tiles.size, -1)
-            torch.bmm(xg, k.transpose(1, 2), out=scores[block.rows].view(k.shape[0], tiles.size, m))
-        parts.append(scores.index_select(0, tiles.slot))
-    q = parts[0] if len(parts) == 1 else torch.cat(parts)
-    q = q.view(T, E, m)
-    if r % n_experts:
-        sizes = starts[1:] - starts[:-1]
-        q = q * (slot < sizes[experts][..., None])
-    return q
+        groups, _order = group_chunk(pairs, chunk, torch.arange(n_experts), d * x.element_size())
+        assert groups.order is not None
+        scores = x.new_zeros(groups.rows + 1, m)
+        for block in groups.blocks:
+            experts = groups.order[block.groups]
+            k = keys.index_select(0, table.index_select(0, experts).view(-1)).view(block.n, m, d)
+            xg = x.index_select(0, groups.token[block.rows]).view(block.n, block.size, d)
+            q = torch.bmm(xg, k.transpose(1, 2), out=scores[block.rows].view(block.n, block.size, m))
+            if r % n_experts:
+                q.masked_fill_(short.index_select(0, experts)[:, None], 0)
+        parts.append(scores.index_select(0, groups.slot))
+    q = parts[0] if len(parts) == 1 else torch.cat([x.new_zeros(0, m), *parts])
+    return q.view(-1, pairs.per_token, m)
 
 
 def select_keys(q: Tensor, gates: Tensor | None, k: int, tokens: Tensor | None = None) -> Tensor:
