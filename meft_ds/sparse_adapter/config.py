@@ -172,9 +172,6 @@ class SparseAdapterConfig(BaseModel):
             experts = min(r, max(experts_per_token, round(4 * math.sqrt(r))))
         else:
             experts = int(self.experts)
-        faults = _size_faults(r, experts, experts_per_token, self.keys_per_token)
-        if faults:
-            raise ValueError(f"sparse_adapter at hidden size {d}: " + "; ".join(faults))
         init_std = (initializer_range or 0.02) if self.init_std == "auto" else float(self.init_std)
         if self.router_scale == "unit":
             router_scale = unit_router_scale(d=d, r=r, n_experts=experts, per_token=experts_per_token, std=init_std)
@@ -225,6 +222,11 @@ class ResolvedSparseAdapter:
     init_std: float
     target_modules: tuple[str, ...] | None = None
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        faults = _size_faults(self.rows, self.experts, self.experts_per_token, self.keys_per_token)
+        if faults:
+            raise ValueError(f"sparse_adapter at hidden size {self.d}: " + "; ".join(faults))
 
     @property
     def slice_size(self) -> int:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -99,6 +100,8 @@ def read_adapter(directory: str | Path) -> SavedAdapter:
         modules, model_class, stored = about["modules"], about["model_class"], about["tensors"]
         file = path.parent / Path(stored["file"]).name
         size, digest = stored["bytes"], stored["sha256"]
+    except ValidationError as fault:
+        raise ValueError(f"{path} is damaged: {fault}") from None
     except FileNotFoundError:
         raise ValueError(f"{path} not found; save_adapter writes it") from None
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as fault:
@@ -156,11 +159,11 @@ def _sites(model: nn.Module, saved: SavedAdapter) -> list[Site]:
 
 
 def _config(stored: dict[str, Any]) -> ResolvedSparseAdapter:
+    """The resolved settings; pydantic checks the type of every field, and the dataclass the sizes."""
     known = {f.name for f in fields(ResolvedSparseAdapter)}
     if set(stored) != known:
         raise KeyError(f"config keys {sorted(set(stored) ^ known)}")
-    patterns = stored["target_modules"]
-    return ResolvedSparseAdapter(**{**stored, "target_modules": None if patterns is None else tuple(patterns)})
+    return TypeAdapter(ResolvedSparseAdapter).validate_json(json.dumps(stored), strict=True)
 
 
 def _checked(tensors: dict[str, Tensor], name: str, shape: tuple[int, int], file: Path) -> Tensor:

@@ -54,6 +54,8 @@ class SparseAdapter(nn.Module):
     def forward(self, x: Tensor, token_mask: Tensor | None = None) -> Tensor:
         """y, shaped and typed like x [..., d]. ``token_mask`` [...]: False or 0 for padding, which selects nothing."""
         config = self.config
+        if not hasattr(self, "rows"):
+            raise RuntimeError(f"the sparse adapter of layer {self.layer} has no rows; set adapter.rows first")
         flat = x.reshape(-1, config.d)
         with torch.autocast(x.device.type, enabled=False):
             p = self.router(flat) if config.gate else self.router(flat.detach()).detach()

@@ -115,7 +115,8 @@ class DeviceRows(nn.Module):
     def gather(self, table: Tensor) -> Tensor:
         ids = table.to(self.device)
         rows = self.weight.index_select(0, ids.clamp(min=0))
-        return rows.masked_fill_((ids < 0)[:, None], 0)
+        empty = ids < 0
+        return rows.masked_fill_(empty[:, None], 0) if empty.any() else rows
 
     def add_grad(self, table: Tensor, grad: Tensor) -> None:
         if not self.trainable:
@@ -123,7 +124,9 @@ class DeviceRows(nn.Module):
         if self.grad is None:
             self.grad = torch.zeros_like(self.weight, dtype=torch.float32)
         kept = table >= 0
-        self.grad.index_add_(0, table[kept].to(self.device), grad[kept.to(grad.device)].float())
+        if not kept.all():
+            table, grad = table[kept], grad[kept.to(grad.device)]
+        self.grad.index_add_(0, table.to(self.device), grad.float())
 
     def record(self, union_rows: int, tokens: int, expert_load: Tensor | None) -> None:
         pass
