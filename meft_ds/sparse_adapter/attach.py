@@ -38,10 +38,10 @@ def attach(
 ) -> list[SparseAdapter]:
     """Adds an adapter at every site; returns them in the order of the layers.
 
-    sites: None = ``find_ffns(model, config.target_modules)``. make_rows(layer, keys fp32 [r, d]) gives a layer its rows;
-    without it the caller sets ``adapter.rows`` before the first forward. Routers are created in the dtype and on the device
-    of the FFN they sit beside, from ``config.seed`` and the layer's number only. Raises ValueError for a model that already
-    has adapters. Nothing is changed in the model unless all adapters could be made.
+    sites: None = ``find_ffns(model, config.target_modules)``. make_rows(layer, keys fp32 [r, d]) gives a layer its
+    rows; without it the caller sets ``adapter.rows`` before the first forward. Routers are created in the dtype and on
+    the device of the FFN they sit beside, from ``config.seed`` and the layer's number only. Raises ValueError for a
+    model that already has adapters. Nothing is changed in the model unless all adapters could be made.
     """
     if find_adapters(model):
         raise ValueError(f"{type(model).__name__} already has sparse adapters; detach(model) removes them")
@@ -186,7 +186,7 @@ class _BesidePair:
 
 
 class _FeedCheckpoints:
-    """Reentrant checkpointing cuts the graph when no input of the segment requires grad, as under a frozen embedding."""
+    """Reentrant checkpointing cuts the graph when no input requires grad, as under a frozen embedding."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model

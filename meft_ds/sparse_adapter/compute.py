@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The adapter's function and its gradients, by expert groups: one micro-batch costs T E r/N row products instead of T U.
+"""The adapter's function and its gradients, by expert groups: T E r/N row products per micro-batch instead of T U.
 
 With S the active rows, Q = X A_S^T, Gam_tj = P_{t,e(j)}, M the selection: Z = relu(M Gam Q) and Y = Z V_S. Backward:
 dV_S = Z^T dY; Ez = (dY V_S^T) [Z > 0]; dQ = Ez Gam; dA_S = dQ^T X; dP_te = sum_{j in e} (Ez Q)_tj; dX = dQ A_S. The
@@ -98,7 +98,10 @@ def _forward(x: Tensor, gates: Tensor | None, job: Job) -> tuple[Tensor, Tensor]
                 if job.scores is None:
                     xg = x.index_select(0, groups.token[block.rows]).view(shape)
                     torch.bmm(xg, _take(K, groups, block).transpose(1, 2), out=q.view(shape))
-                q *= on[block.rows]
+                if x.dtype == torch.float16:
+                    q.masked_fill_(on[block.rows] == 0, 0)  # a score that nobody selected may be inf
+                else:
+                    q *= on[block.rows]  # about five times faster on a CPU
                 # relu once more: q may differ in its last bit from what selection saw on another device.
                 z = (q.float() if gam is None else gam[block.rows] * q).clamp_(min=0)
                 if job.scores is None:
@@ -164,7 +167,7 @@ def _plan(job: Job) -> GroupPlan:
 
 
 def _gather(rows: RowSource, bank: Bank) -> tuple[Tensor, Tensor]:
-    """Keys and values of a bank, [G, m, d] each; apart and contiguous, for the GEMM libraries would copy them anyway."""
+    """Keys and values of a bank, [G, m, d] each; apart and contiguous: GEMM libraries would copy them anyway."""
     W = rows.gather(bank.table.view(-1)).view(*bank.table.shape, 2 * rows.d)
     return W[..., : rows.d].contiguous(), W[..., rows.d :].contiguous()
 

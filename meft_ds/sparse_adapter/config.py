@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The ``sparse_adapter`` part of the ``meft_offload`` block: what a user may set, and the numbers that "auto" becomes."""
+"""The ``sparse_adapter`` settings of the ``meft_offload`` block, and the numbers that "auto" becomes."""
 
 from __future__ import annotations
 
@@ -114,9 +114,9 @@ class SparseAdapterConfig(BaseModel):
     )
     compute: Literal["auto", "grouped", "union"] = Field(
         "auto",
-        description='"grouped": tokens grouped by expert, cost T E r/N. "union": all tokens against the union of active '
-        'rows, cost T U; the slow oracle. auto = grouped for scope "token" (measured faster on CPU at every size '
-        'tried), union for scope "batch", where each token does use the whole union.',
+        description='"grouped": by expert, cost T E r/N. "union": all tokens against the union of active '
+        'rows, cost T U; the slow oracle. auto = grouped for scope "token" (on a CPU at T = 2048, d = 512, r = 4096 '
+        '6 times faster in fp32, 11 in bf16), union for scope "batch", where each token does use the whole union.',
     )
     cache_rows: _IntOrAuto = Field(
         "auto",
@@ -137,11 +137,11 @@ class SparseAdapterConfig(BaseModel):
     )
     init_std: Annotated[float | _Auto, BeforeValidator(lambda v: _positive(v, ("auto",)))] = Field(
         "auto",
-        description="Standard deviation of new keys (values start at 0). auto = the model's initializer_range, else 0.02.",
+        description="Standard deviation of new keys (values start at 0). auto = the model's initializer_range or 0.02.",
     )
     target_modules: Annotated[tuple[str, ...] | None, BeforeValidator(_patterns)] = Field(
         None,
-        description="Regular expression(s); a module whose whole name matches one gets an adapter. null = find the FFNs.",
+        description="Regular expression(s) for whole module names that get an adapter. null = find the FFNs.",
     )
     seed: Annotated[int, BeforeValidator(_seed)] = Field(
         0, description="Seed of keys and router; independent of the global random state."

@@ -32,9 +32,10 @@ class Site:
 def find_ffns(model: nn.Module, target_modules: str | Sequence[str] | None = None) -> list[Site]:
     """Sites in the order of the layers.
 
-    target_modules: regular expression(s) that the whole name of a module must match; None = look for decoder layers with
-    an FFN (Llama, Mistral, Qwen, Gemma, Phi, GPT-2, GPT-NeoX ...), a mixture-of-experts block (the adapter goes beside
-    the whole block), or fc1/fc2 of their own (OPT). Raises ValueError, with the names to choose from, when none is found.
+    target_modules: regular expression(s) that the whole name of a module must match; None = look for decoder layers
+    with an FFN (Llama, Mistral, Qwen, Gemma, Phi, GPT-2, GPT-NeoX ...), a mixture-of-experts block (the adapter goes
+    beside the whole block), or fc1/fc2 of their own (OPT). Raises ValueError, with the names to choose from, when none
+    is found.
     """
     patterns = [target_modules] if isinstance(target_modules, str) else target_modules
     sites = _discovered(model) if patterns is None else _matching(model, patterns)

@@ -2,8 +2,9 @@
 """An adapter on disk, and back into a plain model on one device for inference.
 
 ``meft_adapter.json`` says what the adapter is and names the tensor file with its size and SHA-256;
-``meft_adapter-<hash>.safetensors`` holds fp32 ``layers.<i>.rows`` [r, 2 d] (key || value) and ``layers.<i>.router`` [N, d].
-The tensor file is named by its content and the JSON is replaced last, so a directory always holds one complete adapter.
+``meft_adapter-<hash>.safetensors`` holds fp32 ``layers.<i>.rows`` [r, 2 d] (key || value) and ``layers.<i>.router``
+[N, d]. The tensor file is named by its content and the JSON is replaced last, so a directory always holds one complete
+adapter.
 """
 
 from __future__ import annotations

@@ -13,7 +13,15 @@ from torch import Tensor, nn
 from meft_ds.sparse_adapter.balance import with_balance_gradient
 from meft_ds.sparse_adapter.compute import Job, apply_grouped
 from meft_ds.sparse_adapter.config import ResolvedSparseAdapter
-from meft_ds.sparse_adapter.plan import chunk_length, count_pairs, make_banks, plan_groups, sort_pairs
+from meft_ds.sparse_adapter.plan import (
+    GroupPlan,
+    SortedPairs,
+    chunk_length,
+    count_pairs,
+    make_banks,
+    plan_groups,
+    sort_pairs,
+)
 from meft_ds.sparse_adapter.replay import Replay, inside_backward
 from meft_ds.sparse_adapter.router import Router, expert_starts
 from meft_ds.sparse_adapter.rows import RowSource
@@ -68,6 +76,8 @@ class SparseAdapter(nn.Module):
             gate_p = p if config.gate else None
             if config.compute == "grouped":
                 y = apply_grouped(x_rows, gate_p, job)
+                if not torch.is_grad_enabled():
+                    selection.plan = None
             else:
                 y = apply_union(x_rows, gate_p, job, self._starts, config.scope == "batch")
         return y.to(x.dtype).view(x.shape)
@@ -78,19 +88,21 @@ class SparseAdapter(nn.Module):
 
     def extra_repr(self) -> str:
         c = self.config
-        return f"layer={self.layer}, d={c.d}, rows={c.rows}, experts={c.experts}, E={c.experts_per_token}, K={c.keys_per_token}"
+        return f"layer={self.layer}, d={c.d}, r={c.rows}, N={c.experts}, E={c.experts_per_token}, K={c.keys_per_token}"
 
     def _select(self, x: Tensor, p: Tensor, token_mask: Tensor | None) -> tuple[Selection, Tensor | None]:
         again = self.training and inside_backward()
         if again:
             saved = self._replay.take(x)
             if saved is not None:
+                if saved.plan is None and self.config.compute == "grouped":
+                    saved.plan = self._plan(saved, x)
                 return saved, None
         with torch.no_grad():
             selection, scores = self._choose(x, p, token_mask)
         if self.training and not again:
             self._replay.save(x, selection)
-            self.rows.record(int(selection.active.sum()), x.shape[0], selection.load)
+            self.rows.record(int(selection.active.sum()), x.shape[0], selection.counts.sum(0))
         return selection, scores
 
     def _choose(self, x: Tensor, p: Tensor, token_mask: Tensor | None) -> tuple[Selection, Tensor | None]:
@@ -99,8 +111,9 @@ class SparseAdapter(nn.Module):
         experts = top_experts(p, config.experts_per_token)
         gates = p.gather(1, experts) if config.gate else None
         keys = rows.keys_for_selection()
-        N, row_bytes = config.experts, config.d * x.element_size()
-        length = chunk_length(x.shape[0], config.experts_per_token, row_bytes)
+        N = config.experts
+        length = chunk_length(x.shape[0], config.experts_per_token, config.d * x.element_size())
+        # What a host selection reads may lie in buffers that the next layer's transfer reuses: nothing below keeps it.
         if rows.selection == "host":
             x_s = rows.to_host(x, "x")
             experts_s = rows.to_host(experts.to(torch.int32), "experts").long()
@@ -109,7 +122,7 @@ class SparseAdapter(nn.Module):
             counts = count_pairs(experts_s, tokens_s, N, length)
         else:
             x_s, experts_s, gates_s, tokens_s = x, experts, gates, tokens
-            counts = rows.to_host(count_pairs(experts, tokens, N, length), "counts")
+            counts = rows.to_host(count_pairs(experts, tokens, N, length), "counts").clone()
         pairs_s = sort_pairs(experts_s, tokens_s, counts, length)
         q = key_scores(x_s, keys, self._starts_at(x_s.device), pairs_s)
         mask = select_keys(q, gates_s, config.keys_per_token, tokens_s)
@@ -117,13 +130,19 @@ class SparseAdapter(nn.Module):
         if rows.selection == "host":
             mask = rows.to_device(mask, "mask")
         else:
-            active = rows.to_host(active, "active")
-        selection = Selection(experts, mask, active, counts.sum(0), tokens)
+            active = rows.to_host(active, "active").clone()
+        selection = Selection(experts, mask, active, counts, tokens)
         if config.compute == "grouped":
-            pairs = pairs_s if x_s.device == x.device else sort_pairs(experts, tokens, counts, length)
-            banks = make_banks(active, self._starts, rows.capacity, 2 * config.d * 4)
-            selection.plan = plan_groups(pairs, banks, row_bytes)
+            selection.plan = self._plan(selection, x, pairs_s if x_s.device == x.device else None)
         return selection, q if q.device == x.device else None
+
+    def _plan(self, selection: Selection, x: Tensor, pairs: SortedPairs | None = None) -> GroupPlan:
+        row_bytes = self.config.d * x.element_size()
+        if pairs is None:
+            length = chunk_length(x.shape[0], self.config.experts_per_token, row_bytes)
+            pairs = sort_pairs(selection.experts, selection.tokens, selection.counts, length)
+        banks = make_banks(selection.active, self._starts, self.rows.capacity, 2 * self.config.d * 4)
+        return plan_groups(pairs, banks, row_bytes)
 
     def _starts_at(self, device: torch.device) -> Tensor:
         if device not in self._starts_on:

@@ -60,7 +60,7 @@ class Replay:
             if not self._warned:
                 self._warned = True
                 logger.warning(
-                    "more than %d forwards in training mode without a backward; the oldest saved selection was dropped. "
+                    "more than %d forwards in training mode without a backward; the oldest selection was dropped. "
                     "Use model.eval() for forwards that are not trained on",
                     _MOST_PENDING,
                 )

@@ -51,10 +51,10 @@ def unit_router_scale(*, d: int, r: int, n_experts: int, per_token: int, std: fl
     """Factor on the mean key for which the *selected* gates start at order 1.
 
     After RMSNorm or LayerNorm the entries of x have root mean square 1, so |x| = sqrt(d). The mean of m = r/N keys
-    from N(0, std^2) has entries of variance std^2 / m, so a logit with factor c is close to N(0, c^2 d std^2 / m). The E
-    largest of N such logits have the mean a c sqrt(d) std / sqrt(m), where a = (N/E) phi(Phi^-1(1 - E/N)) is the mean of
-    the upper E/N tail of a standard normal. Setting that to 1 gives c = sqrt(m) / (a std sqrt(d)). For E > N/2, where
-    the tail mean vanishes, a is held at that of E = N/2, the mean magnitude sqrt(2/pi).
+    from N(0, std^2) has entries of variance std^2 / m, so a logit with factor c is close to N(0, c^2 d std^2 / m). The
+    E largest of N such logits have the mean a c sqrt(d) std / sqrt(m), where a = (N/E) phi(Phi^-1(1 - E/N)) is the
+    mean of the upper E/N tail of a standard normal. Setting that to 1 gives c = sqrt(m) / (a std sqrt(d)). For E >
+    N/2, where the tail mean vanishes, a is held at that of E = N/2, the mean magnitude sqrt(2/pi).
     With the paper's numbers (d = 4096, m = 23, std = 0.02, N = 368, E = 8) a = 2.4 and c = 1.6; its factor 50 gives 32.
     """
     m = r / n_experts

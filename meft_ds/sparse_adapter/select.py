@@ -24,15 +24,16 @@ class Selection:
     experts: int64 [T, E], ascending in each token (so a candidate's position orders like its row id).
     mask: bool [T, E, m] over the candidates, m = rows of the largest expert.
     active: bool [N, m] on the host: slots of each expert's slice that some token uses; U = active.sum().
-    load: int64 [N] on the host: tokens that the router sent to each expert.
+    counts: int64 [C, N] on the host: tokens that the router sent to each expert, per chunk of tokens (see plan).
     tokens: bool [T], False for padding; None = all are real.
-    plan: how the grouped form orders the pairs (token, expert); None for the union form.
+    plan: how the grouped form orders the pairs (token, expert); None for the union form, and while a selection waits
+        for a checkpoint's recomputation: it is several times larger than the rest and quick to make again.
     """
 
     experts: Tensor
     mask: Tensor
     active: Tensor
-    load: Tensor
+    counts: Tensor
     tokens: Tensor | None
     plan: GroupPlan | None = None
 

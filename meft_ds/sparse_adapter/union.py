@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The same function over the union of active rows: every token against all U rows, masked. Slow, plain, the oracle.
 
-It is also the form of ``scope: "batch"`` (the paper's Algorithm 1), where every token does use the whole union. More than
-``rows.capacity`` rows are worked through in column chunks; sums over chunks are fp32.
+It is also the form of ``scope: "batch"`` (the paper's Algorithm 1), where every token does use the whole union. More
+than ``rows.capacity`` rows are worked through in column chunks; sums over chunks are fp32.
 """
 
 from __future__ import annotations

@@ -58,6 +58,8 @@ def test_adapter_input_is_the_ffn_input_and_its_output_is_added(name: str) -> No
     with_adapter = seen["out"]
     detach(model)
     bare = last(torch.relu(first(seen["x"]))) if name == "opt" else module(seen["x"])
+    if isinstance(bare, tuple):  # mixture-of-experts blocks of transformers 4 return their router's logits too
+        (with_adapter, _), (bare, _) = with_adapter, bare
     torch.testing.assert_close(with_adapter, bare + adapter(seen["x"]))
 
 

@@ -103,14 +103,14 @@ def test_selection_is_made_once_per_forward_and_matched_to_its_own_input(kind: s
         assert first == again and len(again) == 3
 
 
-def test_checkpointed_forwards_are_recorded_once() -> None:
-    for kind in CHECKPOINTS:
-        net = Net()
-        count: list[int] = []
-        for adapter in net.adapters:
-            adapter.rows.record = lambda *_: count.append(1)
-        net(torch.randn(3, 16).requires_grad_(), RUNS[kind]).sum().backward()
-        assert len(count) == 4
+@pytest.mark.parametrize("kind", CHECKPOINTS)
+def test_checkpointed_forwards_are_recorded_once(kind: str) -> None:
+    net = Net()
+    count: list[int] = []
+    for adapter in net.adapters:
+        adapter.rows.record = lambda *_: count.append(1)
+    net(torch.randn(3, 16).requires_grad_(), RUNS[kind]).sum().backward()
+    assert len(count) == 4
 
 
 def test_end_window_forgets_and_forwards_without_backward_stay_bounded(caplog: pytest.LogCaptureFixture) -> None:
@@ -126,3 +126,11 @@ def test_end_window_forgets_and_forwards_without_backward_stay_bounded(caplog: p
         adapter(torch.randn(2, 16))  # with grad: owned by a graph that is gone at once
     gc.collect()
     assert len(adapter._replay) == 0
+
+
+def test_a_selection_that_waits_for_recomputation_holds_no_index_arrays() -> None:
+    adapter = random_adapter(small_config())
+    with torch.no_grad():
+        adapter(torch.randn(4, 16))
+    (entry,) = adapter._replay._pending
+    assert entry.strong is not None and entry.strong.plan is None
