@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Hugging Face Trainer and Accelerate programs that know nothing of us, with and without the block."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tests.ranks import run_ranks
+from tests.toy import ADAPTER, tiny_llama
+
+pytestmark = pytest.mark.compat
+HERE = Path(__file__).parent
+
+
+def config_file(folder: Path, *, block: bool = True, precision: str = "bf16", optimizer: bool = True) -> Path:
+    """A ds_config as Hugging Face users write it, with "auto" wherever Trainer fills it in."""
+    config: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": "auto",
+        "gradient_accumulation_steps": "auto",
+        "gradient_clipping": "auto",
+        "zero_optimization": {"stage": 2},
+    }
+    if precision == "bf16":
+        config["bf16"] = {"enabled": "auto"}
+    if optimizer:
+        params = {"lr": "auto", "betas": "auto", "eps": "auto", "weight_decay": "auto"}
+        config["optimizer"] = {"type": "AdamW", "params": params}
+        config["scheduler"] = {
+            "type": "WarmupDecayLR",
+            "params": {"warmup_min_lr": 0, "warmup_max_lr": "auto", "warmup_num_steps": 1, "total_num_steps": "auto"},
+        }
+    if block:
+        config["meft_offload"] = {"sparse_adapter": dict(ADAPTER)}
+    path = folder / "ds.json"
+    folder.mkdir(exist_ok=True)
+    path.write_text(json.dumps(config))
+    return path
+
+
+def run(program: str, *args: str, world: int = 1) -> dict[str, Any]:
+    return json.loads(run_ranks(HERE / program, world, *args)[0].strip().splitlines()[-1])
+
+
+@pytest.mark.parametrize("optimizer", [True, False])
+def test_trainer_trains_saves_and_resumes_bit_identically(tmp_path: Path, optimizer: bool) -> None:
+    config = str(config_file(tmp_path, optimizer=optimizer))
+    straight = run("trainer_program.py", str(tmp_path / "a"), config)
+    assert straight["losses"][-1] < straight["losses"][0]
+    assert straight["rows"]["up"] == straight["rows"]["down"] > 0
+    assert len(set(straight["rates"])) > 3 and all(norm > 0 for norm in straight["norms"])
+
+    (tmp_path / "b").mkdir()
+    shutil.copytree(tmp_path / "a" / "checkpoint-3", tmp_path / "b" / "checkpoint-3")
+    resumed = run("trainer_program.py", str(tmp_path / "b"), config, "--resume")
+    assert resumed["losses"] == straight["losses"]  # the log history of the first half comes with the checkpoint
+    assert torch.equal(torch.load(tmp_path / "a" / "logits.pt"), torch.load(tmp_path / "b" / "logits.pt"))
+
+
+def test_save_model_of_trainer_holds_a_plain_base_and_the_adapter(tmp_path: Path) -> None:
+    from tests.toy import batch
+    from transformers import AutoModelForCausalLM
+
+    import meft_ds
+
+    run("trainer_program.py", str(tmp_path / "a"), str(config_file(tmp_path, precision="fp32")))
+    model, info = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "a" / "final", output_loading_info=True, attn_implementation="eager"
+    )
+    assert not info["unexpected_keys"] and not info["missing_keys"]
+    assert torch.equal(model.lm_head.weight, tiny_llama().lm_head.weight)
+    meft_ds.load_adapter(model.eval(), tmp_path / "a" / "final")
+    with torch.no_grad():
+        logits = model(**{k: t[:2] for k, t in batch(0, rows=32).items() if k != "labels"}).logits
+    torch.testing.assert_close(logits, torch.load(tmp_path / "a" / "logits.pt"))
+
+
+@pytest.mark.parametrize("kind", ["reentrant", "nonreentrant"])
+def test_trainers_gradient_checkpointing_changes_nothing(tmp_path: Path, kind: str) -> None:
+    config = str(config_file(tmp_path))
+    plain = run("trainer_program.py", str(tmp_path / "a"), config)
+    checkpointed = run("trainer_program.py", str(tmp_path / "b"), config, "--checkpointing", kind)
+    assert checkpointed["losses"] == plain["losses"]
+
+
+def test_the_same_program_runs_on_two_ranks_and_without_the_block(tmp_path: Path) -> None:
+    config = str(config_file(tmp_path))
+    two = run("trainer_program.py", str(tmp_path / "two"), config, world=2)
+    assert two["losses"][-1] < two["losses"][0]
+    plain = run("trainer_program.py", str(tmp_path / "plain"), str(config_file(tmp_path / "p", block=False)))
+    assert plain["rows"] is None
+
+
+def test_accelerate_loop_trains_and_its_scheduler_drives_the_learning_rate(tmp_path: Path) -> None:
+    got = run("accelerate_program.py", str(config_file(tmp_path, optimizer=False, precision="fp32")))
+    assert got["class"] == "MeftEngine"
+    assert got["losses"][-1] < got["losses"][0] - 0.2
+    assert got["lr"] == pytest.approx(5e-3)
