@@ -10,15 +10,21 @@ Callers have checked the inputs.
 from __future__ import annotations
 
 import math
+import os
+from collections import deque
 from collections.abc import Sequence
+from concurrent.futures import Future
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from meft_ds.ops.pool import single_threaded_pool
+
 # Scratch holds at most this many values, unless one row is wider.
 _CHUNK = 1 << 20
 _ZERO_BLOCK = 1 << 18
+_SHARE = 1 << 18
 
 
 class Hyper(NamedTuple):
@@ -39,7 +45,7 @@ def adamw(
     chunk = p.numel() if exp_avg.dtype == torch.float32 and not _needs_scratch(grad, hyper) else _CHUNK
     steps = [torch.tensor(float(step))]
     for p_, m_, v_, g_ in zip(*(t.split(chunk) for t in flat), strict=True):
-        _fused([[p_], [m_], [v_]], [_usable(g_, hyper)], steps, hyper)
+        _update(_Runs([p_], [m_], [v_], [_usable(g_, hyper)], steps, [], []), hyper)
     if replica is not None:
         replica.copy_(p)
 
@@ -57,14 +63,14 @@ def adamw_rows(
     rows, width = p.shape
     if not p.numel():
         return
-    step_tensor = torch.tensor(float(step))
     gap_rows = max(1, min(rows, _ZERO_BLOCK // width))
     zeros = p.new_zeros(gap_rows, width, requires_grad=False)
+    step_tensor = torch.tensor(float(step))
+    team = _Team(hyper)
     done = 0
     for begin, end in _chunks(ids.numel(), width):
-        part = ids[begin:end]
         grads = _usable(grad[begin:end], hyper)
-        starts, lengths, _ = _runs(part)
+        starts, lengths, _ = _runs(ids[begin:end])
         sizes: list[int] = []
         pieces: list[Tensor] = []
         at = done
@@ -76,9 +82,10 @@ def adamw_rows(
         if end == ids.numel():
             _add_zeros(rows - at, zeros, sizes, pieces)
             at = rows
-        state = [t[done:at].split(sizes) for t in (p, exp_avg, exp_avg_sq)]
-        _fused(state, pieces, [step_tensor] * len(sizes), hyper)
+        views = [t[done:at].split(sizes) for t in (p, exp_avg, exp_avg_sq)]
+        team.run(_Runs(*views, pieces, [step_tensor] * len(sizes), [], []))
         done = at
+    team.finish()
     if replica is not None:
         replica.copy_(p)
 
@@ -99,34 +106,80 @@ def adamw_lazy_rows(
         return
     steps = row_steps.index_select(0, ids) + 1
     catch_up = torch.exp(decay_log - row_decay.index_select(0, ids))
+    asleep = bool((catch_up != 1.0).any())
+    team = _Team(hyper)
     for begin, end in _chunks(ids.numel(), p.shape[1]):
-        part = ids[begin:end]
-        starts, lengths, heads = _runs(part, steps[begin:end], catch_up[begin:end])
+        starts, lengths, heads = _runs(ids[begin:end], steps[begin:end], catch_up[begin:end])
         views = [_pick(t, starts, lengths) for t in (p, exp_avg, exp_avg_sq)]
-        factors = catch_up[begin:end][heads].tolist()
-        if any(factor != 1.0 for factor in factors):
-            torch._foreach_mul_(views[0], factors)
         grads = _usable(grad[begin:end], hyper).split(lengths)
-        _fused(views, grads, steps[begin:end][heads].float().unbind(0), hyper)
-        if replica is not None:
-            torch._foreach_copy_(_pick(replica, starts, lengths), views[0])
+        run_steps = steps[begin:end][heads].float().unbind(0)
+        factors = catch_up[begin:end][heads].tolist() if asleep else []
+        team.run(_Runs(*views, grads, run_steps, factors, [] if replica is None else _pick(replica, starts, lengths)))
+    team.finish()
     row_steps.index_copy_(0, ids, steps)
     row_decay.index_fill_(0, ids, decay_log + math.log1p(-hyper.lr * hyper.weight_decay))
 
 
-def _fused(state: Sequence[Sequence[Tensor]], grads: Sequence[Tensor], steps: Sequence[Tensor], hyper: Hyper) -> None:
-    """torch's fused AdamW over lists of views of p and the moments; bf16 moments are widened and rounded back."""
-    p, exp_avg, exp_avg_sq = (list(views) for views in state)
-    narrow = exp_avg[0].dtype != torch.float32
-    means = [t.float() for t in exp_avg] if narrow else exp_avg
-    squares = [t.float() for t in exp_avg_sq] if narrow else exp_avg_sq
+class _Runs(NamedTuple):
+    """Lists of views, one entry per run of rows; `catch_up` (factors on p before the step) and `replica` may be empty."""
+
+    p: Sequence[Tensor]
+    exp_avg: Sequence[Tensor]
+    exp_avg_sq: Sequence[Tensor]
+    grads: Sequence[Tensor]
+    steps: Sequence[Tensor]
+    catch_up: Sequence[float]
+    replica: Sequence[Tensor]
+
+
+class _Team:
+    """Hands runs to threads that each use one core, while the caller prepares the next ones.
+
+    torch would instead split every single run over its threads, thousands of times per call (on a busy machine slower
+    by a factor of over 100). A list of one run is a whole tensor and is left to torch.
+    """
+
+    def __init__(self, hyper: Hyper) -> None:
+        self._hyper = hyper
+        self._threads = torch.get_num_threads()
+        self._jobs: deque[Future[None]] = deque()
+
+    def run(self, runs: _Runs) -> None:
+        if self._threads == 1 or len(runs.p) == 1:
+            _update(runs, self._hyper)
+            return
+        pool = single_threaded_pool(os.getpid(), self._threads)
+        # Shares small enough for a core's own cache, because catching up, step and replica pass over them in turn.
+        shares = max(self._threads, sum(t.numel() for t in runs.p) // _SHARE)
+        for i in range(shares):
+            share = _Runs(*(views[i::shares] for views in runs))
+            self._jobs.append(pool.submit(_update, share, self._hyper))
+        # Bounds the scratch memory that waiting shares hold on to.
+        while len(self._jobs) > 2 * shares:
+            self._jobs.popleft().result()
+
+    def finish(self) -> None:
+        while self._jobs:
+            self._jobs.popleft().result()
+
+
+@torch.no_grad()
+def _update(runs: _Runs, hyper: Hyper) -> None:
+    """torch's fused AdamW over lists of views; bf16 moments are widened for the step and rounded back."""
+    if not runs.p:
+        return
+    if runs.catch_up:
+        torch._foreach_mul_(list(runs.p), list(runs.catch_up))
+    narrow = runs.exp_avg[0].dtype != torch.float32
+    means = [t.float() for t in runs.exp_avg] if narrow else list(runs.exp_avg)
+    squares = [t.float() for t in runs.exp_avg_sq] if narrow else list(runs.exp_avg_sq)
     torch._fused_adamw_(
-        p,
-        list(grads),
+        list(runs.p),
+        list(runs.grads),
         means,
         squares,
         [],
-        list(steps),
+        list(runs.steps),
         lr=hyper.lr,
         beta1=hyper.beta1,
         beta2=hyper.beta2,
@@ -136,8 +189,10 @@ def _fused(state: Sequence[Sequence[Tensor]], grads: Sequence[Tensor], steps: Se
         maximize=False,
     )
     if narrow:
-        torch._foreach_copy_(exp_avg, means)
-        torch._foreach_copy_(exp_avg_sq, squares)
+        torch._foreach_copy_(list(runs.exp_avg), means)
+        torch._foreach_copy_(list(runs.exp_avg_sq), squares)
+    if runs.replica:
+        torch._foreach_copy_(list(runs.replica), list(runs.p))
 
 
 def _needs_scratch(grad: Tensor, hyper: Hyper) -> bool:
@@ -170,13 +225,8 @@ def _runs(ids: Tensor, *same: Tensor) -> tuple[list[int], list[int], Tensor]:
 
 
 def _pick(t: Tensor, starts: list[int], lengths: list[int]) -> list[Tensor]:
-    """Views of the runs, cut out in one call: slicing them one by one costs more than updating them."""
-    sizes = []
-    at = starts[0]
-    for start, length in zip(starts, lengths, strict=True):
-        sizes += [start - at, length]
-        at = start + length
-    return list(t[starts[0] : at].split(sizes)[1::2])
+    narrow = t.narrow
+    return [narrow(0, start, length) for start, length in zip(starts, lengths, strict=True)]
 
 
 def _add_zeros(rows: int, zeros: Tensor, sizes: list[int], pieces: list[Tensor]) -> None:

@@ -17,7 +17,7 @@ constexpr int64_t kCopyGrainBytes = 1 << 18;
 // to[i] = from[ids[i]] for strides and width in bytes.
 inline void gather(const char* from, int64_t from_stride, const int64_t* ids, int64_t k, char* to, int64_t to_stride,
                    int64_t width, int threads) {
-  split(k, kCopyGrainBytes / std::max<int64_t>(width, 1) + 1, 1, threads, [&](int64_t begin, int64_t end) {
+  split(k, kCopyGrainBytes / std::max<int64_t>(width, 1) + 1, threads, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) std::memcpy(to + i * to_stride, from + ids[i] * from_stride, width);
   });
 }
@@ -25,7 +25,7 @@ inline void gather(const char* from, int64_t from_stride, const int64_t* ids, in
 // to[ids[i]] = from[i].
 inline void scatter(char* to, int64_t to_stride, const int64_t* ids, int64_t k, const char* from, int64_t from_stride,
                     int64_t width, int threads) {
-  split(k, kCopyGrainBytes / std::max<int64_t>(width, 1) + 1, 1, threads, [&](int64_t begin, int64_t end) {
+  split(k, kCopyGrainBytes / std::max<int64_t>(width, 1) + 1, threads, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) std::memcpy(to + ids[i] * to_stride, from + i * from_stride, width);
   });
 }
@@ -58,7 +58,7 @@ double squares(const typename T::raw* x, int64_t n, int threads) {
   constexpr int64_t kBlock = 1 << 14;
   const int64_t blocks = (n + kBlock - 1) / kBlock;
   std::vector<double> sums(static_cast<size_t>(blocks));
-  split(blocks, 16, 8, threads, [&](int64_t begin, int64_t end) {
+  split(blocks, 8, threads, [&](int64_t begin, int64_t end) {
     for (int64_t b = begin; b < end; ++b)
       sums[static_cast<size_t>(b)] = block_squares<T>(x + b * kBlock, std::min(kBlock, n - b * kBlock));
   });
