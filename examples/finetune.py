@@ -59,6 +59,10 @@ def main() -> None:
     set_seed(args.seed)
     if args.use_cpu and args.world_size > 1 and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // args.world_size))
+    if args.use_cpu and args.deepspeed:
+        import deepspeed
+
+        deepspeed.init_distributed()  # accelerate does it on accelerators only; ZeRO-3 needs it to build the model
 
     task = load_task(job.task, job.data_file, job.eval_file, job.num_facts, job.num_eval, job.task_seed)
     tokenizer = AutoTokenizer.from_pretrained(job.model_name_or_path, padding_side="right")

@@ -5,9 +5,9 @@
 
 The base learns to write Python and English docstrings. It must not learn which code point has which Unicode name, since
 `finetune.py --task facts` teaches exactly that: modules full of such tables are left out, and so is every line anywhere
-that spells out a character's full name or a code point (see `library_text`). The tokenizer alone also sees the words
-that names are made of ("GREEK", "ARROW"), shuffled and one at a time, so that a name is a few tokens long; it never
-sees a code point beside one.
+that spells out a character's full name or a code point (see `library_text`). What it does see, as a few per cent of
+its text, are the words that names are made of ("GREEK", "ARROW"), shuffled over all names, so that these words are
+ordinary tokens to it: never a code point beside one.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ def main() -> None:
     random.seed(args.seed)
     torch.manual_seed(args.seed)
     torch.set_num_threads(args.threads)
-    files = library_text()
-    tokenizer = train_tokenizer([text for _, text in files], args.vocab_size, args.seed)
+    files = [*library_text(), *word_lists(args.seed)]
+    tokenizer = train_tokenizer([text for _, text in files], args.vocab_size)
     blocks = token_blocks(tokenizer, files, args.block, args.seed)
     model = new_model(args, tokenizer)
     start = time.perf_counter()
@@ -72,14 +72,14 @@ def main() -> None:
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=BASE_DIR)
-    parser.add_argument("--hidden", type=int, default=256)
-    parser.add_argument("--layers", type=int, default=3)
-    parser.add_argument("--heads", type=int, default=8)
-    parser.add_argument("--intermediate", type=int, default=640)
+    parser.add_argument("--hidden", type=int, default=224)
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--heads", type=int, default=7)
+    parser.add_argument("--intermediate", type=int, default=576)
     parser.add_argument("--vocab_size", type=int, default=4096)
     parser.add_argument("--block", type=int, default=128, help="tokens per training row")
-    parser.add_argument("--batch", type=int, default=32, help="rows per step")
-    parser.add_argument("--steps", type=int, default=800)
+    parser.add_argument("--batch", type=int, default=16, help="rows per step")
+    parser.add_argument("--steps", type=int, default=1100)
     parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
@@ -111,15 +111,15 @@ def holds_name(line: str, names: set[str], longest: int) -> bool:
     return any(" ".join(words[start:end]) in names for start, end in spans)
 
 
-def name_words(seed: int) -> list[str]:
-    """The words of Unicode 3.2 character names, as often as they occur and shuffled: no names, no code points."""
-    ucd = unicodedata.ucd_3_2_0
-    words = [f" {word}" for code in range(0x3000) for word in ucd.name(chr(code), "").split()]
+def word_lists(seed: int) -> list[tuple[str, str]]:
+    """The words of Unicode 3.2 character names, as often as they occur, shuffled over all names, 64 to a text."""
+    names = (unicodedata.ucd_3_2_0.name(chr(code), "") for code in range(0x3400))
+    words = [word for name in names if not name.startswith(("CJK", "HANGUL")) for word in name.split()]
     random.Random(seed).shuffle(words)
-    return words
+    return [("words", " " + " ".join(words[start : start + 64])) for start in range(0, len(words), 64)]
 
 
-def train_tokenizer(texts: list[str], vocab_size: int, seed: int) -> PreTrainedTokenizerFast:
+def train_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer with single digits; `<s>` is put before every text."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -135,7 +135,8 @@ def train_tokenizer(texts: list[str], vocab_size: int, seed: int) -> PreTrainedT
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator([*texts, *(word for word in name_words(seed) for _ in range(4))], trainer)
+    words = [text for text in texts if text.startswith(" ")] * 3  # again: their words shall be few tokens
+    tokenizer.train_from_iterator([*texts, *words, "U+0 " * 100], trainer)
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", tokenizer.token_to_id("<s>"))]
     )

@@ -85,7 +85,7 @@ def figures(trainer: Trainer, task: Task, before: float | None, after: float | N
 def trainable_parameters(model: PreTrainedModel, stats: dict[str, Any]) -> int:
     """Parameters with a gradient (whole, even where ZeRO-3 holds a part) and adapter rows outside the model."""
     inside = sum(int(getattr(p, "ds_numel", p.numel())) for p in model.parameters() if p.requires_grad)
-    return inside + int(stats.get("host_parameters", 0))
+    return inside + int(stats.get("rows_total", 0)) * 2 * int(model.config.hidden_size)
 
 
 def draw_loss(history: list[dict[str, Any]], path: Path) -> bool:
