@@ -14,7 +14,16 @@ from torch import Tensor
 
 from meft_ds.ops import torch_adam
 from meft_ds.ops.build import DTYPE_CODES, kernels
-from meft_ds.ops.checks import FLOATS, check, check_active, check_betas, check_matrix, check_state, check_step
+from meft_ds.ops.checks import (
+    FLOATS,
+    check,
+    check_active,
+    check_betas,
+    check_decay,
+    check_matrix,
+    check_state,
+    check_step,
+)
 
 
 @torch.no_grad()
@@ -121,6 +130,7 @@ def adamw_lazy_rows_(
     check_active(ids, p.shape[0])
     check("grad", grad, FLOATS, (ids.numel(), p.shape[1]))
     check_betas(beta1, beta2)
+    check_decay(lr, weight_decay)
     hyper = (lr, beta1, beta2, eps, weight_decay, grad_scale)
     cpp = kernels()
     if cpp is None:

@@ -32,9 +32,9 @@ logger = logging.getLogger(__name__)
 DTYPE_CODES: dict[torch.dtype | None, int] = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, None: 3}
 
 _CSRC = Path(__file__).parent / "csrc"
-# No -ffast-math: it would drop NaN and infinity, and flush subnormals in the whole process. These two only let the
-# compiler use vector instructions for sqrt and for conditional moves.
-_FLAGS = ("-O3", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden")
+# No -ffast-math: it would drop NaN and infinity, and flush subnormals in the whole process. -fno-math-errno and
+# -fno-trapping-math only let the compiler use vector instructions for sqrt and for conditional moves.
+_FLAGS = ("-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden")
 _NATIVE_FLAGS = ("-mcpu=native",) if platform.machine() == "aarch64" else ("-march=native",)
 _OPENMP_FLAGS = ("-fopenmp",)
 _loading = threading.Lock()

@@ -82,5 +82,11 @@ def check_betas(beta1: float, beta2: float) -> None:
             raise ValueError(f"{name} must lie in [0, 1), it is {beta}")
 
 
+def check_decay(lr: float, weight_decay: float) -> None:
+    """The logarithm of one step's decay, log(1 - lr * weight_decay), must exist."""
+    if lr * weight_decay >= 1.0:
+        raise ValueError(f"weight_decay times lr must be below 1, it is {weight_decay} * {lr}")
+
+
 def _join(dtypes: tuple[torch.dtype, ...]) -> str:
     return " or ".join(str(dtype) for dtype in dtypes)

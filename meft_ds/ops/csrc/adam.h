@@ -39,6 +39,16 @@ inline Coefficients coefficients(const Hyper& h, int64_t step, double catch_up =
   return c;
 }
 
+// The compiler may not choose where to fuse (-ffp-contract=off): it would choose differently for whole vectors and for
+// the values left over, and results would depend on how the work is split over threads and ranks.
+inline float multiply_add(float a, float b, float c) {
+#if defined(__FMA__) || defined(__aarch64__)
+  return __builtin_fmaf(a, b, c);
+#else
+  return a * b + c;
+#endif
+}
+
 template <class G, class M, class R>
 void adam_span(float* __restrict__ p, void* m_, void* v_, const void* g_, void* r_, int64_t n, const Coefficients& k) {
   auto* __restrict__ m = static_cast<typename M::raw*>(m_);
@@ -52,10 +62,11 @@ void adam_span(float* __restrict__ p, void* m_, void* v_, const void* g_, void* 
     float square = c.beta2 * M::get(v[i]);
     if constexpr (G::stored) {
       const float grad = G::get(g[i]) * c.grad_scale;
-      mean += c.one_minus_beta1 * grad;
-      square += c.one_minus_beta2 * (grad * grad);
+      mean = multiply_add(c.one_minus_beta1, grad, mean);
+      square = multiply_add(c.one_minus_beta2 * grad, grad, square);
     }
-    const float value = c.decay * p[i] - c.step_size * (mean / (std::sqrt(square) * c.root_correction + c.eps));
+    const float root = multiply_add(std::sqrt(square), c.root_correction, c.eps);
+    const float value = multiply_add(-c.step_size, mean / root, c.decay * p[i]);
     p[i] = value;
     m[i] = M::put(mean);
     v[i] = M::put(square);
