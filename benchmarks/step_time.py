@@ -3,10 +3,11 @@
 
     python benchmarks/step_time.py [--rounds 5] [--layers 16] [--rows auto]
 
-One Llama-shaped model of about 60 M parameters with random weights, bf16, gradient clipping on. Three engines live in one
-process and take turns, step by step, so that a machine whose speed drifts treats all alike; figures are medians of the
-rounds, ratios are medians of the ratios within a round. Not run on a GPU: device and host are the same memory here, so the
-bus costs nothing and what shows is the compute that each way of training needs. Prints tables, and one line of JSON last.
+One Llama-shaped model of about 60 M parameters with random weights, bf16, gradient clipping on. Three engines live in
+one process and take turns, step by step, so that a machine whose speed drifts treats all alike; figures are medians
+of the rounds, ratios are medians of the ratios within a round. Not run on a GPU: device and host are the same memory
+here, so the bus costs nothing and what shows is the compute that each way of training needs. Prints tables, and one
+line of JSON last.
 """
 
 from __future__ import annotations
@@ -36,7 +37,10 @@ def main() -> None:
     for tokens, gas in SHAPES:
         results[f"{tokens}x{gas}"] = measure(tokens, gas, options)
     print(f"\n{_machine()}\nmodel: {results['2048x1']['parameters'] / 1e6:.1f} M parameters, bf16, clipping 1.0\n")
-    print(f"{'tokens/step':>11} {'accum':>5} {'native s':>9} {'zero-2 offload s':>17} {'meft s':>7} {'/native':>8} {'/offload':>9}")
+    print(
+        f"{'tokens/step':>11} {'accum':>5} {'native s':>9} {'zero-2 offload s':>17} {'meft s':>7} "
+        f"{'/native':>8} {'/offload':>9}"
+    )
     for (tokens, gas), r in zip(SHAPES, results.values(), strict=True):
         print(
             f"{tokens:>11} {gas:>5} {r['native_s']:>9.3f} {r['zero_offload_s']:>17.3f} {r['meft_s']:>7.3f} "
@@ -45,9 +49,13 @@ def main() -> None:
     held = device_bytes_by_rows(options)
     print(f"\ndevice bytes of the adapter, host selection, cache_rows 1024, {options.experts} experts, 2,048 tokens:")
     for rows, (cache, total) in held.items():
-        print(f"  r = {rows:>6}: rows and their gradients {cache / 2**20:8.2f} MiB, with routers {total / 2**20:8.2f} MiB")
+        print(
+            f"  r = {rows:>6}: rows and their gradients {cache / 2**20:8.2f} MiB, with routers {total / 2**20:8.2f} MiB"
+        )
     first = results["2048x1"]
-    line = {key: first[key] for key in ("native_s", "zero_offload_s", "meft_s", "meft_vs_native", "meft_vs_zero_offload")}
+    line = {
+        key: first[key] for key in ("native_s", "zero_offload_s", "meft_s", "meft_vs_native", "meft_vs_zero_offload")
+    }
     line |= {"shapes": results, "device_bytes": held, "machine": _machine(), "rounds": options.rounds}
     print(json.dumps(line))
 
@@ -178,7 +186,8 @@ def _machine() -> str:
             cpu = next(line.split(":")[1].strip() for line in f if line.startswith("model name"))
     except (OSError, StopIteration):
         pass
-    return f"{cpu}, {torch.get_num_threads()} threads, torch {torch.__version__}, deepspeed {deepspeed.__version__}, CPU only"
+    versions = f"torch {torch.__version__}, deepspeed {deepspeed.__version__}"
+    return f"{cpu}, {torch.get_num_threads()} threads, {versions}, CPU only"
 
 
 if __name__ == "__main__":

@@ -29,7 +29,8 @@ class MeftConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     sparse_adapter: SparseAdapterConfig = Field(
-        default_factory=SparseAdapterConfig, description="MEFT: large sparse adapters whose rows live on the host."
+        default_factory=lambda: SparseAdapterConfig.model_validate({}),
+        description="MEFT: large sparse adapters whose rows live on the host.",
     )
     train: tuple[Annotated[str, StringConstraints(min_length=1)], ...] = Field(
         (),
@@ -41,11 +42,12 @@ class MeftConfig(BaseModel):
         "fp32", description="Dtype of AdamW's two moments on the host. bf16 halves them. Default: fp32, as DeepSpeed."
     )
     grad_dtype: Literal["auto", "fp32"] = Field(
-        "auto", description="Dtype of row gradients on the bus: auto = the compute dtype, fp32 = twice the bytes in bf16."
+        "auto",
+        description="Dtype of row gradients on the bus: auto = the compute dtype, fp32 = twice the bytes in bf16.",
     )
     host_memory_gb: Annotated[float | Literal["auto"], BeforeValidator(_gib_or_auto)] = Field(
         "auto",
-        description="Host memory per node, in GiB, that the offloaded state may take. auto = what is free at the start.",
+        description="GiB of host memory per node that the offloaded state may take. auto = what is free at the start.",
     )
 
     @field_validator("train")

@@ -8,8 +8,9 @@ import os
 from typing import Any
 
 import torch
-from tests.ranks import free_port
 from torch import Tensor, nn
+
+from tests.ranks import free_port
 
 VOCAB, HIDDEN, LAYERS = 61, 16, 2
 ADAPTER = {"rows": 40, "experts": 7, "experts_per_token": 3, "keys_per_token": 9}
@@ -46,7 +47,9 @@ def batch(seed: int, rows: int = 4, length: int = 8) -> dict[str, Tensor]:
     return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
 
-def ds_config(*, precision: str = "fp32", block: Any = ..., gas: int = 1, micro: int = 4, **extra: Any) -> dict[str, Any]:
+def ds_config(
+    *, precision: str = "fp32", block: Any = ..., gas: int = 1, micro: int = 4, **extra: Any
+) -> dict[str, Any]:
     """A ds_config with the block (leave it out with block=None)."""
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": micro,
@@ -69,7 +72,13 @@ def single_rank() -> None:
     """The environment of a launcher with one rank, unless we already run under a launcher."""
     if torch.distributed.is_initialized() or int(os.environ.get("WORLD_SIZE", "1")) > 1:
         return
-    here = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    here = {
+        "RANK": "0",
+        "LOCAL_RANK": "0",
+        "WORLD_SIZE": "1",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+    }
     os.environ.update(here)
 
 
@@ -100,13 +109,15 @@ def train(engine: Any, steps: int, *, first_seed: int = 100, rows: int = 4, dist
 def state_of(engine: Any) -> dict[str, Tensor]:
     """Copies of everything that training changes: host state of all units, and the model's trainable tensors."""
     state = {
-        f"{unit.name}.{key}": t.clone() for unit in engine.optimizer.pipeline.units for key, t in unit.state_tensors().items()
+        f"{unit.name}.{key}": t.clone()
+        for unit in engine.optimizer.pipeline.units
+        for key, t in unit.state_tensors().items()
     }
     return state | {n: p.detach().clone() for n, p in engine.module.named_parameters() if p.requires_grad}
 
 
 class DenseOracle(nn.Module):
-    """The adapter's function over all rows with a mask, by autograd: slow, and written from the paper's equations alone."""
+    """The adapter's function over all rows with a mask, by autograd, written from the paper's equations alone."""
 
     def __init__(self, keys: Tensor, values: Tensor, router: Tensor, starts: Tensor, E: int, K: int) -> None:
         super().__init__()

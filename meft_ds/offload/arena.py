@@ -2,8 +2,8 @@
 """One block of host memory for the tensors of a store: private to one rank, or shared by the ranks of a node.
 
 A shared block is a file in /dev/shm that only its user may open (mode 0600), named per run. It is unlinked as soon as
-every rank has mapped it, so the kernel frees it when the last rank is gone, however that happens. Only a SIGKILL between
-creation and that moment can leave a file behind; the next start removes such files.
+every rank has mapped it, so the kernel frees it when the last rank is gone, however that happens. Only a SIGKILL
+between creation and that moment can leave a file behind; the next start removes such files.
 """
 
 from __future__ import annotations
@@ -80,15 +80,17 @@ def _map_shared(nbytes: int, ranks: Ranks, directory: Path) -> mmap.mmap:
     if ranks.rank == 0:
         remove_stale(directory)
         me = os.getpid()
-        name[0] = f"{_PREFIX}-{os.getuid()}-{me}-{_start_time(me)}-{secrets.token_hex(8)}"
-        fd = os.open(directory / name[0], os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600)
+        made = f"{_PREFIX}-{os.getuid()}-{me}-{_start_time(me)}-{secrets.token_hex(8)}"
+        name[0] = made
+        fd = os.open(directory / made, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600)
         try:
             os.posix_fallocate(fd, 0, nbytes)  # claim the pages now: a full file system would be a SIGBUS later
         except OSError:
-            os.unlink(directory / name[0])
+            os.unlink(directory / made)
             raise
     dist.broadcast_object_list(name, src=dist.get_global_rank(ranks.group, 0) if ranks.group else 0, group=ranks.group)
-    path = directory / str(name[0])
+    assert name[0] is not None
+    path = directory / name[0]
     if ranks.rank != 0:
         fd = os.open(path, os.O_RDWR)
     memory = mmap.mmap(fd, nbytes)

@@ -2,7 +2,8 @@
 """The bus between accelerator and host: every byte that crosses goes through here and is counted by channel.
 
 Serial: each call returns when its copy is done. The copies use pinned staging buffers that grow to the largest transfer
-seen and are then reused. On a CPU device there is nothing to cross, so no copy is made, but the bytes are counted as if.
+seen and are then reused. On a CPU device there is nothing to cross, so no copy is made, but the bytes are counted as
+if.
 """
 
 from __future__ import annotations

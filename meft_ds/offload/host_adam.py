@@ -58,9 +58,9 @@ class FlatAdam:
 class RowAdam(FlatAdam):
     """AdamW of rows [n, w] from sparse row gradients.
 
-    `dense`: every row takes a step; rows without a gradient move by their moments (what the MEFT paper's accuracy used).
-    `lazy`: only rows with a gradient are touched, each with its own step count for bias correction; the decoupled weight
-    decay of the steps a row slept is caught up exactly when it wakes.
+    `dense`: every row takes a step; rows without a gradient move by their moments (what the MEFT paper's accuracy
+    used). `lazy`: only rows with a gradient are touched, each with its own step count for bias correction; the
+    decoupled weight decay of the steps a row slept is caught up exactly when it wakes.
     """
 
     def __init__(self, master: Tensor, replica: Tensor | None, moments_dtype: torch.dtype, mode: RowMode) -> None:

@@ -82,9 +82,9 @@ def _cgroup_v2_free() -> int | None:
     if path is None:
         return None
     free: int | None = None
-    folder = _CGROUP_V2 / path.lstrip("/")
+    own = _CGROUP_V2 / path.lstrip("/")
     # a limit may sit on any ancestor; inside a container the namespace root is the first that we can see
-    for folder in (folder, *folder.parents):
+    for folder in (own, *own.parents):
         limit = _read_int(folder / "memory.max")
         used = _read_int(folder / "memory.current")
         if limit is not None and used is not None:

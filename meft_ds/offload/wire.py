@@ -6,7 +6,8 @@ order, once per accumulation window:
 
     collect (device) -> reduce (ranks) -> send (down) -> sq_norm -> host_step (host) -> apply (up, device)
 
-or `discard` in place of the last two when the window overflowed. A new wire format is one subclass and one registration.
+or `discard` in place of the last two when the window overflowed. A new wire format is one subclass and one
+registration.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Saves and loads the units' state beside DeepSpeed's own files, in `<save_dir>/<tag>/meft/`.
 
-One safetensors file per unit and rank, then one JSON manifest with every file's size and SHA-256. Files are written to a
-temporary name and renamed; the manifest comes last, so a folder without one is an unfinished save. Nothing needs pickle.
+One safetensors file per unit and rank, then one JSON manifest with every file's size and SHA-256. Files are written
+to a temporary name and renamed; the manifest comes last, so a folder without one is an unfinished save. Nothing needs
+pickle.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ def save(folder: Path, units: list[Unit], ranks: Ranks, *, counters: dict[str, A
         files[name] = {"unit": unit.name, "lo": lo, "hi": hi, "total": total, **_fingerprint(folder / name)}
     gathered = _all_gather(files, ranks)
     if ranks.rank == 0:
-        manifest = {
+        manifest: dict[str, Any] = {
             "format": FORMAT,
             "about": about,
             "counters": counters,
@@ -68,7 +69,8 @@ def verify(folder: Path, units: list[Unit], ranks: Ranks, *, about: dict[str, An
     """Read the manifest and check it and every file this rank needs, before anything is changed. Collective.
 
     Raises:
-        ValueError: on every rank, naming the file or setting, when the state is missing, unfinished, damaged or belongs to
+        ValueError: on every rank, naming the file or setting, when the state is missing, unfinished, damaged or
+        belongs to
             another model or configuration.
     """
     problem, manifest = None, {}
@@ -165,7 +167,9 @@ def _check_files(folder: Path, manifest: dict[str, Any], units: list[Unit]) -> N
         mine = [(n, e) for n, e in manifest["files"].items() if e["unit"] == unit.name]
         if not mine or any(e["total"] != total for _, e in mine):
             sizes = sorted({e["total"] for _, e in mine})
-            raise ValueError(f"{folder}: unit {unit.name} has {sizes or 'no'} items, this run has {total}; make them equal")
+            raise ValueError(
+                f"{folder}: unit {unit.name} has {sizes or 'no'} items, this run has {total}; make them equal"
+            )
         for name, entry in mine:
             if entry["lo"] < hi and lo < entry["hi"]:
                 _check_file(folder / name, entry)

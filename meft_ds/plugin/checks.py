@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What in the rest of the ds_config does not go with the "meft_offload" block: faults stop the run, skips are warned of."""
+"""What in the rest of the ds_config does not go with the block: faults stop the run, skips are warned of."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def conflicts(ds_config: Mapping[str, Any]) -> list[str]:
     stage = zero.get("stage", 0)
     if stage not in (0, 1, 2):
         faults.append(
-            f"zero_optimization.stage: {stage} is not supported together with meft_offload yet (expected 0, 1 or 2; base "
+            f"zero_optimization.stage: {stage} is not supported with meft_offload yet (expected 0, 1 or 2; base "
             "weights stay whole on each rank); set it to 2"
         )
     for key in ("zenflow", "offload_param"):
@@ -45,7 +45,9 @@ def conflicts(ds_config: Mapping[str, Any]) -> list[str]:
         faults.append("sequence_parallel_size: sequence parallelism does not go with meft_offload; set it to 1")
     autocast = ds_config.get("torch_autocast") or {}
     if _is_on(autocast) and autocast.get("dtype") in ("float16", "fp16", "half"):
-        faults.append('torch_autocast.dtype: float16 needs a loss scaler that meft_offload has only under "fp16"; use it')
+        faults.append(
+            'torch_autocast.dtype: float16 needs a loss scaler that meft_offload has only under "fp16"; use it'
+        )
     faults += _optimizer_faults(ds_config.get("optimizer"))
     return faults
 
@@ -55,7 +57,9 @@ def skipped(ds_config: Mapping[str, Any]) -> list[str]:
     lines = []
     zero = ds_config.get("zero_optimization") or {}
     if _is_on(zero.get("offload_optimizer")):
-        lines.append("zero_optimization.offload_optimizer is skipped: meft_offload holds the optimizer state on the host")
+        lines.append(
+            "zero_optimization.offload_optimizer is skipped: meft_offload holds the optimizer state on the host"
+        )
     if (ds_config.get("data_types") or {}).get("grad_accum_dtype") not in (None, "fp32", "float32"):
         lines.append("data_types.grad_accum_dtype is skipped: meft_offload accumulates gradients in fp32")
     for key in ("communication_data_type", "prescale_gradients", "gradient_predivide_factor"):
@@ -73,7 +77,9 @@ def _optimizer_faults(optimizer: Mapping[str, Any] | None) -> list[str]:
     faults = []
     l2 = kind.lower() == "adam" and (params.get("adam_w_mode") is False or params.get("torch_adam") is True)
     if l2 and params.get("weight_decay"):
-        faults.append("optimizer.params.weight_decay: L2 decay (Adam) is not supported, only decoupled decay; use AdamW")
+        faults.append(
+            "optimizer.params.weight_decay: L2 decay (Adam) is not supported, only decoupled decay; use AdamW"
+        )
     if params.get("amsgrad"):
         faults.append("optimizer.params.amsgrad: is not supported; remove it")
     if params.get("bias_correction") is False:

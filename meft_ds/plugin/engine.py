@@ -46,7 +46,9 @@ class MeftEngine(DeepSpeedEngine):
             logger.warning(f"meft-ds: {warning}")
         self._meft_config = parse_config(ds_config[BLOCK], checks.conflicts(ds_config))
         if kwargs.get("mpu") is not None:
-            raise ValueError("meft_offload does not go with model parallelism (mpu); call deepspeed.initialize without it")
+            raise ValueError(
+                "meft_offload does not go with model parallelism (mpu); call deepspeed.initialize without it"
+            )
         super().__init__(*args, **kwargs)
         if self.optimizer is None:
             raise ValueError(
@@ -181,7 +183,7 @@ class MeftEngine(DeepSpeedEngine):
     # -- for users ---------------------------------------------------------------------------------------------------
 
     def meft_stats(self) -> dict[str, Any]:
-        """Counters of the last accumulation window, and what is held where; keys are explained in docs/statistics.md."""
+        """Counters of the last accumulation window, and what is held where (docs/statistics.md)."""
         return self._meft_stats.report()
 
     # -- helpers -----------------------------------------------------------------------------------------------------
@@ -239,7 +241,8 @@ class MeftEngine(DeepSpeedEngine):
         gib = 2**30
         return (
             f"meft-ds {__version__}: sparse_adapter on {plan.layers} layers (r={sizes.rows}, N={sizes.experts}, "
-            f"E={sizes.experts_per_token}, K={sizes.keys_per_token}, selection={sizes.selection}, {sizes.optimizer} AdamW); "
+            f"E={sizes.experts_per_token}, K={sizes.keys_per_token}, {sizes.selection} selection, {sizes.optimizer} "
+            f"AdamW); "
             f"trains {plan.row_parameters:,} row parameters and {plan.dense_parameters:,} dense ones; "
             f"per step at most {plan.down / gib:.3f} GiB down, {plan.up / gib:.3f} GiB up; "
             f"device {plan.device / gib:.3f} GiB at most, host {plan.host / gib:.3f} GiB"

@@ -143,7 +143,7 @@ class MeftOptimizer(ZeROOptimizer):
         """Counterpart of `state_dict`."""
         if len(state["param_groups"]) != len(self.param_groups):
             raise ValueError(
-                f"the checkpoint has {len(state['param_groups'])} parameter groups, this run has {len(self.param_groups)}; "
+                f"the checkpoint has {len(state['param_groups'])} parameter groups, this run {len(self.param_groups)}; "
                 "build the optimizer as in the run that saved it"
             )
         if load_optimizer_states:
@@ -176,7 +176,9 @@ class MeftOptimizer(ZeROOptimizer):
         )
 
 
-def adamw_from_config(params: Iterable[nn.Parameter] | list[dict[str, Any]], settings: dict[str, Any]) -> torch.optim.AdamW:
+def adamw_from_config(
+    params: Iterable[nn.Parameter] | list[dict[str, Any]], settings: dict[str, Any]
+) -> torch.optim.AdamW:
     """The ds_config's "optimizer.params" as an AdamW that only serves as the holder of parameter groups."""
     for key in settings:
         if key not in _READ and key not in _IGNORABLE:
@@ -192,7 +194,9 @@ def check_client_optimizer(optimizer: Any) -> None:
     """
     name = type(optimizer).__name__
     if "adam" not in name.lower() or "8bit" in name.lower():
-        raise ValueError(f"meft_offload updates with AdamW, but the training program passes {name}; pass torch.optim.AdamW")
+        raise ValueError(
+            f"meft_offload updates with AdamW, but the training program passes {name}; pass torch.optim.AdamW"
+        )
     coupled = isinstance(optimizer, torch.optim.Adam) and not isinstance(optimizer, torch.optim.AdamW)
     decays = any(group.get("weight_decay") for group in optimizer.param_groups)
     if coupled and decays and not optimizer.defaults.get("decoupled_weight_decay", False):
@@ -210,14 +214,15 @@ def check_groups(groups: list[dict[str, Any]]) -> None:
     for index, group in enumerate(groups):
         missing = [key for key in _READ if key not in group]
         if missing:
-            raise ValueError(f"parameter group {index} lacks {', '.join(missing)}; meft_offload needs an AdamW optimizer")
+            raise ValueError(
+                f"parameter group {index} lacks {', '.join(missing)}; meft_offload needs an AdamW optimizer"
+            )
         for key in ("lr", "eps", "weight_decay"):
             value = float(group[key])
             if not (math.isfinite(value) and value >= 0):
                 raise ValueError(f"parameter group {index}: {key} must be a finite number >= 0, got {value}")
         if not all(0 <= float(beta) < 1 for beta in group["betas"]):
             raise ValueError(f"parameter group {index}: betas must lie in [0, 1), got {group['betas']}")
-
 
 
 def _plain(values: dict[str, Any]) -> dict[str, Any]:

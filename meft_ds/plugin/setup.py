@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Builds what an engine runs: ranks, the plan and its memory check, the row stores, and the units of every wire format."""
+"""Builds what an engine runs: ranks, the plan and its memory check, the row stores, and all units."""
 
 from __future__ import annotations
 
@@ -84,7 +84,8 @@ def freeze_base(model: nn.Module, train: Iterable[str], own: set[int]) -> list[s
     if unused:
         some = ", ".join(name for name, p in list(model.named_parameters())[:6] if id(p) not in own)
         raise ValueError(
-            f"meft_offload.train: {', '.join(repr(p.pattern) for p in unused)} matches no parameter; names look like {some}"
+            f"meft_offload.train: {', '.join(repr(p.pattern) for p in unused)} matches no parameter; "
+            f"names look like {some}"
         )
     return trained
 
@@ -177,9 +178,7 @@ def row_units(
     for layer, adapter in enumerate(adapters):
         master = memory[f"layer{layer}.master"]
         replica = memory.get(f"layer{layer}.replica", master)
-        rows = HostRows(
-            master=master, replica=replica, capacity=sizes.cache_rows, bus=bus, selection=sizes.selection
-        )
+        rows = HostRows(master=master, replica=replica, capacity=sizes.cache_rows, bus=bus, selection=sizes.selection)
         keys = init_keys(sizes.rows, sizes.d, sizes.init_std, sizes.seed, layer)
         initialise_rows(master, replica, keys, *owned_range(sizes.rows, ranks))
         rows.is_training = _mode_of(adapter)

@@ -43,7 +43,9 @@ class Stats:
             "host_bytes": self._plan.host,
             "rows_total": sum(rows.r for rows in self._rows),
             "active_rows": [rows.window_rows for rows in self._rows],
-            "expert_load": [None if load is None else load.tolist() for load in (r.last_expert_load for r in self._rows)],
+            "expert_load": [
+                None if load is None else load.tolist() for load in (r.last_expert_load for r in self._rows)
+            ],
             "dead_rows": sum(rows.dead_rows() for rows in self._rows),
             "spills": sum(rows.spills for rows in self._rows),
         }

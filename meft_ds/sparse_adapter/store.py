@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Where the adapter's rows live: the host store of one layer, and the window of fetched rows on the device.
 
-The store keeps key and value of a row side by side (one 2d chunk per row): float32 masters and a transfer replica in the
-compute dtype, shared by the ranks of a node. Rows fetched for a micro-batch stay on the device for the whole accumulation
-window, because weights do not change inside it, and their gradients are accumulated there in float32. When a window
-touches more distinct rows than the cache may hold, the accumulated gradients spill to the host and fetching starts anew;
-nothing is dropped, and the spills are counted.
+The store keeps key and value of a row side by side (one 2d chunk per row): float32 masters and a transfer replica in
+the compute dtype, shared by the ranks of a node. Rows fetched for a micro-batch stay on the device for the whole
+accumulation window, because weights do not change inside it, and their gradients are accumulated there in float32.
+When a window touches more distinct rows than the cache may hold, the accumulated gradients spill to the host and
+fetching starts anew; nothing is dropped, and the spills are counted.
 """
 
 from __future__ import annotations
@@ -229,11 +229,9 @@ def _grown(t: Tensor, rows: int) -> Tensor:
 
 
 def initialise_rows(master: Tensor, replica: Tensor, keys: Tensor, lo: int, hi: int) -> None:
-    """Write this rank's rows [lo, hi) at the start: the given keys [r, d] and zero values, so step 0 equals the base."""
+    """Write rows [lo, hi) at the start: the given keys [r, d] and zero values, so that step 0 equals the base."""
     d = keys.shape[1]
     master[lo:hi, :d] = keys[lo:hi]
     master[lo:hi, d:] = 0
     if replica is not master:
         replica[lo:hi] = master[lo:hi]
-
-

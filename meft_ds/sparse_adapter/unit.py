@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The `rows` wire format: the gradients of the rows that were active in a window go down with their ids, and the updated
-rows become what the next micro-batch fetches.
+"""The `rows` wire format: the gradients of the rows that were active in a window go down with their ids, and the
+updated rows become what the next micro-batch fetches.
 
 Bytes per layer and window (sparse_adapter's formula): 2*d*U_win*bytes up, fetched once per window, and as many down.
 """

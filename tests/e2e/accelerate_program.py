@@ -9,6 +9,7 @@ import sys
 
 import torch
 from accelerate import Accelerator, DeepSpeedPlugin
+
 from tests.toy import batch, tiny_llama
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from tests.ranks import run_ranks
 from tests.toy import ADAPTER, tiny_llama
 
@@ -60,10 +61,10 @@ def test_trainer_trains_saves_and_resumes_bit_identically(tmp_path: Path, optimi
 
 
 def test_save_model_of_trainer_holds_a_plain_base_and_the_adapter(tmp_path: Path) -> None:
-    from tests.toy import batch
     from transformers import AutoModelForCausalLM
 
     import meft_ds
+    from tests.toy import batch
 
     run("trainer_program.py", str(tmp_path / "a"), str(config_file(tmp_path, precision="fp32")))
     model, info = AutoModelForCausalLM.from_pretrained(

@@ -11,8 +11,9 @@ import json
 from pathlib import Path
 
 import torch
-from tests.toy import batch, tiny_llama
 from transformers import Trainer, TrainingArguments
+
+from tests.toy import batch, tiny_llama
 
 
 def main() -> None:

@@ -7,10 +7,10 @@ import time
 from pathlib import Path
 
 import torch
-from tests.ranks import run_ranks, start_ranks
 
 from meft_ds.offload.arena import allocate, arena_bytes, remove_stale
 from meft_ds.offload.partition import Ranks
+from tests.ranks import run_ranks, start_ranks
 
 SCRIPT = """
 import os, sys, time

@@ -10,7 +10,9 @@ GIB = 2**30
 
 
 def test_too_little_memory_names_needed_free_and_the_knobs() -> None:
-    with pytest.raises(ValueError, match=r"needs 8\.00 GiB .*only 2\.00 GiB are free.*sparse_adapter\.rows.*moments_dtype"):
+    with pytest.raises(
+        ValueError, match=r"needs 8\.00 GiB .*only 2\.00 GiB are free.*sparse_adapter\.rows.*moments_dtype"
+    ):
         check_host_memory(8 * GIB, 2 * GIB, limit_gb=None, detail="rows")
 
 

@@ -3,9 +3,9 @@ from pathlib import Path
 
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.ranks import run_ranks
 
 from meft_ds.offload.partition import Ranks, owned_range
+from tests.ranks import run_ranks
 
 SCRIPT = """
 import torch, torch.distributed as dist

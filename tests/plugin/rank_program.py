@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+
 from tests.toy import ADAPTER, batch, ds_config, make_engine, state_of, tiny_llama
 
 ROWS = 4  # per rank and micro-batch with two ranks
@@ -87,8 +88,12 @@ def report(engine, folder: Path, rank: int) -> None:  # type: ignore[no-untyped-
     routers = [adapter.router.weight.detach().clone() for adapter in engine._meft_adapters]
     norms = [p.detach().clone() for n, p in engine.module.named_parameters() if "norm" in n]
     digest = hashlib.sha256(b"".join(t.float().numpy().tobytes() for t in [*rows, *routers, *norms])).hexdigest()
-    torch.save({"rows": rows, "routers": routers, "norms": norms, "state": state_of(engine)}, folder / f"state{rank}.pt")
-    print(json.dumps({"digest": digest, "norm": engine.get_global_grad_norm(), "host": engine.meft_stats()["host_bytes"]}))
+    torch.save(
+        {"rows": rows, "routers": routers, "norms": norms, "state": state_of(engine)}, folder / f"state{rank}.pt"
+    )
+    print(
+        json.dumps({"digest": digest, "norm": engine.get_global_grad_norm(), "host": engine.meft_stats()["host_bytes"]})
+    )
 
 
 main()

@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 import torch
-from tests.toy import ADAPTER, ds_config, make_engine, single_rank, tiny_llama
 from torch import nn
 
 from meft_ds.plugin import setup
+from tests.toy import ADAPTER, ds_config, make_engine, single_rank, tiny_llama
 
 
 def refused(config: dict[str, Any], model: nn.Module | None = None, **kwargs: Any) -> str:
@@ -49,7 +49,9 @@ def test_optimizers_other_than_adamw_are_refused() -> None:
     config = ds_config()
     del config["optimizer"]
     model = tiny_llama()
-    assert "passes SGD; pass torch.optim.AdamW" in refused(config, model, optimizer=torch.optim.SGD(model.parameters(), lr=1))
+    assert "passes SGD; pass torch.optim.AdamW" in refused(
+        config, model, optimizer=torch.optim.SGD(model.parameters(), lr=1)
+    )
     adam = torch.optim.Adam(model.parameters(), weight_decay=0.1)
     assert "only decoupled weight decay" in refused(config, tiny_llama(), optimizer=adam)
     assert "needs an optimizer" in refused(config, tiny_llama())

@@ -7,15 +7,18 @@ from typing import Any
 
 import pytest
 import torch
-from tests.toy import ADAPTER, batch, ds_config, make_engine, state_of, tiny_llama, train
 
 import meft_ds
+from tests.toy import ADAPTER, batch, ds_config, make_engine, state_of, tiny_llama, train
 
 pytestmark = pytest.mark.compat
 
 
 def config(precision: str = "bf16", **adapter: Any) -> dict[str, Any]:
-    schedule = {"type": "WarmupDecayLR", "params": {"warmup_num_steps": 2, "total_num_steps": 20, "warmup_max_lr": 0.02}}
+    schedule = {
+        "type": "WarmupDecayLR",
+        "params": {"warmup_num_steps": 2, "total_num_steps": 20, "warmup_max_lr": 0.02},
+    }
     made = ds_config(precision=precision, gas=2, block={"sparse_adapter": {**ADAPTER, **adapter}}, scheduler=schedule)
     if precision == "fp16":
         made["fp16"] |= {"initial_scale_power": 8, "loss_scale_window": 2}
@@ -24,7 +27,9 @@ def config(precision: str = "bf16", **adapter: Any) -> dict[str, Any]:
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize("optimizer", ["dense", "lazy"])
-def test_resumed_training_is_bit_identical_to_uninterrupted_training(tmp_path: Path, precision: str, optimizer: str) -> None:
+def test_resumed_training_is_bit_identical_to_uninterrupted_training(
+    tmp_path: Path, precision: str, optimizer: str
+) -> None:
     straight = make_engine(config(precision, optimizer=optimizer))
     train(straight, 3)
     straight.save_checkpoint(str(tmp_path))

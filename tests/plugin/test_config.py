@@ -44,10 +44,16 @@ def test_one_error_lists_all_faults_of_all_kinds() -> None:
 @pytest.mark.parametrize(
     ("block", "expected"),
     [
-        ({"sparse_adapter": {"rows": 8, "experts": 4, "experts_per_token": 2}}, "keys_per_token: 64 is more than rows = 8"),
+        (
+            {"sparse_adapter": {"rows": 8, "experts": 4, "experts_per_token": 2}},
+            "keys_per_token: 64 is more than rows = 8",
+        ),
         ({"sparse_adapter": {"rows": 100, "experts": 101}}, "experts: 101 is more than rows = 100"),
         ({"sparse_adapter": {"keys_per_token": 0}}, "keys_per_token: expected a whole number of at least 1, got 0"),
-        ({"sparse_adapter": {"experts_per_token": 0}}, "experts_per_token: expected a whole number of at least 1, got 0"),
+        (
+            {"sparse_adapter": {"experts_per_token": 0}},
+            "experts_per_token: expected a whole number of at least 1, got 0",
+        ),
         ({"sparse_adapter": {"rows": True}}, "rows: expected a whole number"),
         ({"sparse_adapter": {"rows": "4096"}}, "rows: expected a whole number"),
         ({"sparse_adapter": {"scope": "sentence"}}, "scope"),
@@ -76,7 +82,9 @@ def test_conflicts_elsewhere_in_the_ds_config_are_listed_with_the_fix() -> None:
     assert "lr: expected a number >= 0, got -0.1" in "".join(
         conflicts({"optimizer": {"type": "AdamW", "params": {"lr": -0.1}}})
     )
-    assert conflicts({"zero_optimization": {"stage": 2}, "optimizer": {"type": "AdamW", "params": {"lr": "auto"}}}) == []
+    assert (
+        conflicts({"zero_optimization": {"stage": 2}, "optimizer": {"type": "AdamW", "params": {"lr": "auto"}}}) == []
+    )
     assert conflicts({"hybrid_engine": {"enabled": False}}) == []
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from tests.ranks import run_ranks, start_ranks
 
 PROGRAM = Path(__file__).with_name("rank_program.py")
@@ -26,7 +27,9 @@ def ours() -> set[str]:
     return {path.name for path in SHM.glob(f"meft-ds-{os.getuid()}-*")}
 
 
-@pytest.mark.parametrize("options", [("optimizer=dense", "selection=host", "gas=2"), ("optimizer=lazy", "selection=device")])
+@pytest.mark.parametrize(
+    "options", [("optimizer=dense", "selection=host", "gas=2"), ("optimizer=lazy", "selection=device")]
+)
 def test_two_ranks_equal_one_rank_with_twice_the_batch(tmp_path: Path, options: tuple[str, ...]) -> None:
     (one,) = go(1, "train", tmp_path / "one", *options)
     two = go(2, "train", tmp_path / "two", *options)
@@ -41,7 +44,9 @@ def test_two_ranks_equal_one_rank_with_twice_the_batch(tmp_path: Path, options: 
 
 def test_two_ranks_are_bit_identical_from_run_to_run(tmp_path: Path) -> None:
     options = ("precision=bf16", "optimizer=lazy")
-    assert go(2, "train", tmp_path / "a", *options)[0]["digest"] == go(2, "train", tmp_path / "b", *options)[0]["digest"]
+    assert (
+        go(2, "train", tmp_path / "a", *options)[0]["digest"] == go(2, "train", tmp_path / "b", *options)[0]["digest"]
+    )
 
 
 @pytest.mark.compat

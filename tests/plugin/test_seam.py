@@ -32,7 +32,9 @@ def trained(run_python: Any, request: pytest.FixtureRequest) -> Any:
     return run
 
 
-@pytest.mark.parametrize("first", ["torch", "deepspeed", "transformers", "meft_ds", "deepspeed.runtime.engine", "accelerate"])
+@pytest.mark.parametrize(
+    "first", ["torch", "deepspeed", "transformers", "meft_ds", "deepspeed.runtime.engine", "accelerate"]
+)
 def test_block_yields_our_engine_whatever_is_imported_first(trained: Any, first: str) -> None:
     got = trained("...", imports=f"import {first}")
     assert got["class"] == "MeftEngine"

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from tests.toy import ADAPTER, batch, ds_config, make_engine, oracle_model, state_of, tiny_llama, train
 
 pytestmark = pytest.mark.compat
@@ -15,7 +16,9 @@ def block(**settings: Any) -> dict[str, Any]:
     return {"sparse_adapter": {**ADAPTER, **settings}}
 
 
-def reference_steps(engine: Any, steps: int, rows: int = 4, clip: float = 0.5, first_seed: int = 100) -> tuple[list[float], Any]:
+def reference_steps(
+    engine: Any, steps: int, rows: int = 4, clip: float = 0.5, first_seed: int = 100
+) -> tuple[list[float], Any]:
     """The same training on the oracle with torch.optim.AdamW; returns losses and the oracles."""
     model, oracles = oracle_model(engine)
     params = [p for oracle in oracles for p in oracle.parameters()]
@@ -151,7 +154,10 @@ def test_learning_rate_follows_the_users_parameter_groups_and_scheduler() -> Non
 
 
 def test_deepspeeds_own_scheduler_from_the_config_drives_the_learning_rate() -> None:
-    schedule = {"type": "WarmupLR", "params": {"warmup_min_lr": 0, "warmup_max_lr": 0.02, "warmup_num_steps": 4, "warmup_type": "linear"}}
+    schedule = {
+        "type": "WarmupLR",
+        "params": {"warmup_min_lr": 0, "warmup_max_lr": 0.02, "warmup_num_steps": 4, "warmup_type": "linear"},
+    }
     engine = make_engine(ds_config(scheduler=schedule))
     rates = []
     for _ in range(5):

@@ -38,7 +38,9 @@ tables = st.lists(st.lists(st.integers(0, R - 1), unique=True, max_size=12), min
 
 
 @settings(deadline=None, max_examples=60)
-@given(requests=tables, capacity=st.integers(12, R), selection=st.sampled_from(["host", "device"]), seed=st.integers(0, 99))
+@given(
+    requests=tables, capacity=st.integers(12, R), selection=st.sampled_from(["host", "device"]), seed=st.integers(0, 99)
+)
 def test_gradients_of_a_window_equal_a_dense_sum_even_when_the_cache_spills(
     requests: list[list[int]], capacity: int, selection: str, seed: int
 ) -> None:
