@@ -7,13 +7,14 @@ the same thing here: partitioning of the little state that is left is the pipeli
 
 from __future__ import annotations
 
+import logging
 import weakref
 from pathlib import Path
 from typing import Any
 
 import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
-from deepspeed.utils import log_dist, logger
+from deepspeed.utils import logger
 from torch import nn
 
 from meft_ds import __version__
@@ -109,7 +110,8 @@ class MeftEngine(DeepSpeedEngine):
         engine = weakref.ref(self)
         self.module.meft_stats = lambda: e.meft_stats() if (e := engine()) is not None else {}
         export.save_adapter_with_model(self.module)
-        log_dist(self._first_line(plan), ranks=[0])
+        if self.global_rank == 0:
+            announce(self._first_line(plan))
 
     def allreduce_gradients(self, *args: Any, **kwargs: Any) -> None:
         """Ranks reduce payloads inside the step, never dense gradients after each backward."""
@@ -247,6 +249,15 @@ class MeftEngine(DeepSpeedEngine):
             f"per step at most {plan.down / gib:.3f} GiB down, {plan.up / gib:.3f} GiB up; "
             f"device {plan.device / gib:.3f} GiB at most, host {plan.host / gib:.3f} GiB"
         )
+
+
+def announce(line: str) -> None:
+    """Log a line that users must see; DeepSpeed's own logger hides everything below warnings by default."""
+    log = logging.getLogger("meft_ds")
+    log.setLevel(logging.INFO)
+    if not log.hasHandlers():
+        log.addHandler(logging.StreamHandler())
+    log.info(line)
 
 
 def refuse_engine(cls: type) -> None:

@@ -259,3 +259,11 @@ def test_base_stays_frozen_except_for_what_train_names() -> None:
         "model.layers.0.input_layernorm.weight",
         "model.layers.0.post_attention_layernorm.weight",
     }
+
+
+def test_one_line_at_the_start_says_what_is_active(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO", logger="meft_ds"):
+        make_engine(ds_config(precision="bf16"))
+    (line,) = [r.getMessage() for r in caplog.records if r.name == "meft_ds"]
+    for part in ("sparse_adapter on 2 layers", "r=40", "N=7", "2,560 row parameters", "224 dense", "GiB down", "host"):
+        assert part in line, part
