@@ -60,7 +60,10 @@ def main() -> None:
         "dense_vs_deepspeed": adam_ratios["whole tensor"],
         "dense_replica_vs_deepspeed": adam_ratios["whole tensor, bf16 replica"],
         "dense_rows_vs_deepspeed": adam_ratios["dense rows"],
+        "rows_catch_up_vs_deepspeed": adam_ratios["lazy rows, decay to catch up"],
+        "rows_replica_vs_deepspeed": adam_ratios["lazy rows, bf16 replica"],
         "fallback_vs_deepspeed": adam_ratios["lazy rows, plain torch"],
+        "fallback_catch_up_vs_deepspeed": adam_ratios["lazy rows, plain torch, decay to catch up"],
         "gather_vs_copy": copy_ratios["gather_rows bf16"],
         "gather_vs_copy_fp32": ratio(copy_seconds, copied, "gather_rows fp32", "copy_ fp32"),
         "deepspeed_mparams_per_s": round(
@@ -95,14 +98,16 @@ def adam_contenders(rows: int, active: int, width: int) -> tuple[dict[str, Calla
     deepspeed_adam = DeepSpeedCPUAdam([parameter], lr=LR, betas=(BETA1, BETA2), eps=EPS, weight_decay=WEIGHT_DECAY)
     decay_log = 0.0
 
-    def lazy(replica: Tensor | None = None) -> None:
+    def lazy(replica: Tensor | None = None, slept: bool = False) -> None:
         nonlocal decay_log
-        decay_log += 2 * math.log1p(-LR * WEIGHT_DECAY)  # every row slept for one step: decay has to be caught up
+        if slept:
+            decay_log += math.log1p(-LR * WEIGHT_DECAY)
         for ids in id_sets:
             ops.adamw_lazy_rows_(
                 p, m, v, row_steps, row_decay, ids, rows_grad, decay_log=decay_log, replica=replica,
                 lr=LR, beta1=BETA1, beta2=BETA2, eps=EPS, weight_decay=WEIGHT_DECAY,
             )  # fmt: skip
+        decay_log += math.log1p(-LR * WEIGHT_DECAY)
 
     def dense(replica: Tensor | None = None) -> None:
         ops.adamw_(
@@ -116,9 +121,9 @@ def adam_contenders(rows: int, active: int, width: int) -> tuple[dict[str, Calla
             lr=LR, beta1=BETA1, beta2=BETA2, eps=EPS, weight_decay=WEIGHT_DECAY,
         )  # fmt: skip
 
-    def fallback() -> None:
+    def fallback(slept: bool = False) -> None:
         with plain_torch():
-            lazy()
+            lazy(slept=slept)
 
     contenders: dict[str, Callable[[], object]] = {
         "DeepSpeedCPUAdam, whole tensor": deepspeed_adam.step,
@@ -127,7 +132,9 @@ def adam_contenders(rows: int, active: int, width: int) -> tuple[dict[str, Calla
         "dense rows": dense_rows,
         "lazy rows": lazy,
         "lazy rows, bf16 replica": lambda: lazy(replica),
+        "lazy rows, decay to catch up": lambda: lazy(slept=True),
         "lazy rows, plain torch": fallback,
+        "lazy rows, plain torch, decay to catch up": lambda: fallback(slept=True),
     }
     sizes = {name: (active * len(id_sets) if name.startswith("lazy") else rows) * width for name in contenders}
     return contenders, sizes

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Host kernels: AdamW over tensors and over rows, moving rows, sums of squares.
+"""Host kernels: AdamW over tensors and over rows, moving rows, sums of squares, the sparse adapter's selection and products.
 
 Every op works on CPU tensors and has two paths with the same results: C++ (OpenMP, compiled on first use and cached)
 and plain torch, taken when nothing can be compiled or when ``MEFT_DS_OPS=torch`` is set. Wrong inputs raise
@@ -8,6 +8,30 @@ ValueError; both paths share the checks.
 
 from meft_ds.ops.adam import adamw_, adamw_lazy_rows_, adamw_rows_
 from meft_ds.ops.build import backend
+from meft_ds.ops.experts import (
+    Entries,
+    expert_backward,
+    expert_forward,
+    expert_scores,
+    list_entries,
+    select_keys,
+    top_experts,
+)
 from meft_ds.ops.moves import gather_rows, scatter_rows_, sq_norm
 
-__all__ = ["adamw_", "adamw_lazy_rows_", "adamw_rows_", "backend", "gather_rows", "scatter_rows_", "sq_norm"]
+__all__ = [
+    "Entries",
+    "adamw_",
+    "adamw_lazy_rows_",
+    "adamw_rows_",
+    "backend",
+    "expert_backward",
+    "expert_forward",
+    "expert_scores",
+    "gather_rows",
+    "list_entries",
+    "scatter_rows_",
+    "select_keys",
+    "sq_norm",
+    "top_experts",
+]

@@ -24,6 +24,7 @@ from meft_ds.ops.pool import single_threaded_pool
 # Scratch holds at most this many values, unless one row is wider.
 _CHUNK = 1 << 20
 _ZERO_BLOCK = 1 << 18
+# Small enough for a core's own cache, because catching up, the step and the replica pass over a share in turn.
 _SHARE = 1 << 18
 
 
@@ -151,16 +152,18 @@ class _Team:
         self._jobs: deque[Future[None]] = deque()
 
     def run(self, runs: _Runs) -> None:
-        if self._threads == 1 or len(runs.p) == 1:
+        if len(runs.p) == 1:
             _update(runs, self._hyper)
             return
-        pool = single_threaded_pool(os.getpid(), self._threads)
-        # Shares small enough for a core's own cache, because catching up, step and replica pass over them in turn.
-        shares = max(self._threads, sum(t.numel() for t in runs.p) // _SHARE)
+        shares = sum(t.numel() for t in runs.p) // _SHARE + 1
         for i in range(shares):
-            self._jobs.append(pool.submit(_update, runs.share(i, shares), self._hyper))
+            if self._threads == 1:
+                _update(runs.share(i, shares), self._hyper)
+            else:
+                pool = single_threaded_pool(os.getpid(), self._threads)
+                self._jobs.append(pool.submit(_update, runs.share(i, shares), self._hyper))
         # Bounds the scratch memory that waiting shares hold on to.
-        while len(self._jobs) > 2 * shares:
+        while len(self._jobs) > 2 * shares + self._threads:
             self._jobs.popleft().result()
 
     def finish(self) -> None:
