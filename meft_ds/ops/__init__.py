@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Host kernels: AdamW over tensors and over rows, moving rows, sums of squares, the sparse adapter's selection and products.
+"""Host kernels: AdamW over tensors and over rows, moving rows, sums of squares, the sparse adapter's function.
 
 Every op works on CPU tensors and has two paths with the same results: C++ (OpenMP, compiled on first use and cached)
 and plain torch, taken when nothing can be compiled or when ``MEFT_DS_OPS=torch`` is set. Wrong inputs raise

@@ -10,9 +10,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from meft_ds import ops
 from meft_ds.sparse_adapter.balance import with_balance_gradient
 from meft_ds.sparse_adapter.compute import Job, apply_grouped
 from meft_ds.sparse_adapter.config import ResolvedSparseAdapter
+from meft_ds.sparse_adapter.fused import apply_fused, can_fuse
 from meft_ds.sparse_adapter.plan import (
     GroupPlan,
     SortedPairs,
@@ -74,7 +76,9 @@ class SparseAdapter(nn.Module):
                 p = with_balance_gradient(p, selection.experts, selection.tokens, weight)
             job = Job(self.rows, selection, self.training, scores)
             gate_p = p if config.gate else None
-            if config.compute == "grouped":
+            if config.compute == "grouped" and selection.plan is None:
+                y = apply_fused(x_rows, gate_p, job, self._starts)
+            elif config.compute == "grouped":
                 y = apply_grouped(x_rows, gate_p, job)
                 if not torch.is_grad_enabled():
                     selection.plan = None
@@ -95,7 +99,7 @@ class SparseAdapter(nn.Module):
         if again:
             saved = self._replay.take(x)
             if saved is not None:
-                if saved.plan is None and self.config.compute == "grouped":
+                if saved.plan is None and self._needs_plan(x):
                     saved.plan = self._plan(saved, x)
                 return saved, None
         with torch.no_grad():
@@ -123,18 +127,27 @@ class SparseAdapter(nn.Module):
         else:
             x_s, experts_s, gates_s, tokens_s = x, experts, gates, tokens
             counts = rows.to_host(count_pairs(experts, tokens, N, length), "counts").clone()
-        pairs_s = sort_pairs(experts_s, tokens_s, counts, length)
-        q = key_scores(x_s, keys, self._starts_at(x_s.device), pairs_s)
-        mask = select_keys(q, gates_s, config.keys_per_token, tokens_s)
-        active = active_slots(experts_s, mask, N)
+        pairs_s = None
+        if can_fuse(x_s):
+            q = ops.expert_scores(x_s.contiguous(), keys, self._starts, experts_s, tokens_s)
+            gates_s = None if gates_s is None else gates_s.float()
+            mask, active = ops.select_keys(q, gates_s, tokens_s, experts_s, config.keys_per_token, N)
+        else:
+            pairs_s = sort_pairs(experts_s, tokens_s, counts, length)
+            q = key_scores(x_s, keys, self._starts_at(x_s.device), pairs_s)
+            mask = select_keys(q, gates_s, config.keys_per_token, tokens_s)
+            active = active_slots(experts_s, mask, N)
         if rows.selection == "host":
             mask = rows.to_device(mask, "mask")
         else:
             active = rows.to_host(active, "active").clone()
         selection = Selection(experts, mask, active, counts, tokens)
-        if config.compute == "grouped":
+        if self._needs_plan(x):
             selection.plan = self._plan(selection, x, pairs_s if x_s.device == x.device else None)
         return selection, q if q.device == x.device else None
+
+    def _needs_plan(self, x: Tensor) -> bool:
+        return self.config.compute == "grouped" and not can_fuse(x)
 
     def _plan(self, selection: Selection, x: Tensor, pairs: SortedPairs | None = None) -> GroupPlan:
         row_bytes = self.config.d * x.element_size()

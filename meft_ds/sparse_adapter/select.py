@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from meft_ds import ops
 from meft_ds.sparse_adapter.plan import GroupPlan, SortedPairs, group_chunk
 
 __all__ = ["Selection", "active_slots", "key_scores", "select_keys", "top_experts"]
@@ -40,6 +41,8 @@ class Selection:
 
 def top_experts(p: Tensor, per_token: int) -> Tensor:
     """Ids of the ``per_token`` largest logits of p fp32 [T, N]: int64 [T, E], ascending ids."""
+    if p.device.type == "cpu" and ops.backend() == "cpp":
+        return ops.top_experts(p.contiguous(), per_token)
     n_experts = p.shape[1]
     # A float's bits as a signed integer order like the float once negative ones are mirrored; the id in the low half
     # makes all values distinct, so that topk has nothing to choose between. + 0.0 turns -0.0 into 0.0.
