@@ -84,11 +84,11 @@ def adamw_rows_(
     """
     check_matrix("p", p)
     check_state(p, exp_avg, exp_avg_sq, replica)
-    check_active(ids, p.shape[0])
+    cpp = kernels()
+    check_active(ids, p.shape[0], cpp)
     check("grad", grad, FLOATS, (ids.numel(), p.shape[1]))
     check_step(step, beta1, beta2)
     hyper = (lr, beta1, beta2, eps, weight_decay, grad_scale)
-    cpp = kernels()
     if cpp is None:
         torch_adam.adamw_rows(p, exp_avg, exp_avg_sq, ids, grad, replica, torch_adam.Hyper(*hyper), step)
         return
@@ -127,12 +127,12 @@ def adamw_lazy_rows_(
     check_state(p, exp_avg, exp_avg_sq, replica)
     check("row_steps", row_steps, (torch.int32,), (p.shape[0],))
     check("row_decay", row_decay, (torch.float64,), (p.shape[0],))
-    check_active(ids, p.shape[0])
+    cpp = kernels()
+    check_active(ids, p.shape[0], cpp)
     check("grad", grad, FLOATS, (ids.numel(), p.shape[1]))
     check_betas(beta1, beta2)
     check_decay(lr, weight_decay)
     hyper = (lr, beta1, beta2, eps, weight_decay, grad_scale)
-    cpp = kernels()
     if cpp is None:
         torch_adam.adamw_lazy_rows(
             p, exp_avg, exp_avg_sq, row_steps, row_decay, ids, grad, replica, torch_adam.Hyper(*hyper), decay_log

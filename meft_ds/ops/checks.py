@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -35,10 +37,10 @@ def check_matrix(name: str, t: Tensor) -> None:
         raise ValueError(f"{name} must be a matrix [rows, width], it has shape {tuple(t.shape)}")
 
 
-def check_active(ids: Tensor, rows: int) -> None:
+def check_active(ids: Tensor, rows: int, cpp: Any | None) -> None:
     """ids of active rows: int64 [k], strictly ascending (so unique), in [0, rows)."""
     check("ids", ids, (torch.int64,), (ids.numel(),))
-    if ids.numel() == 0:
+    if ids.numel() == 0 or (cpp is not None and cpp.ascending(ids.data_ptr(), ids.numel(), rows)):
         return
     first, last = int(ids[0]), int(ids[-1])
     if first < 0 or last >= rows:

@@ -126,6 +126,9 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
                               decay_log, threads);
       },
       NoGil());
+  module.def("ascending", [](Address ids, int64_t k, int64_t rows) {
+    return meft::ascending(at<const int64_t>(ids), k, rows);
+  });
   module.def(
       "gather",
       [](Address from, int64_t from_stride, Address ids, int64_t k, Address to, int64_t to_stride, int64_t width,

@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <functional>
 #include <utility>
 #include <vector>
 
@@ -42,23 +43,23 @@ inline void top_experts(const void* p, int dtype, int64_t T, int64_t n, int64_t 
     using D = decltype(type);
     const auto* logits = static_cast<const typename D::raw*>(p);
     split(T, 64, team_for(T * n * 16, threads), [&](int64_t begin, int64_t end) {
-      std::vector<std::pair<int32_t, int64_t>> best(static_cast<size_t>(per_token));
+      std::vector<int32_t> rank(static_cast<size_t>(n)), left(static_cast<size_t>(n));
+      std::vector<int64_t> found(static_cast<size_t>(n + 1));
       for (int64_t t = begin; t < end; ++t) {
+        for (int64_t e = 0; e < n; ++e) rank[static_cast<size_t>(e)] = order_of(D::get(logits[t * n + e]));
+        left = rank;
+        std::nth_element(left.begin(), left.begin() + (per_token - 1), left.end(), std::greater<int32_t>());
+        const int32_t least = left[static_cast<size_t>(per_token - 1)];
+        int64_t room = per_token;  // for those equal to the least chosen logit
+        for (int64_t e = 0; e < n; ++e) room -= rank[static_cast<size_t>(e)] > least;
         int64_t held = 0;
         for (int64_t e = 0; e < n; ++e) {
-          const int32_t rank = order_of(D::get(logits[t * n + e]));
-          if (held == per_token) {
-            if (rank <= best[static_cast<size_t>(held - 1)].first) continue;
-            --held;
-          }
-          int64_t at = held++;
-          for (; at > 0 && best[static_cast<size_t>(at - 1)].first < rank; --at)
-            best[static_cast<size_t>(at)] = best[static_cast<size_t>(at - 1)];
-          best[static_cast<size_t>(at)] = {rank, e};
+          const bool equal = rank[static_cast<size_t>(e)] == least;
+          found[static_cast<size_t>(held)] = e;
+          held += rank[static_cast<size_t>(e)] > least || (equal && room > 0);
+          room -= equal;
         }
-        int64_t* mine = ids + t * per_token;
-        for (int64_t i = 0; i < per_token; ++i) mine[i] = best[static_cast<size_t>(i)].second;
-        std::sort(mine, mine + per_token);
+        std::copy_n(found.data(), per_token, ids + t * per_token);
       }
     });
   });
@@ -108,7 +109,7 @@ inline void select_keys(const float* q, const float* gates, const uint8_t* token
                         const Sizes& n, int64_t most, uint8_t* mask, uint8_t* active, int threads) {
   const int64_t width = n.E * n.m;
   split(n.T, 64, team_for(n.T * width * 4, threads), [&](int64_t begin, int64_t end) {
-    std::vector<std::pair<float, int64_t>> found(static_cast<size_t>(width));
+    std::vector<float> s(static_cast<size_t>(width)), found(static_cast<size_t>(width + 1));
     for (int64_t t = begin; t < end; ++t) {
       const float* scores = q + t * width;
       uint8_t* mine = mask + t * width;
@@ -120,20 +121,28 @@ inline void select_keys(const float* q, const float* gates, const uint8_t* token
       for (int64_t i = 0; i < n.E; ++i) {
         const float gate = gates == nullptr ? 1.0f : gates[t * n.E + i];
         for (int64_t j = i * n.m; j < (i + 1) * n.m; ++j) {
-          const uint8_t above = gate * scores[j] > 0.0f;
+          const float value = gate * scores[j];
+          const uint8_t above = value > 0.0f;
+          s[static_cast<size_t>(j)] = value;
           mine[j] = above;
           count += above;
         }
       }
       if (count <= most) continue;
       count = 0;
-      for (int64_t j = 0; j < width; ++j)
-        if (mine[j])
-          found[static_cast<size_t>(count++)] = {(gates == nullptr ? 1.0f : gates[t * n.E + j / n.m]) * scores[j], j};
-      std::nth_element(found.begin(), found.begin() + most, found.begin() + count, [](const auto& a, const auto& b) {
-        return a.first != b.first ? a.first > b.first : a.second < b.second;
-      });
-      for (int64_t i = most; i < count; ++i) mine[found[static_cast<size_t>(i)].second] = 0;
+      for (int64_t j = 0; j < width; ++j) {
+        found[static_cast<size_t>(count)] = s[static_cast<size_t>(j)];
+        count += mine[j];
+      }
+      std::nth_element(found.begin(), found.begin() + (most - 1), found.begin() + count, std::greater<float>());
+      const float least = found[static_cast<size_t>(most - 1)];
+      int64_t room = most;  // for those equal to the least selected value
+      for (int64_t j = 0; j < width; ++j) room -= s[static_cast<size_t>(j)] > least;
+      for (int64_t j = 0; j < width; ++j) {
+        const bool equal = s[static_cast<size_t>(j)] == least;
+        mine[j] = s[static_cast<size_t>(j)] > least || (equal && room > 0);
+        room -= equal;
+      }
     }
   });
   for (int64_t pair = 0; pair < n.T * n.E; ++pair) {
@@ -167,17 +176,22 @@ inline int64_t count_entries(const uint8_t* mask, const int64_t* experts, const 
 
 inline void list_entries(const uint8_t* mask, const int64_t* experts, const int32_t* slots, const Sizes& n,
                          int32_t* slot_out, int32_t* candidate) {
-  int64_t at = 0;
-  for (int64_t t = 0; t < n.T; ++t)
+  // Which key is selected cannot be foreseen: every candidate is written, and a kept one moves the place on.
+  std::vector<int32_t> kept_slot(static_cast<size_t>(n.E * n.m + 1)), kept_candidate(static_cast<size_t>(n.E * n.m + 1));
+  for (int64_t t = 0; t < n.T; ++t) {
+    int64_t held = 0;
     for (int64_t i = 0; i < n.E; ++i) {
       const uint8_t* mine = mask + (t * n.E + i) * n.m;
       const int32_t* slot = slots + experts[t * n.E + i] * n.m;
       for (int64_t j = 0; j < n.m; ++j) {
-        if (!mine[j] || slot[j] < 0) continue;
-        slot_out[at] = slot[j];
-        candidate[at++] = static_cast<int32_t>(i * n.m + j);
+        kept_slot[static_cast<size_t>(held)] = slot[j];
+        kept_candidate[static_cast<size_t>(held)] = static_cast<int32_t>(i * n.m + j);
+        held += mine[j] & static_cast<uint8_t>(slot[j] >= 0);
       }
     }
+    slot_out = std::copy_n(kept_slot.data(), held, slot_out);
+    candidate = std::copy_n(kept_candidate.data(), held, candidate);
+  }
 }
 
 // y_t (+)= sum of s v over a token's entries, s = gate * q. q comes from `scores` [T, E, m], or from x and the bank's

@@ -14,6 +14,14 @@ namespace meft {
 
 constexpr int64_t kCopyGrainBytes = 1 << 18;
 
+// Whether ids ascend strictly and lie in [0, rows): one pass, where torch would need several small ops.
+inline bool ascending(const int64_t* ids, int64_t k, int64_t rows) {
+  if (k == 0) return true;
+  bool good = ids[0] >= 0 && ids[k - 1] < rows;
+  for (int64_t i = 1; i < k; ++i) good &= ids[i - 1] < ids[i];
+  return good;
+}
+
 // to[i] = from[ids[i]] for strides and width in bytes.
 inline void gather(const char* from, int64_t from_stride, const int64_t* ids, int64_t k, char* to, int64_t to_stride,
                    int64_t width, int threads) {

@@ -34,6 +34,9 @@ inline Vec load(const float* x, Float32) {
 }
 
 inline VecBits load_halves(const uint16_t* x) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<VecBits>(_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x))));
+#endif
   VecHalf halves;
   std::memcpy(&halves, x, sizeof halves);
   return __builtin_convertvector(halves, VecBits);
@@ -106,6 +109,49 @@ void store_part(typename T::raw* to, Vec v, int64_t n) {
   std::memcpy(to, lanes, static_cast<size_t>(n) * sizeof *lanes);
 }
 
+// Two vectors of neighbouring values, in an order that costs least to make: store_two undoes it.
+template <class T>
+struct Two {
+  static void load_two(const typename T::raw* x, Vec& a, Vec& b) {
+    a = load(x, T());
+    b = load(x + kLanes, T());
+  }
+  static int place_a(int lane) { return lane; }
+  static int place_b(int lane) { return lane + kLanes; }
+};
+
+// A 32-bit word holds two bf16 values: a shift gives the even one, a mask the odd one, without any widening.
+template <>
+struct Two<BFloat16> {
+  static void load_two(const uint16_t* x, Vec& a, Vec& b) {
+    VecBits words;
+    std::memcpy(&words, x, sizeof words);
+    a = reinterpret_cast<Vec>(words << 16);
+    b = reinterpret_cast<Vec>(words & 0xFFFF0000u);
+  }
+  static int place_a(int lane) { return 2 * lane; }
+  static int place_b(int lane) { return 2 * lane + 1; }
+};
+
+template <class T, class To>
+inline void store_two(typename To::raw* to, Vec a, Vec b, bool add) {
+  float first[kLanes], second[kLanes];
+  std::memcpy(first, &a, sizeof a);
+  std::memcpy(second, &b, sizeof b);
+  typename To::raw out[2 * kLanes];
+  if (add) {
+    for (int lane = 0; lane < kLanes; ++lane) {
+      first[lane] += To::get(to[Two<T>::place_a(lane)]);
+      second[lane] += To::get(to[Two<T>::place_b(lane)]);
+    }
+  }
+  for (int lane = 0; lane < kLanes; ++lane) {
+    out[Two<T>::place_a(lane)] = To::put(first[lane]);
+    out[Two<T>::place_b(lane)] = To::put(second[lane]);
+  }
+  std::memcpy(to, out, sizeof out);
+}
+
 // out[i] = x . rows[i] for R rows. A product is summed in the same order whatever R is.
 template <class T, int R>
 inline void dot_rows(const typename T::raw* x, const typename T::raw* const* rows, int64_t d, float* out) {
@@ -169,25 +215,30 @@ void dot_many(const typename T::raw* x, const typename T::raw* const* rows, int6
 template <class T, class To>
 void weighted_sum(const float* weights, const typename T::raw* const* rows, int64_t n, int64_t d, bool add,
                   typename To::raw* to) {
-  constexpr int kWide = 8;
+  constexpr int kWide = 8;  // as many independent sums as hide the latency of a multiply-add
+  constexpr int kStep = 2 * kLanes;
   int64_t c = 0;
   for (; c + kWide * kLanes <= d; c += kWide * kLanes) {
-    Vec sums[kWide];
-#pragma GCC unroll 8
-    for (int k = 0; k < kWide; ++k) sums[k] = add ? load(to + c + k * kLanes, To()) : Vec{};
+    Vec sums[kWide] = {};
     for (int64_t i = 0; i < n; ++i) {
       const Vec weight = Vec{} + weights[i];
       const typename T::raw* row = rows[i] + c;
-#pragma GCC unroll 8
-      for (int k = 0; k < kWide; ++k) sums[k] = multiply_add(weight, load(row + k * kLanes, T()), sums[k]);
+#pragma GCC unroll 4
+      for (int k = 0; k < kWide / 2; ++k) {
+        Vec a, b;
+        Two<T>::load_two(row + k * kStep, a, b);
+        sums[2 * k] = multiply_add(weight, a, sums[2 * k]);
+        sums[2 * k + 1] = multiply_add(weight, b, sums[2 * k + 1]);
+      }
     }
-#pragma GCC unroll 8
-    for (int k = 0; k < kWide; ++k) store<To>(to + c + k * kLanes, sums[k]);
+#pragma GCC unroll 4
+    for (int k = 0; k < kWide / 2; ++k) store_two<T, To>(to + c + k * kStep, sums[2 * k], sums[2 * k + 1], add);
   }
   for (; c < d; c += kLanes) {
     const int64_t width = d - c < kLanes ? d - c : kLanes;
-    Vec sum = add ? load_part<To>(to + c, width) : Vec{};
+    Vec sum = {};
     for (int64_t i = 0; i < n; ++i) sum = multiply_add(Vec{} + weights[i], load_part<T>(rows[i] + c, width), sum);
+    if (add) sum += load_part<To>(to + c, width);
     store_part<To>(to + c, sum, width);
   }
 }
