@@ -8,8 +8,8 @@ and every ratio is the median over rounds. Prints a table for people and one JSO
 ``*_vs_deepspeed`` are parameters/s over DeepSpeedCPUAdam's parameters/s on the whole tensor in one call; row ops work
 through all rows, `active` random ones per call; ``gather_vs_copy*`` are bytes/s over torch's ``copy_`` of buffers as
 large as the gathered ones. On a busy machine every parallel call waits for its slowest thread, so many short calls lose
-to one long call whoever makes them. ``rows_vs_deepspeed_same_calls`` therefore compares with DeepSpeedCPUAdam on tensors
-of `active` rows; on one thread (OMP_NUM_THREADS=1) there is no such waiting.
+to one long call whoever makes them. ``rows_vs_deepspeed_same_calls`` therefore compares with DeepSpeedCPUAdam on
+tensors of `active` rows; on one thread (OMP_NUM_THREADS=1) there is no such waiting.
 """
 
 from __future__ import annotations
