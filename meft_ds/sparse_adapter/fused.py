@@ -7,8 +7,7 @@ products. Saved: x, the gates, and q of the selected entries.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,17 +33,16 @@ def apply_fused(x: Tensor, p: Tensor | None, job: Job, starts: Tensor) -> Tensor
 class _Fused(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, anchor: Tensor, x: Tensor, p: Tensor | None, job: Job, starts: Tensor) -> Tensor:
-        selection = job.selection
         x = x.contiguous()
-        gates = None if p is None else p.gather(1, selection.experts).float()
-        banks = list(_banks(job, starts))
+        gates = None if p is None else p.gather(1, job.selection.experts).float()
+        banks = _banks(job, starts)
         # Several banks add up in fp32.
-        y = torch.empty_like(x) if len(banks) == 1 else torch.zeros(x.shape, dtype=torch.float32)
+        several = len(banks) != 1
+        y = torch.zeros(x.shape, dtype=torch.float32) if several else torch.empty_like(x)
         kept = []
-        for table, slots in banks:
-            entries = ops.list_entries(selection.mask, selection.experts, slots)
-            rows = job.rows.gather(table)
-            kept.append(ops.expert_forward(x, rows, entries, job.scores, gates, y, add=len(banks) > 1))
+        for bank in banks:
+            rows, entries, _ = _open(job, bank, train=False)
+            kept.append(ops.expert_forward(x, rows, entries, job.scores, gates, y, add=several))
         ctx.save_for_backward(x, gates, *kept)
         ctx.job, ctx.starts, ctx.version = job, starts, job.rows.version
         ctx.p_like = None if p is None else (p.shape, p.dtype)
@@ -53,7 +51,7 @@ class _Fused(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        job, selection = ctx.job, ctx.job.selection
+        job = ctx.job
         check_version(job.rows, ctx.version)
         x, gates, *kept = ctx.saved_tensors
         dy = grads[0].contiguous()
@@ -63,29 +61,60 @@ class _Fused(torch.autograd.Function):
             dx = torch.zeros(x.shape, dtype=torch.float32) if several else torch.empty_like(x)
         if gates is not None and ctx.needs_input_grad[2]:
             d_gates = torch.zeros(gates.shape)
-        for q, (table, slots) in zip(kept, _banks(job, ctx.starts), strict=True):
-            entries = ops.list_entries(selection.mask, selection.experts, slots)
-            rows = job.rows.gather(table)
-            grad = torch.empty(rows.shape, dtype=torch.float32) if job.train else None
-            ops.expert_backward(dy, x, rows, entries, q, gates, dx=dx, d_gates=d_gates, grad=grad, add=several)
-            if grad is not None:
-                job.rows.add_grad(table, grad)
+        for q, bank in zip(kept, _banks(job, ctx.starts), strict=True):
+            rows, entries, total = _open(job, bank, train=job.train)
+            grad = total
+            if job.train and total is None:
+                grad = torch.empty(rows.shape, dtype=torch.float32)
+            ops.expert_backward(
+                dy,
+                x,
+                rows,
+                entries,
+                q,
+                gates,
+                dx=dx,
+                d_gates=d_gates,
+                grad=grad,
+                add=several,
+                add_grad=total is not None,
+            )
+            if grad is not None and total is None:
+                job.rows.add_grad(bank.ids, grad)
         if d_gates is not None:
             shape, dtype = ctx.p_like
-            dp = torch.zeros(shape, dtype=dtype).scatter_(1, selection.experts, d_gates.to(dtype))
+            dp = torch.zeros(shape, dtype=dtype).scatter_(1, job.selection.experts, d_gates.to(dtype))
         return None, None if dx is None else dx.to(x.dtype), dp, None, None
 
 
-def _banks(job: Job, starts: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """(row ids int64 [n], slots int32 [N, m]: where a key lies in them, or -1), at most ``capacity`` rows at a time."""
+class _Bank(NamedTuple):
+    """Active rows that one pass works on. positions int64 [n]: where they are in ``active`` [N * m]; ids int64 [n]."""
+
+    positions: Tensor
+    ids: Tensor
+
+
+def _banks(job: Job, starts: Tensor) -> list[_Bank]:
+    """All active rows, at most ``capacity`` at a time."""
     active = job.selection.active
     m = active.shape[1]
     positions = active.view(-1).nonzero().view(-1)
     if not positions.shape[0]:
-        return
+        return []
     expert = positions.div(m, rounding_mode="floor")
     ids = starts[expert] + positions - expert * m
-    for part, rows in zip(positions.split(job.rows.capacity), ids.split(job.rows.capacity), strict=True):
-        slots = torch.full(active.shape, -1, dtype=torch.int32)
-        slots.view(-1)[part] = torch.arange(part.shape[0], dtype=torch.int32)
-        yield rows, slots
+    return list(map(_Bank, positions.split(job.rows.capacity), ids.split(job.rows.capacity)))
+
+
+def _open(job: Job, bank: _Bank, *, train: bool) -> tuple[Tensor, ops.Entries, Tensor | None]:
+    """(rows, the entries that use them, gradients to add to): a source's own tensors where it can lend them."""
+    in_place = getattr(job.rows, "in_place", None)
+    lent = None if in_place is None else in_place(bank.ids, grads=train)
+    if lent is not None:
+        rows, where, total = lent
+    else:
+        rows, where, total = job.rows.gather(bank.ids), torch.arange(bank.ids.shape[0]), None
+    selection = job.selection
+    slots = torch.full(selection.active.shape, -1, dtype=torch.int32)
+    slots.view(-1)[bank.positions] = where.to(torch.int32)
+    return rows, ops.list_entries(selection.mask, selection.experts, slots), total

@@ -97,15 +97,24 @@ class HostRows:
         keys.masked_fill_((slots == 0).unsqueeze(1), 0)
         return torch.cat([keys, cached], dim=1)
 
+    def in_place(self, table: Tensor, *, grads: bool) -> tuple[Tensor, Tensor, Tensor | None] | None:
+        """`gather` and `add_grad` without copies, for kernels on the host; None where whole rows do not lie there.
+
+        Returns (rows [n, 2d], slots int64 like `table` (no -1 in it), gradients fp32 [n, 2d] to add to or None): row
+        table[i] is rows[slots[i]], and its gradient likewise. Valid until the next request.
+        """
+        if not self._bus.is_host or self.selection != "host":
+            return None
+        slots = self._bus.up(self._resident(table), "ids")
+        return self._cache, slots, self._grads_for(slots) if grads else None
+
     def add_grad(self, table: Tensor, grad: Tensor) -> None:
         """Accumulate `grad` [n, 2d] for the rows of `table`; -1 entries are ignored, the others are unique."""
         host_slots = self._resident(table)
         slots = self._bus.up(host_slots, "ids")
-        self._has_grad[host_slots] = True
-        if self._grads.shape[0] < self._cache.shape[0]:
-            self._grads = _grown(self._grads, self._cache.shape[0])
+        grads = self._grads_for(host_slots)
         # Unique rows make this deterministic; the empty entries collide in slot 0, which nobody reads as a gradient.
-        self._grads.index_add_(0, slots, grad.to(torch.float32))
+        grads.index_add_(0, slots, grad.to(torch.float32))
 
     def record(self, union_rows: int, tokens: int, expert_load: Tensor | None) -> None:
         """Metrics of one training micro-batch."""
@@ -116,12 +125,17 @@ class HostRows:
     # -- what the wire unit asks for -------------------------------------------------------------------------------
 
     def close_window(self) -> tuple[Tensor, Tensor]:
-        """(ids, gradients) of the window: int64 [U] sorted on the host, float32 [U, 2d] on the device."""
+        """(ids, gradients) of the window: int64 [U] sorted on the host, float32 [U, 2d] on the device.
+
+        The gradients may be the window's own buffer: they are valid until `open_window`.
+        """
         if self._spilled:
             ids, rows = self._merge_spilled()
         else:
             ids, slots = self._rows_with_grad()
-            rows = self._grads.index_select(0, self._bus.up(slots, "ids"))
+            up = self._bus.up(slots, "ids")
+            # Rows that came in one sorted fetch lie in that order already.
+            rows = self._grads[1 : 1 + ids.numel()] if _is_range(slots) else self._grads.index_select(0, up)
         self.window_rows, self.last_expert_load = ids.numel(), self.expert_load
         self._ever_active[ids] = True
         return ids, rows
@@ -154,6 +168,13 @@ class HostRows:
         return self.r - int(self._ever_active.sum())
 
     # -- window internals ------------------------------------------------------------------------------------------
+
+    def _grads_for(self, host_slots: Tensor) -> Tensor:
+        """The gradients of the whole window, after which those of `host_slots` count as given."""
+        self._has_grad[host_slots] = True
+        if self._grads.shape[0] < self._cache.shape[0]:
+            self._grads = _grown(self._grads, self._cache.shape[0])
+        return self._grads
 
     def _resident(self, table: Tensor) -> Tensor:
         """Slots [n] of the rows in `table`, fetching what is missing; 0 for -1."""
@@ -218,6 +239,11 @@ class HostRows:
             total.index_add_(0, where[start : start + part.numel()], rows)
             start += part.numel()
         return union, self._bus.up(total, "spill")
+
+
+def _is_range(slots: Tensor) -> bool:
+    """Are they 1, 2, 3 ...?"""
+    return torch.equal(slots, torch.arange(1, 1 + slots.numel()))
 
 
 def _grown(t: Tensor, rows: int) -> Tensor:

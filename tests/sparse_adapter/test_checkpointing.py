@@ -15,6 +15,8 @@ from torch.utils.checkpoint import checkpoint
 from meft_ds.sparse_adapter import replay
 from tests.sparse_adapter.oracle import random_adapter, rows_grad, small_config
 
+pytestmark = pytest.mark.usefixtures("ops_path")
+
 Run = Callable[[Callable[[Tensor], Tensor], Tensor], Tensor]
 
 

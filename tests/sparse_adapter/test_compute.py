@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 from meft_ds.sparse_adapter import plan
 from tests.sparse_adapter.oracle import dense_adapter, grid, make_adapter, random_adapter, rows_grad, small_config
 
+pytestmark = pytest.mark.usefixtures("ops_path")
+
 
 @st.composite
 def cases(draw: st.DrawFn) -> dict[str, object]:

@@ -12,6 +12,8 @@ from meft_ds.sparse_adapter.rows import DeviceRows
 from meft_ds.sparse_adapter.select import key_scores, select_keys, top_experts
 from tests.sparse_adapter.oracle import dense_adapter, grid, make_adapter, random_adapter, small_config
 
+pytestmark = pytest.mark.usefixtures("ops_path")
+
 
 def test_equal_logits_go_to_the_smaller_expert() -> None:
     p = torch.tensor([[0.0, 1.0, 1.0, 1.0, 2.0], [-0.0, 0.0, -1.0, -0.0, -2.0], [-1.0, -1.0, -1.0, -1.0, -1.0]])

@@ -178,8 +178,14 @@ inline void dot_rows_bf16(const uint16_t* x, const uint16_t* const* rows, int64_
   __m512 sums[R];
 #pragma GCC unroll 8
   for (int i = 0; i < R; ++i) sums[i] = _mm512_setzero_ps();
-  for (int64_t c = 0; c < d; c += 32) {
-    const __mmask32 some = d - c >= 32 ? 0xFFFFFFFFu : (1u << (d - c)) - 1u;
+  int64_t c = 0;
+  for (; c + 32 <= d; c += 32) {
+    const __m512bh v = (__m512bh)_mm512_loadu_si512(x + c);
+#pragma GCC unroll 8
+    for (int i = 0; i < R; ++i) sums[i] = _mm512_dpbf16_ps(sums[i], v, (__m512bh)_mm512_loadu_si512(rows[i] + c));
+  }
+  if (c < d) {
+    const __mmask32 some = (1u << (d - c)) - 1u;
     const __m512bh v = (__m512bh)_mm512_maskz_loadu_epi16(some, x + c);
 #pragma GCC unroll 8
     for (int i = 0; i < R; ++i)
