@@ -105,6 +105,11 @@ class MeftEngine(DeepSpeedEngine):
             loss_scale_args=self.dynamic_loss_scale_args(),
             after_step=self._after_meft_step,
         )
+        if hasattr(
+            DeepSpeedEngine, "_configure_compression_scheduler"
+        ):  # DeepSpeed 0.18 makes these two in this method
+            self.compression_scheduler = self._configure_compression_scheduler()
+            self.quantizer = self._configure_quantization()
         self._meft_stats = Stats(bus=bus, units=units, adapters=self._meft_adapters, plan=plan)
         self._set_balance_scale()
         engine = weakref.ref(self)
@@ -235,6 +240,7 @@ class MeftEngine(DeepSpeedEngine):
             "method": "sparse_adapter",
             "model": type(self.module).__name__,
             "layers": len(self._meft_adapters),
+            "param_groups": len(self.optimizer.param_groups),
             **{key: getattr(sizes, key) for key in shaping},
         }
 

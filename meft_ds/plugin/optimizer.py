@@ -64,6 +64,7 @@ class MeftOptimizer(ZeROOptimizer):
         )
         self.overflow = False
         self.applied_steps = 0
+        self.bf16_groups: list[Any] = []  # DeepSpeed 0.18 lists these in its checkpoint; ours are in the units
         self._global_grad_norm: float | None = None
 
     @property
@@ -121,7 +122,7 @@ class MeftOptimizer(ZeROOptimizer):
 
     def scale_if_loss(self, value: Any) -> Any:
         """The loss times the loss scale."""
-        return self.loss_scaler.scale_loss(value)
+        return value * self.loss_scaler.loss_scale
 
     def needs_scaler(self) -> bool:
         """Whether a bare loss.backward() would lack loss scaling."""
@@ -132,32 +133,27 @@ class MeftOptimizer(ZeROOptimizer):
         self.scale_if_loss(loss).backward(retain_graph=retain_graph)
 
     def state_dict(self) -> dict[str, Any]:
-        """What DeepSpeed keeps in its own checkpoint file: the parameter groups' hyperparameters.
-
-        Weights, moments, counters and the loss scaler are saved by `meft_ds.plugin.checkpoint`.
-        """
-        groups = [{k: v for k, v in group.items() if k != "params"} for group in self.param_groups]
-        return {"meft_offload": True, "param_groups": groups}
+        """Nothing for DeepSpeed's own checkpoint file: `meft_ds.plugin.checkpoint` saves all state, `counters` included."""
+        return {}
 
     def load_state_dict(self, state: dict[str, Any], load_optimizer_states: bool = True, **_: Any) -> None:
         """Counterpart of `state_dict`."""
-        if len(state["param_groups"]) != len(self.param_groups):
-            raise ValueError(
-                f"the checkpoint has {len(state['param_groups'])} parameter groups, this run {len(self.param_groups)}; "
-                "build the optimizer as in the run that saved it"
-            )
-        if load_optimizer_states:
-            for group, saved in zip(self.param_groups, state["param_groups"], strict=True):
-                group.update(saved)
 
     def counters(self) -> dict[str, Any]:
-        """Numbers that resuming needs, as JSON."""
-        return {"applied_steps": self.applied_steps, "loss_scaler": _plain(vars(self.loss_scaler))}
+        """Numbers that resuming needs beside the units' state, as JSON: steps, loss scaler, the groups' hyperparameters."""
+        groups = [_plain({k: v for k, v in group.items() if k != "params"}) for group in self.param_groups]
+        return {
+            "applied_steps": self.applied_steps,
+            "loss_scaler": _plain(vars(self.loss_scaler)),
+            "param_groups": groups,
+        }
 
     def load_counters(self, counters: dict[str, Any]) -> None:
         """Counterpart of `counters`."""
         self.applied_steps = counters["applied_steps"]
         vars(self.loss_scaler).update(counters["loss_scaler"])
+        for group, saved in zip(self.param_groups, counters["param_groups"], strict=True):
+            group.update({k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()})
 
     def destroy(self) -> None:
         """Called by the engine when it is taken down: stop listening to gradients."""
@@ -226,4 +222,6 @@ def check_groups(groups: list[dict[str, Any]]) -> None:
 
 
 def _plain(values: dict[str, Any]) -> dict[str, Any]:
-    return {k: v for k, v in values.items() if isinstance(v, bool | int | float)}
+    """What JSON can hold; numbers in tensors (capturable optimizers) as floats."""
+    numbers = {k: v.item() if isinstance(v, Tensor) and v.numel() == 1 else v for k, v in values.items()}
+    return {k: v for k, v in numbers.items() if v is None or isinstance(v, bool | int | float | str | list | tuple)}
