@@ -136,7 +136,7 @@ def train_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFas
         show_progress=False,
     )
     words = [text for text in texts if text.startswith(" ")] * 3  # again: their words shall be few tokens
-    tokenizer.train_from_iterator([*texts, *words, "U+0 " * 100], trainer)
+    tokenizer.train_from_iterator([*texts, *words], trainer)
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", tokenizer.token_to_id("<s>"))]
     )

@@ -81,8 +81,8 @@ def test_facts_survive_the_tokenizer(tokenizer) -> None:
 
 
 def test_a_code_point_is_one_token_per_digit(tokenizer) -> None:
-    assert tokenizer.tokenize("U+2A3F") == ["U+", "2", "A", "3", "F"]
-    assert tokenizer.tokenize("U+FACE") == ["U+", "F", "A", "C", "E"]
+    assert tokenizer.tokenize("U+2A3F") == ["U", "+", "2", "A", "3", "F"]
+    assert tokenizer.tokenize("U+FACE") == ["U", "+", "F", "A", "C", "E"]
 
 
 def test_labels_cover_the_completion_and_its_end_only(tokenizer) -> None:
