@@ -36,6 +36,7 @@ EXCLUDED_FILES = ("html/entities.py", "stringprep.py", "re/_casefix.py", "tabnan
 # One piece per hexadecimal digit after "U+" or "0x", one per decimal digit, otherwise words with their leading space.
 HEX_DIGIT = "|".join(rf"(?<=(?:U\+|0x)[0-9A-Fa-f]{{{n}}})[0-9A-Fa-f]" for n in range(6))
 PIECES = rf"U\+(?=[0-9A-F])|0x(?=[0-9A-Fa-f])|{HEX_DIGIT}|\d| ?\p{{L}}+| ?[^\s\p{{L}}\p{{N}}]+|\s+(?!\S)|\s+"
+TOKENIZER_CLASS = "PreTrainedTokenizerFast"
 SPECIAL = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>"}
 
 
@@ -65,6 +66,8 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     model.to(torch.bfloat16).save_pretrained(args.out)
     tokenizer.save_pretrained(args.out)
+    settings = args.out / "tokenizer_config.json"  # by its name in transformers 4 too, which does not know that of 5
+    settings.write_text(json.dumps({**json.loads(settings.read_text()), "tokenizer_class": TOKENIZER_CLASS}, indent=2))
     (args.out / "made_with.json").write_text(json.dumps(record, indent=2) + "\n")
     print(json.dumps(record))
 
@@ -136,7 +139,7 @@ def train_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFas
         show_progress=False,
     )
     words = [text for text in texts if text.startswith(" ")] * 3  # again: their words shall be few tokens
-    tokenizer.train_from_iterator([*texts, *words], trainer)
+    tokenizer.train_from_iterator([*texts, *words, "U+0 " * 100], trainer)  # "U" too, which lines left out held
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", tokenizer.token_to_id("<s>"))]
     )

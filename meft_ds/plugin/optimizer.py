@@ -133,14 +133,14 @@ class MeftOptimizer(ZeROOptimizer):
         self.scale_if_loss(loss).backward(retain_graph=retain_graph)
 
     def state_dict(self) -> dict[str, Any]:
-        """Nothing for DeepSpeed's own checkpoint file: `meft_ds.plugin.checkpoint` saves all state, `counters` included."""
+        """Nothing for DeepSpeed's own file: `meft_ds.plugin.checkpoint` saves all state, `counters` included."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any], load_optimizer_states: bool = True, **_: Any) -> None:
         """Counterpart of `state_dict`."""
 
     def counters(self) -> dict[str, Any]:
-        """Numbers that resuming needs beside the units' state, as JSON: steps, loss scaler, the groups' hyperparameters."""
+        """What resuming needs beside the units' state, as JSON: steps, loss scaler, the groups' hyperparameters."""
         groups = [_plain({k: v for k, v in group.items() if k != "params"}) for group in self.param_groups]
         return {
             "applied_steps": self.applied_steps,
