@@ -38,6 +38,7 @@ print("shared")
 if len(sys.argv) > 2:
     sys.stdout.flush()
     time.sleep(60)
+dist.destroy_process_group()  # or its threads may still run when the interpreter goes
 """
 
 

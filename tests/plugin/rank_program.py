@@ -81,6 +81,7 @@ def main() -> None:
             raise RuntimeError("planted")
         time.sleep(2)
         run(engine, 1, 1)
+    dist.destroy_process_group()  # or its threads may still run when the interpreter goes
 
 
 def report(engine, folder: Path, rank: int) -> None:  # type: ignore[no-untyped-def]
