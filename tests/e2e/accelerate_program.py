@@ -37,7 +37,8 @@ def main() -> None:
             total += loss.item()
         losses.append(total)
     print(json.dumps({"losses": losses, "class": type(model).__name__, "lr": scheduler.get_last_lr()[0]}))
-    torch.distributed.destroy_process_group()  # or its threads may still run when the interpreter goes
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()  # else gloo threads that run while the interpreter ends may abort it
 
 
 main()

@@ -57,7 +57,8 @@ def main() -> None:
     torch.save(logits, given.folder / "logits.pt")
     stats = getattr(trainer.model, "meft_stats", dict)()
     print(json.dumps({"losses": losses, "norms": norms, "rates": rates, "rows": stats.get("bytes", {}).get("rows")}))
-    torch.distributed.destroy_process_group()  # or its threads may still run when the interpreter goes
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()  # else gloo threads that run while the interpreter ends may abort it
 
 
 main()

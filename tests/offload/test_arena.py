@@ -38,7 +38,9 @@ print("shared")
 if len(sys.argv) > 2:
     sys.stdout.flush()
     time.sleep(60)
-dist.destroy_process_group()  # or its threads may still run when the interpreter goes
+dist.barrier()
+ranks = None
+dist.destroy_process_group()  # else gloo threads that run while the interpreter ends may abort it
 """
 
 

@@ -34,7 +34,9 @@ for case in range(30):
     assert torch.equal(ids, own), (case, ids, own)
     assert torch.equal(rows, expected[own])
 print("equal")
-dist.destroy_process_group()  # or its threads may still run when the interpreter goes
+dist.barrier()
+ranks = None
+dist.destroy_process_group()  # else gloo threads that run while the interpreter ends may abort it
 """
 
 

@@ -81,7 +81,8 @@ def main() -> None:
             raise RuntimeError("planted")
         time.sleep(2)
         run(engine, 1, 1)
-    dist.destroy_process_group()  # or its threads may still run when the interpreter goes
+    dist.barrier()
+    dist.destroy_process_group()  # else gloo threads that run while the interpreter ends may abort it
 
 
 def report(engine, folder: Path, rank: int) -> None:  # type: ignore[no-untyped-def]
