@@ -31,7 +31,12 @@ def config_file(folder: Path, *, block: bool = True, precision: str = "bf16", op
         config["optimizer"] = {"type": "AdamW", "params": params}
         config["scheduler"] = {
             "type": "WarmupDecayLR",
-            "params": {"warmup_min_lr": 0, "warmup_max_lr": "auto", "warmup_num_steps": 1, "total_num_steps": "auto"},
+            "params": {
+                "warmup_min_lr": 0,
+                "warmup_max_lr": "auto",
+                "warmup_num_steps": "auto",
+                "total_num_steps": "auto",
+            },
         }
     if block:
         config["meft_offload"] = {"sparse_adapter": dict(ADAPTER)}

@@ -34,6 +34,7 @@ def main() -> None:
         gradient_accumulation_steps=2,
         learning_rate=1e-2,
         lr_scheduler_type="linear",
+        warmup_steps=1,
         max_steps=6,
         save_steps=3,
         eval_strategy="steps",
