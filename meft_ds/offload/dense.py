@@ -125,14 +125,6 @@ class DenseUnit(Unit):
         self._reply.copy_(self._adam.master)
         self._push_params(bus)
 
-    def reset_master(self) -> None:
-        """Take masters anew from the parameters (a checkpoint was loaded without optimizer state); zero the moments."""
-        assert self._adam is not None
-        flat = torch.cat([p.detach().reshape(-1) for _, p in self.params])
-        self._adam.master.copy_(flat[self._lo : self._hi])
-        self._adam.exp_avg.zero_()
-        self._adam.exp_avg_sq.zero_()
-
     def _push_params(self, bus: Bus) -> None:
         own = bus.up(self._reply, "dense")
         if self._ranks.world > 1:

@@ -46,7 +46,6 @@ class Pipeline:
         step: int,
         grad_scale: float,
         clip: float,
-        check_overflow: bool,
     ) -> StepResult:
         """One optimizer step over all units.
 
@@ -55,7 +54,8 @@ class Pipeline:
             step: number of this update, counting applied ones from 1.
             grad_scale: what turns the summed payloads into the mean gradient: 1 / (world size * loss scale).
             clip: largest global gradient norm, 0 for none.
-            check_overflow: skip the step when any payload holds a non-finite value (fp16, or the user's wish in bf16).
+
+        Any non-finite value in any payload skips the step for all units, in every precision.
         """
         with record_function("meft.down"):
             for unit in reversed(self.units):
@@ -64,7 +64,7 @@ class Pipeline:
                 unit.send(self.bus)
         with record_function("meft.norm"):
             grad_norm = self._global_norm(grad_scale)
-        if check_overflow and not math.isfinite(grad_norm):
+        if not math.isfinite(grad_norm):
             for unit in self.units:
                 unit.discard()
             return StepResult(overflow=True, grad_norm=grad_norm)

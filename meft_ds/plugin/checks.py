@@ -36,7 +36,7 @@ def conflicts(ds_config: Mapping[str, Any]) -> list[str]:
     for key in ("zenflow", "offload_param"):
         if _is_on(zero.get(key)):
             faults.append(f"zero_optimization.{key}: does not go with meft_offload; remove it")
-    for key in ("hybrid_engine", "amp", "compression_training", "sparse_gradients", "flops_profiler.autotuning"):
+    for key in ("hybrid_engine", "amp", "compression_training", "sparse_gradients"):
         if _is_on(ds_config.get(key)):
             faults.append(f"{key}: does not go with meft_offload; remove it")
     if (ds_config.get("tensor_parallel") or {}).get("autotp_size", 0) > 1:

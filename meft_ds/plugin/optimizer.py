@@ -99,7 +99,6 @@ class MeftOptimizer(ZeROOptimizer):
             step=self.applied_steps + 1,
             grad_scale=1.0 / (self._mean_over * self.cur_scale),
             clip=self.clip,
-            check_overflow=True,
         )
         self.overflow = result.overflow
         self._global_grad_norm = result.grad_norm

@@ -26,7 +26,7 @@ def make(model: nn.Module) -> Pipeline:
 
 
 def step(pipeline: Pipeline, n: int, *, clip: float = 0.0, scale: float = 1.0) -> tuple[bool, float]:
-    result = pipeline.step(lambda unit: HYPER, step=n, grad_scale=scale, clip=clip, check_overflow=True)
+    result = pipeline.step(lambda unit: HYPER, step=n, grad_scale=scale, clip=clip)
     return result.overflow, result.grad_norm
 
 
