@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, ValidationError, field_validator
 
+from meft_ds.offload.config import ScheduleConfig
 from meft_ds.sparse_adapter.config import SparseAdapterConfig
 
 BLOCK = "meft_offload"
@@ -31,6 +32,10 @@ class MeftConfig(BaseModel):
     sparse_adapter: SparseAdapterConfig = Field(
         default_factory=lambda: SparseAdapterConfig.model_validate({}),
         description="MEFT: large sparse adapters whose rows live on the host.",
+    )
+    schedule: ScheduleConfig = Field(
+        default_factory=lambda: ScheduleConfig.model_validate({}),
+        description="How updates and transfers overlap with compute.",
     )
     train: tuple[Annotated[str, StringConstraints(min_length=1)], ...] = Field(
         (),

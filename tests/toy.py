@@ -103,11 +103,14 @@ def train(engine: Any, steps: int, *, first_seed: int = 100, rows: int = 4, dist
         engine.backward(loss)
         engine.step()
         losses.append(loss.item())
+    if hasattr(engine, "meft_flush"):
+        engine.meft_flush()  # callers read weights by themselves
     return losses
 
 
 def state_of(engine: Any) -> dict[str, Tensor]:
     """Copies of everything that training changes: host state of all units, and the model's trainable tensors."""
+    engine.optimizer.pipeline.flush()
     state = {
         f"{unit.name}.{key}": t.clone()
         for unit in engine.optimizer.pipeline.units

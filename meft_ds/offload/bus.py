@@ -1,19 +1,29 @@
 # SPDX-License-Identifier: Apache-2.0
 """The bus between accelerator and host: every byte that crosses goes through here and is counted by channel.
 
-Serial: each call returns when its copy is done. The copies use pinned staging buffers that grow to the largest transfer
-seen and are then reused. On a CPU device there is nothing to cross, so no copy is made, but the bytes are counted as
-if.
+The two directions are independent. A lane's copies run on that direction's own stream and the lane's thread waits for
+them, so the thread that trains never does. Page-locked buffers of the payloads are taken once, from the plan; those of
+small transfers grow to the largest one seen and are then reused.
+
+On a CPU device there are no streams, and a lane's copy is a copy in memory. What crosses on the training thread's
+demand (`down`, `up`) lies in place already and is not copied, but its bytes are counted as if.
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+import contextlib
+import threading
+from collections.abc import Hashable, Iterator, Mapping
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from meft_ds import ops
+
+_ALIGN = 64
+
+Counts = dict[str, dict[str, int]]
 
 
 class Bus:
@@ -26,27 +36,77 @@ class Bus:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.is_host = device.type == "cpu"
-        self._counts: dict[str, list[int]] = {}
+        self.window = 0
+        self.allocations = 0  # page-locked blocks taken so far
+        self._counts: dict[int, dict[str, list[int]]] = {0: {}}
+        self._counting = threading.Lock()
+        self._of_thread = threading.local()
         self._staging: dict[Hashable, Tensor] = {}
+        self._runtime: Any = None if self.is_host else torch.get_device_module(device)
+        self._streams: dict[str, Any] = {}
+        if self._runtime is not None:
+            self._streams = {name: self._runtime.Stream(device) for name in ("down", "up")}
+
+    # -- counters ------------------------------------------------------------------------------------------------------
 
     def count(self, channel: str, *, down: int = 0, up: int = 0) -> None:
-        """Add bytes to a channel's counters."""
-        entry = self._counts.setdefault(channel, [0, 0])
-        entry[0] += down
-        entry[1] += up
+        """Add bytes to a channel's counters of the window that the calling thread works for."""
+        window = getattr(self._of_thread, "window", None)
+        with self._counting:
+            counts = self._counts.setdefault(self.window if window is None else window, {})
+            entry = counts.setdefault(channel, [0, 0])
+            entry[0] += down
+            entry[1] += up
 
-    def take_counts(self) -> dict[str, dict[str, int]]:
-        """The counters since the last call, as {channel: {"down": bytes, "up": bytes}}; starts them anew."""
-        taken = {name: {"down": down, "up": up} for name, (down, up) in sorted(self._counts.items())}
-        self._counts = {}
-        return taken
+    @contextlib.contextmanager
+    def counting_for(self, window: int) -> Iterator[None]:
+        """What this thread moves inside belongs to `window`, although a later one may be open by now."""
+        before = getattr(self._of_thread, "window", None)
+        self._of_thread.window = window
+        try:
+            yield
+        finally:
+            self._of_thread.window = before
+
+    def close_window(self) -> int:
+        """Open the next window's counters; returns the number of the one closed. Only the last two are kept."""
+        with self._counting:
+            closed, self.window = self.window, self.window + 1
+            self._counts.setdefault(self.window, {})
+            for old in [w for w in self._counts if w < closed]:
+                del self._counts[old]
+        return closed
+
+    def counts_of(self, window: int) -> Counts:
+        """A window's counters as {channel: {"down": bytes, "up": bytes}}."""
+        with self._counting:
+            return {name: {"down": down, "up": up} for name, (down, up) in sorted(self._counts.get(window, {}).items())}
+
+    def take_counts(self) -> Counts:
+        """Close the window and return its counters."""
+        return self.counts_of(self.close_window())
+
+    # -- buffers -------------------------------------------------------------------------------------------------------
+
+    def reserve(self, sizes: Mapping[Hashable, int]) -> None:
+        """Take one page-locked block and give every key its part of it (bytes); for buffers that the plan knows."""
+        padded = {key: -(-size // _ALIGN) * _ALIGN for key, size in sizes.items() if key not in self._staging}
+        if not sum(padded.values()):
+            return
+        block = self._pinned(sum(padded.values()))
+        offset = 0
+        for key, size in padded.items():
+            self._staging[key] = block[offset : offset + size]
+            offset += size
 
     def staging_bytes(self) -> int:
         """Host bytes held by the staging buffers."""
         return sum(buffer.numel() for buffer in self._staging.values())
 
+    # -- on the thread that trains -------------------------------------------------------------------------------------
+
     def down(self, t: Tensor, channel: str, key: Hashable | None = None) -> Tensor:
-        """Device -> host. With `key`, the result lies in that key's pinned buffer and is valid until its next use."""
+        """Device -> host, done on return. With `key`, the result is valid until the key's next use."""
         self.count(channel, down=t.numel() * t.element_size())
         if self.is_host:
             return t
@@ -61,11 +121,6 @@ class Bus:
         self.count(channel, up=t.numel() * t.element_size())
         return t if self.is_host else t.to(self.device)
 
-    def up_into(self, dst: Tensor, src: Tensor, channel: str) -> None:
-        """Host `src` -> device `dst`, same shape; casts when the dtypes differ."""
-        self.count(channel, up=src.numel() * src.element_size())
-        dst.copy_(src)
-
     def fetch_rows(self, src: Tensor, ids: Tensor, dst: Tensor, channel: str) -> None:
         """Rows `ids` (int64 [k]) of host `src` [n, w] -> device `dst` [k, w] of the same dtype."""
         self.count(channel, up=dst.numel() * dst.element_size())
@@ -76,10 +131,69 @@ class Bus:
         ops.gather_rows(src, ids, rows)
         dst.copy_(rows)
 
+    # -- on a lane, or in line -----------------------------------------------------------------------------------------
+
+    def send(self, t: Tensor, dtype: torch.dtype, channel: str, key: Hashable) -> Tensor:
+        """Device -> the key's page-locked buffer, cast to `dtype` before it crosses; done on return."""
+        host = self._stage(key, t.shape, dtype)
+        self.count(channel, down=host.numel() * host.element_size())
+        self._copy_down(host, t)
+        return host
+
+    def up_into(self, dst: Tensor, src: Tensor, channel: str) -> None:
+        """Host `src` -> device `dst`, same shape and dtype; done on return as far as the current stream goes."""
+        self.count(channel, up=src.numel() * src.element_size())
+        self._copy_up(dst, src)
+
+    def _copy_down(self, host: Tensor, t: Tensor) -> None:
+        host.copy_(t if self.is_host else t.to(host.dtype))
+
+    def _copy_up(self, dst: Tensor, src: Tensor) -> None:
+        dst.copy_(src, non_blocking=True)
+
+    # -- streams and events --------------------------------------------------------------------------------------------
+
+    def mark(self, *, timed: bool = False) -> Any:
+        """A point in the current stream's work, to wait for elsewhere; None where there are no streams."""
+        if self.is_host:
+            return None
+        event = self._runtime.Event(enable_timing=timed)
+        event.record(self._runtime.current_stream(self.device))
+        return event
+
+    def wait(self, mark: Any) -> None:
+        """The current stream goes on only after `mark`; the calling thread does not wait."""
+        if mark is not None:
+            self._runtime.current_stream(self.device).wait_event(mark)
+
+    @contextlib.contextmanager
+    def lane(self, direction: Literal["down", "up"], after: Any = None) -> Iterator[None]:
+        """Work inside runs on that direction's stream, after `after`, and is done on exit (the thread waits)."""
+        if self.is_host:
+            yield
+            return
+        stream = self._streams[direction]
+        with self._runtime.stream(stream):
+            if after is not None:
+                stream.wait_event(after)
+            yield
+        stream.synchronize()
+
+    def use_device(self) -> None:
+        """Make `device` the calling thread's current one."""
+        if not self.is_host and self.device.index is not None:
+            self._runtime.set_device(self.device)
+
+    # -- helpers -------------------------------------------------------------------------------------------------------
+
     def _stage(self, key: Hashable, shape: torch.Size, dtype: torch.dtype) -> Tensor:
         nbytes = shape.numel() * dtype.itemsize
         buffer = self._staging.get(key)
         if buffer is None or buffer.numel() < nbytes:
-            buffer = torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
-            self._staging[key] = buffer
+            # a power of two, so that lengths that vary a little do not take a new block each time
+            buffer = self._staging[key] = self._pinned(1 << max(nbytes - 1, _ALIGN - 1).bit_length())
         return buffer[:nbytes].view(dtype).view(shape)
+
+    def _pinned(self, nbytes: int) -> Tensor:
+        self.allocations += 1
+        return torch.empty(nbytes, dtype=torch.uint8, pin_memory=not self.is_host)

@@ -7,6 +7,8 @@ own dtype. Each rank holds master and moments of its 1/N of the layer's flattene
 
 from __future__ import annotations
 
+import weakref
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -48,23 +50,33 @@ class DenseUnit(Unit):
         self.numel = sum(p.numel() for _, p in params)
         self._lo, self._hi = owned_range(self.numel, ranks)
         self._dtype, self._device = params[0][1].dtype, params[0][1].device
+        self._on_host = self._device.type == "cpu"
         self._payload: Tensor | None = None
         self._host_payload: Tensor | None = None
         self._adam: FlatAdam | None = None
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
+        self._waiting: set[int] = set()
 
     def allocate(self) -> None:
         """Take the memory that `footprint` announced and start collecting gradients."""
         flat = torch.cat([p.detach().reshape(-1) for _, p in self.params])
         own = flat[self._lo : self._hi].cpu()
-        pin = self._device.type != "cpu"
-        self._reply = torch.empty(own.shape, dtype=self._dtype, pin_memory=pin)
+        world = self._ranks.world
+        self._reply = torch.empty(own.shape, dtype=self._dtype, pin_memory=not self._on_host)
         self._adam = FlatAdam(own.float().clone(), self._reply, self._moments_dtype)
         self._reply.copy_(own)
         self._acc = torch.zeros(self.numel, dtype=torch.float32, device=self._device)
+        # the sum over ranks must not replace the gradient: more of it may come, and then it is summed again
+        self._sum = torch.empty_like(self._acc) if world > 1 else None
+        # one row per rank, as long as the longest slice, because not every backend gathers slices of different sizes
+        longest = max(hi - lo for lo, hi in self._slices())
+        self._replies = None
+        if world > 1 or not self._on_host:
+            self._replies = torch.zeros(world, longest, dtype=self._dtype, device=self._device)
+        self._await_all()
         offset = 0
-        for _, p in self.params:
-            self._hooks.append(p.register_post_accumulate_grad_hook(_accumulate_into(self._acc, offset)))
+        for index, (_, p) in enumerate(self.params):
+            self._hooks.append(p.register_post_accumulate_grad_hook(_Taker(self, index, offset)))
             offset += p.numel()
 
     def release(self) -> None:
@@ -74,27 +86,30 @@ class DenseUnit(Unit):
         self._hooks = []
 
     def footprint(self) -> Footprint:
-        own = self._hi - self._lo
+        own, size = self._hi - self._lo, self._dtype.itemsize
+        several = self._ranks.world > 1
         moments = 2 * self._moments_dtype.itemsize
         return Footprint(
-            host_private=own * (4 + moments + self._dtype.itemsize) + (0 if self._device.type == "cpu" else own * 4),
-            device=self.numel * 4,
+            host_private=own * (4 + moments + size + 4),
+            payload=own * 4,
+            device=self.numel * (4 + (4 if several else 0) + (size if several or not self._on_host else 0)),
             down=own * 4,
-            up=own * self._dtype.itemsize,
+            up=own * size,
         )
 
     def collect(self) -> None:
         self._payload = self._acc
 
-    def reduce(self) -> None:
+    def reduce(self, ranks: Ranks) -> None:
         assert self._payload is not None
-        if self._ranks.world > 1:
-            dist.all_reduce(self._payload, group=self._ranks.group)
-        self._payload = self._payload[self._lo : self._hi]
+        if self._sum is not None:
+            self._sum.copy_(self._payload)
+            dist.all_reduce(self._sum, group=ranks.group)
+            self._payload = self._sum[self._lo : self._hi]
 
     def send(self, bus: Bus) -> None:
         assert self._payload is not None
-        self._host_payload = bus.down(self._payload, "dense", key=self.name)
+        self._host_payload = bus.send(self._payload, torch.float32, "dense", key=self.name)
         self._payload = None
 
     def sq_norm(self) -> float:
@@ -105,13 +120,31 @@ class DenseUnit(Unit):
         assert self._adam is not None and self._host_payload is not None
         self._adam.step(self._host_payload, hyper, step=step, grad_scale=grad_scale)
 
-    def apply(self, bus: Bus) -> None:
-        self._push_params(bus)
+    def fetch(self, bus: Bus, ranks: Ranks) -> None:
+        if self._replies is None:
+            bus.count("dense", up=self._reply.numel() * self._reply.element_size())
+            return
+        mine = self._replies[ranks.rank]
+        bus.up_into(mine[: self._reply.numel()], self._reply, "dense")
+        if ranks.world > 1:
+            dist.all_gather(list(self._replies.unbind(0)), mine.clone(), group=ranks.group)
+
+    @torch.no_grad()
+    def apply(self) -> None:
+        rows = [self._reply] if self._replies is None else list(self._replies.unbind(0))
+        parts = [row[: hi - lo] for row, (lo, hi) in zip(rows, self._slices(), strict=True)]
+        flat = parts[0] if len(parts) == 1 else torch.cat(parts)
+        offset = 0
+        for _, p in self.params:
+            # not p.data: a forward that read the old weights and has yet to run backward must fail, not be wrong
+            p.copy_(flat[offset : offset + p.numel()].view_as(p))
+            offset += p.numel()
         self.discard()
 
     def discard(self) -> None:
         self._acc.zero_()
         self._payload = self._host_payload = None
+        self._await_all()
 
     def state_tensors(self) -> dict[str, Tensor]:
         assert self._adam is not None
@@ -120,39 +153,37 @@ class DenseUnit(Unit):
     def state_range(self) -> tuple[int, int, int]:
         return self._lo, self._hi, self.numel
 
-    def after_load(self, bus: Bus) -> None:
+    def after_load(self) -> None:
         assert self._adam is not None
         self._reply.copy_(self._adam.master)
-        self._push_params(bus)
 
-    def _push_params(self, bus: Bus) -> None:
-        own = bus.up(self._reply, "dense")
-        if self._ranks.world > 1:
-            sizes = [owned_range(self.numel, Ranks(rank=k, world=self._ranks.world)) for k in range(self._ranks.world)]
-            parts = [torch.empty(hi - lo, dtype=own.dtype, device=own.device) for lo, hi in sizes]
-            _all_gather_uneven(parts, own, self._ranks)
-            own = torch.cat(parts)
-        offset = 0
-        for _, p in self.params:
-            p.data.copy_(own[offset : offset + p.numel()].view_as(p))
-            offset += p.numel()
-
-
-def _accumulate_into(acc: Tensor, offset: int):  # type: ignore[no-untyped-def]
-    def hook(p: Tensor) -> None:
+    def take(self, index: int, offset: int, p: Tensor) -> None:
+        """Add a parameter's gradient to the window."""
         assert p.grad is not None
-        acc[offset : offset + p.numel()].add_(p.grad.reshape(-1))
+        if self.listener is not None:
+            self.listener.gradient(self)
+        self._acc[offset : offset + p.numel()].add_(p.grad.reshape(-1))
         p.grad = None  # consumed: it must not be added a second time by the next micro-batch
+        self._waiting.discard(index)
+        if not self._waiting:
+            self._await_all()
+            if self.listener is not None:
+                self.listener.complete(self)
 
-    return hook
+    def _await_all(self) -> None:
+        self._waiting = set(range(len(self.params)))
+
+    def _slices(self) -> list[tuple[int, int]]:
+        world = self._ranks.world
+        return [owned_range(self.numel, Ranks(rank=k, world=world)) for k in range(world)]
 
 
-def _all_gather_uneven(parts: list[Tensor], own: Tensor, ranks: Ranks) -> None:
-    # not every backend gathers slices of different sizes, so pad them to the longest
-    longest = max(p.numel() for p in parts)
-    padded = torch.zeros(longest, dtype=own.dtype, device=own.device)
-    padded[: own.numel()] = own
-    gathered = [torch.empty_like(padded) for _ in parts]
-    dist.all_gather(gathered, padded, group=ranks.group)
-    for part, whole in zip(parts, gathered, strict=True):
-        part.copy_(whole[: part.numel()])
+class _Taker:
+    """A parameter's hook. It holds its unit weakly: a model that outlives its engine must not keep the state alive."""
+
+    def __init__(self, unit: DenseUnit, index: int, offset: int) -> None:
+        self._unit, self._index, self._offset = weakref.ref(unit), index, offset
+
+    def __call__(self, p: Tensor) -> None:
+        if (unit := self._unit()) is not None:
+            unit.take(self._index, self._offset, p)

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
@@ -12,16 +12,33 @@ from torch import Tensor
 
 @dataclass(frozen=True, kw_only=True)
 class Ranks:
-    """The data-parallel ranks that share one node's store. `group` is None when there is only one."""
+    """The data-parallel ranks that share one node's store.
+
+    `group` works on device tensors, `host_group` on host tensors; both are None when there is only one rank, and
+    `host_group` may be None where `group` does both.
+    """
 
     rank: int = 0
     world: int = 1
     group: dist.ProcessGroup | None = None
+    host_group: dist.ProcessGroup | None = None
 
     def barrier(self) -> None:
         """Return once every rank is here."""
         if self.world > 1:
-            dist.barrier(self.group)
+            dist.barrier(self.group if self.host_group is None else self.host_group)
+
+    def of_its_own(self, device: torch.device) -> Ranks:
+        """The same ranks with groups of their own, for a thread whose collectives must not mix with others'.
+
+        Collective over all processes of the run.
+        """
+        if self.world == 1:
+            return self
+        members = dist.get_process_group_ranks(self.group) if self.group is not None else None
+        host_group = dist.new_group(members, backend="gloo")
+        group = host_group if device.type == "cpu" else dist.new_group(members)
+        return replace(self, group=group, host_group=host_group)
 
 
 def owned_range(n: int, ranks: Ranks) -> tuple[int, int]:
@@ -38,8 +55,9 @@ def all_reduce_sum(values: list[float], device: torch.device, ranks: Ranks) -> l
     """Sum a few float64 numbers over ranks; every rank gets bit-identical results."""
     if ranks.world == 1:
         return values
-    t = torch.tensor(values, dtype=torch.float64, device=device)
-    dist.all_reduce(t, group=ranks.group)
+    on_host = ranks.host_group is not None
+    t = torch.tensor(values, dtype=torch.float64, device="cpu" if on_host else device)
+    dist.all_reduce(t, group=ranks.host_group if on_host else ranks.group)
     return t.tolist()
 
 
@@ -60,17 +78,21 @@ def reduce_rows_to_owners(ids: Tensor, rows: Tensor, n: int, ranks: Ranks) -> tu
     device, width = rows.device, rows.shape[1]
     bounds = torch.tensor([boundary(n, k, ranks.world) for k in range(ranks.world + 1)])
     cuts = torch.searchsorted(ids, bounds)
-    sent = (cuts[1:] - cuts[:-1]).to(device)
+    # ids are known on the host, so with a host group the sizes cost no wait for the device
+    control = device if ranks.host_group is None else torch.device("cpu")
+    control_group = ranks.group if ranks.host_group is None else ranks.host_group
+    sent = (cuts[1:] - cuts[:-1]).to(control)
     received = torch.empty_like(sent)
-    dist.all_to_all_single(received, sent, group=ranks.group)
+    dist.all_to_all_single(received, sent, group=control_group)
     out_splits, in_splits = received.tolist(), sent.tolist()
 
-    got_ids = torch.empty(sum(out_splits), dtype=torch.int64, device=device)
-    dist.all_to_all_single(got_ids, ids.to(device), out_splits, in_splits, group=ranks.group)
+    got_ids = torch.empty(sum(out_splits), dtype=torch.int64, device=control)
+    dist.all_to_all_single(got_ids, ids.to(control), out_splits, in_splits, group=control_group)
     got_rows = torch.empty(sum(out_splits), width, dtype=rows.dtype, device=device)
     dist.all_to_all_single(got_rows, rows.contiguous(), out_splits, in_splits, group=ranks.group)
 
     union, where = torch.unique(got_ids, sorted=True, return_inverse=True)
+    where = where.to(device)
     total = torch.zeros(union.numel(), width, dtype=torch.float32, device=device)
     start = 0
     for count in out_splits:

@@ -1,29 +1,120 @@
 # SPDX-License-Identifier: Apache-2.0
 """The pipeline: carries every unit through one optimizer step, knowing wire formats only by their contract.
 
-This is the serial order, the reference that any overlapping schedule must equal bit for bit: all payloads down in
-backward order, one norm and one overflow verdict over all of them, then host updates and uploads in forward order.
+One code path for all modes; they differ in where the stages run and in what an update waits for:
+
+* `serial`: every stage in order in the caller. The reference that the others are tested against.
+* `exact`: a unit's payload goes down as soon as backward is done with it. The step waits for all of them, takes one
+  norm and one verdict, hands the host updates over in forward order and returns; a layer's forward waits only for its
+  own update. Bit for bit the results of `serial`.
+* `eager`: a unit's update starts as soon as its payload is down (docs/schedule.md says what that means for clipping
+  and overflow).
+
+Collectives run on lanes, each lane with process groups of its own, and in an order that is the same on every rank:
+deepest unit first on the way down, and on the way up the order of the updates.
 """
 
 from __future__ import annotations
 
 import math
+import threading
+import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
 
-from torch.profiler import record_function
+import torch
+from torch.autograd import Variable
 
 from meft_ds.offload.bus import Bus
+from meft_ds.offload.lanes import Lanes
 from meft_ds.offload.partition import Ranks, all_reduce_sum
+from meft_ds.offload.schedule import Mode
+from meft_ds.offload.timeline import Timeline, WindowTimes
+from meft_ds.offload.tuner import Tuner
 from meft_ds.offload.wire import AdamHyper, Unit
 
 
 @dataclass(frozen=True, kw_only=True)
+class StepSettings:
+    """What an optimizer step takes from the user, now.
+
+    `grad_scale` turns the summed payloads into the mean gradient: 1 / (world size * loss scale). `clip` is the largest
+    global gradient norm, 0 for none.
+    """
+
+    hyper_of: Callable[[Unit], AdamHyper]
+    grad_scale: float
+    clip: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class StepResult:
-    """What one step decided: whether it was skipped, and the global gradient norm before clipping (inf if skipped)."""
+    """What one step decided: whether it was skipped, and the global gradient norm before clipping (inf if skipped).
+
+    `times` are those of the window that the step closed.
+    """
 
     overflow: bool
     grad_norm: float
+    times: WindowTimes
+
+
+@dataclass(frozen=True, kw_only=True)
+class LaneRanks:
+    """The data-parallel ranks as each lane's collectives use them."""
+
+    down: Ranks
+    host: Ranks
+    up: Ranks
+
+    @classmethod
+    def shared(cls, ranks: Ranks) -> LaneRanks:
+        """One group for all, for the serial order."""
+        return cls(down=ranks, host=ranks, up=ranks)
+
+    @classmethod
+    def apart(cls, ranks: Ranks, device: torch.device) -> LaneRanks:
+        """Groups of their own. Collective over all processes of the run."""
+        return cls(down=ranks.of_its_own(device), host=ranks.of_its_own(device), up=ranks.of_its_own(device))
+
+
+@dataclass(eq=False)
+class _Entry:
+    """Where a unit is in the current window."""
+
+    unit: Unit
+    index: int
+    steps: int = 0  # updates applied so far
+    reliable: bool = True  # its payload can leave as soon as backward says so
+    ready: bool = False  # backward said so in this window
+    sent: bool = False
+    late: bool = False  # a gradient came after it was sent
+    measured: bool = False  # payload and its norm are on the host
+    sq_norm: float = 0.0
+    early: bool = False  # updated without waiting for the verdict (eager)
+    decided: bool = False  # early, and its own verdict is known
+    finite: bool = True
+    pending: bool = False  # an update was handed over and not yet applied
+    updated: bool = False  # its reply is on the device
+    up_mark: Any = None
+
+    def open_window(self) -> None:
+        self.ready = self.sent = self.late = self.measured = self.early = self.decided = False
+        self.finite = True
+
+
+@dataclass
+class _Window:
+    """What the current window has settled on."""
+
+    send_order: list[_Entry]
+    next_to_send: int = 0
+    update_order: list[_Entry] = field(default_factory=list)
+    next_to_update: int = 0
+    settings: StepSettings | None = None
+    in_backward: bool = False
 
 
 class Pipeline:
@@ -33,54 +124,329 @@ class Pipeline:
         units: in layer order.
         bus: transfers and their counters.
         ranks: data-parallel ranks.
+        settings: called when a window's first update needs them.
+        mode: "serial", "exact", "eager" or "auto".
+        lanes: made by the caller for tests; else threads, or in line for "serial".
+        lane_ranks: needed with several ranks unless the lanes are in line.
+        closes_window: whether the backward that now runs is the window's last.
+        at_start: by lane name, called on its thread before its first job.
     """
 
-    def __init__(self, units: Sequence[Unit], bus: Bus, ranks: Ranks) -> None:
+    def __init__(
+        self,
+        units: Sequence[Unit],
+        bus: Bus,
+        ranks: Ranks,
+        settings: Callable[[], StepSettings],
+        *,
+        mode: Mode = "serial",
+        lanes: Lanes | None = None,
+        lane_ranks: LaneRanks | None = None,
+        closes_window: Callable[[], bool] = lambda: True,
+        at_start: dict[str, Callable[[], None]] | None = None,
+    ) -> None:
         self.units = list(units)
         self.bus, self.ranks = bus, ranks
+        self.overlaps = mode != "serial"
+        self._settings, self._closes_window = settings, closes_window
+        self._entries = [_Entry(unit, index) for index, unit in enumerate(self.units)]
+        self._of = {id(entry.unit): entry for entry in self._entries}
+        shallowest = min((unit.layer for unit in self.units), default=0)
+        self.timeline = Timeline(bus, [unit.name for unit in self.units if unit.layer == shallowest])
+        self.tuner = Tuner(mode, [unit.name for unit in self.units])
+        self._ranks_of = lane_ranks if lane_ranks is not None else LaneRanks.shared(ranks)
+        self._progress = threading.Condition()
+        self._failure: BaseException | None = None
+        self._window = _Window(self._send_order())
+        bus.reserve({unit.name: unit.footprint().payload for unit in self.units})
+        if lanes is None and not self.overlaps:
+            lanes = Lanes.inline()
+        elif lanes is None:
+            lanes = Lanes.threads(_failing(weakref.ref(self)), at_start)
+        self._lanes = lanes
+        for unit in self.units:
+            unit.listener = self
 
-    def step(
-        self,
-        hyper_of: Callable[[Unit], AdamHyper],
-        *,
-        step: int,
-        grad_scale: float,
-        clip: float,
-    ) -> StepResult:
+    # -- what units report, on the thread that trains (or autograd's) --------------------------------------------------
+
+    def gradient(self, unit: Unit) -> None:
+        """A gradient of `unit` is about to be added to the window.
+
+        Raises:
+            RuntimeError: when it was computed with weights that wait for their update, or comes after the update.
+        """
+        entry = self._of[id(unit)]
+        if entry.pending or (entry.early and entry.sent):
+            self._check()
+            raise RuntimeError(
+                f"meft-ds: a gradient reached {unit.name} "
+                + ("after its update had begun" if entry.early else "while an update of it was still to be applied")
+                + '; the model uses its parameters outside their modules. Set meft_offload.schedule.mode to "serial"'
+            )
+        entry.late = entry.late or entry.sent
+        if not self._window.in_backward:
+            self._window.in_backward = True
+            if torch._C._current_graph_task_id() != -1:
+                Variable._execution_engine.queue_callback(self._backward_ended)
+
+    def complete(self, unit: Unit) -> None:
+        """Backward is done with `unit`: if this is the window's last backward, its payload goes down."""
+        entry = self._of[id(unit)]
+        if not self.overlaps or entry.sent or not self._closes_window():
+            return
+        self._check()
+        entry.ready = True
+        window = self._window
+        while window.next_to_send < len(window.send_order) and window.send_order[window.next_to_send].ready:
+            self._send(window.send_order[window.next_to_send])
+            window.next_to_send += 1
+
+    def needed(self, unit: Unit) -> None:
+        """Before `unit`'s weights are read: wait for its update, if one is under way, and apply it.
+
+        Does nothing when backward runs a forward again (gradient checkpointing): that must see what the first saw.
+        """
+        entry = self._of[id(unit)]
+        if entry.pending and torch._C._current_graph_task_id() == -1:
+            self._apply(entry)
+
+    def _backward_ended(self) -> None:
+        self._window.in_backward = False
+        self.timeline.mark("backward_end")
+
+    # -- steps ---------------------------------------------------------------------------------------------------------
+
+    def step(self) -> StepResult:
         """One optimizer step over all units.
 
-        Args:
-            hyper_of: AdamW's numbers for a unit, now.
-            step: number of this update, counting applied ones from 1.
-            grad_scale: what turns the summed payloads into the mean gradient: 1 / (world size * loss scale).
-            clip: largest global gradient norm, 0 for none.
-
-        Any non-finite value in any payload skips the step for all units, in every precision.
+        Any non-finite value in any payload skips the step for all units, in every precision (in `eager` mode: for the
+        units that have one).
         """
-        with record_function("meft.down"):
-            for unit in reversed(self.units):
-                unit.collect()
-                unit.reduce()
-                unit.send(self.bus)
-        with record_function("meft.norm"):
-            grad_norm = self._global_norm(grad_scale)
-        if not math.isfinite(grad_norm):
-            for unit in self.units:
-                unit.discard()
-            return StepResult(overflow=True, grad_norm=grad_norm)
-        if clip > 0 and grad_norm > clip:
-            grad_scale *= clip / (grad_norm + 1e-6)
-        with record_function("meft.host_step"):
-            for unit in self.units:
-                unit.host_step(hyper_of(unit), step=step, grad_scale=grad_scale)
-        with record_function("meft.up"):
-            self.ranks.barrier()  # a rank may fetch what another one updated only after it did
-            for unit in self.units:
-                unit.apply(self.bus)
-        return StepResult(overflow=False, grad_norm=grad_norm)
+        self.timeline.mark("step")
+        self._check()
+        self._send_the_rest()
+        with self.timeline.span("main", "norm"):
+            self._wait_for([entry for entry in self._entries if entry.sent], "measured")
+            total = self._agree()
+        settings = self._settings_now()
+        finite = math.isfinite(total)
+        grad_norm = math.sqrt(total) * settings.grad_scale if finite else math.inf
+        scale = settings.grad_scale * _clip_factor(settings.clip, grad_norm)
+        for entry in self._entries:
+            if entry.early and entry.finite:
+                continue
+            if finite:
+                self._update(entry, settings, scale)
+            else:
+                entry.unit.discard()
+        if not self.overlaps:
+            self.flush()
+        self.tuner.saw_norm(grad_norm)
+        times = self.timeline.close_window()
+        self.tuner.saw(times)
+        for entry in self._entries:
+            entry.open_window()
+        self._window = _Window(self._send_order())
+        return StepResult(overflow=not finite, grad_norm=grad_norm, times=times)
 
-    def _global_norm(self, grad_scale: float) -> float:
-        # Units are added in layer order on each rank and ranks by one reduction: the same number everywhere, every run.
-        total = sum(unit.sq_norm() for unit in self.units)
-        (total,) = all_reduce_sum([total], self.bus.device, self.ranks)
-        return math.sqrt(total) * grad_scale if math.isfinite(total) else math.inf
+    def flush(self) -> None:
+        """Apply every update that is under way; afterwards weights and host state are those of the serial order."""
+        self._check()
+        for entry in self._entries:
+            if entry.pending:
+                self._apply(entry)
+
+    def close(self) -> None:
+        """Stop the lanes and stop listening to the model. Updates under way are applied unless a lane has failed."""
+        try:
+            if self._failure is None:
+                self.flush()
+        finally:
+            self._lanes.close()
+            for unit in self.units:
+                unit.release()
+                unit.listener = None
+
+    def begin_forward(self, *, training: bool) -> None:
+        """Called before the model's forward: nothing under way may be left to an evaluation."""
+        self._check()
+        if not training:
+            self.flush()
+
+    def publish(self) -> None:
+        """Show the model host state that was just loaded. Collective; nothing may be under way."""
+        for unit in self.units:
+            unit.fetch(self.bus, self._ranks_of.up)
+            unit.apply()
+
+    def state(self) -> dict[str, Any]:
+        """What resuming needs beside the units' own state, as JSON."""
+        return {"steps": {e.unit.name: e.steps for e in self._entries}, "tuner": self.tuner.state()}
+
+    def start_from(self, steps: int) -> None:
+        """Every unit has been updated `steps` times."""
+        for entry in self._entries:
+            entry.steps = steps
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Counterpart of `state`."""
+        for entry in self._entries:
+            entry.steps = int(state["steps"][entry.unit.name])
+        self.tuner.load_state(state["tuner"])
+
+    # -- the way down --------------------------------------------------------------------------------------------------
+
+    def _send_order(self) -> list[_Entry]:
+        """Deepest first; units that backward does not always finish come last, or the others would wait for them."""
+        return sorted(self._entries, key=lambda entry: (not entry.reliable, -entry.index))
+
+    def _send_the_rest(self) -> None:
+        for entry in self._entries:
+            if entry.pending and not entry.early:
+                self._apply(entry)  # no forward asked for it in the whole window
+        for entry in self._window.send_order[self._window.next_to_send :]:
+            self._send(entry)
+        self._window.next_to_send = len(self._entries)
+
+    def _send(self, entry: _Entry) -> None:
+        entry.sent, entry.measured, entry.late = True, False, False
+        entry.early = self.tuner.eager_now and entry.reliable
+        if entry.early:
+            self._settings_now()
+            if not self._window.update_order:
+                self._window.update_order = [self._entries[i] for i in self.tuner.order()]
+        with self.timeline.span("main", "collect", entry.unit.name):
+            entry.unit.collect()
+        self._lanes.down.submit(partial(self._down_job, entry, self.bus.mark(), self.bus.window))
+
+    def _down_job(self, entry: _Entry, after: Any, window: int) -> None:
+        unit = entry.unit
+        with (
+            self.timeline.span("down", "send", unit.name),
+            self.bus.lane("down", after),
+            self.bus.counting_for(window),
+        ):
+            unit.reduce(self._ranks_of.down)
+            unit.send(self.bus)
+        # norms go first: the verdict over all units waits for them
+        self._lanes.host.submit(partial(self._norm_job, entry), urgent=True)
+
+    def _norm_job(self, entry: _Entry) -> None:
+        with self.timeline.span("host", "norm", entry.unit.name):
+            entry.sq_norm = entry.unit.sq_norm()
+        if entry.early:
+            (total,) = all_reduce_sum([entry.sq_norm], self.bus.device, self._ranks_of.host)
+            entry.finite, entry.decided = math.isfinite(total), True
+            self._update_early()  # before the step may hand over any other update: the order must be every rank's
+        self._tell(entry, "measured")
+
+    def _agree(self) -> float:
+        """The sum of squares over all units and ranks, once all ranks know that nothing came late."""
+        while True:
+            n = len(self._entries)
+            learning = any(entry.ready for entry in self._entries)
+            values = [entry.sq_norm for entry in self._entries]
+            values += [float(entry.late) for entry in self._entries]
+            values += [float(learning and not entry.ready) for entry in self._entries]
+            values += self.tuner.report()
+            values = all_reduce_sum(values, self.bus.device, self._ranks_of.down)
+            late = [entry for entry, flag in zip(self._entries, values[n : 2 * n], strict=True) if flag]
+            unfinished = [entry for entry, flag in zip(self._entries, values[2 * n : 3 * n], strict=True) if flag]
+            for entry in [*late, *unfinished]:
+                entry.reliable = False
+            if not late:
+                self.tuner.agreed([value / self.ranks.world for value in values[3 * n :]])
+                return sum(values[:n])
+            for entry in sorted(late, key=lambda entry: -entry.index):
+                self._send(entry)
+            self._wait_for(late, "measured")
+
+    # -- updates -------------------------------------------------------------------------------------------------------
+
+    def _update(self, entry: _Entry, settings: StepSettings, scale: float) -> None:
+        entry.pending, entry.updated = True, False
+        entry.steps += 1
+        job = partial(self._host_job, entry, settings.hyper_of(entry.unit), entry.steps, scale, self.bus.window)
+        self._lanes.host.submit(job)
+
+    def _host_job(self, entry: _Entry, hyper: AdamHyper, step: int, scale: float, window: int) -> None:
+        with self.timeline.span("host", "update", entry.unit.name):
+            entry.unit.host_step(hyper, step=step, grad_scale=scale)
+        self._lanes.up.submit(partial(self._up_job, entry, window))
+
+    def _up_job(self, entry: _Entry, window: int) -> None:
+        with (
+            self.timeline.span("up", "fetch", entry.unit.name),
+            self.bus.lane("up"),
+            self.bus.counting_for(window),
+        ):
+            entry.unit.fetch(self.bus, self._ranks_of.up)
+            entry.up_mark = self.bus.mark()
+        self._tell(entry, "updated")
+
+    def _update_early(self) -> None:
+        """Hand over the updates whose turn it is; runs on the host lane only."""
+        settings, order = self._settings_now(), self._window.update_order
+        while self._window.next_to_update < len(order):
+            entry = order[self._window.next_to_update]
+            if entry.reliable and not entry.decided:
+                return
+            self._window.next_to_update += 1
+            if entry.early and entry.finite:
+                norm = self.tuner.last_norm
+                assert norm is not None
+                self._update(entry, settings, settings.grad_scale * _clip_factor(settings.clip, norm))
+
+    def _apply(self, entry: _Entry) -> None:
+        if not entry.updated:
+            with self.timeline.span("main", "stall", entry.unit.name):
+                self._wait_for([entry], "updated")
+        with self.timeline.span("main", "apply", entry.unit.name):
+            self.bus.wait(entry.up_mark)
+            entry.unit.apply()
+        entry.pending = entry.updated = False
+
+    # -- helpers -------------------------------------------------------------------------------------------------------
+
+    def _settings_now(self) -> StepSettings:
+        """Taken once per window, so that an early update and a late one use the same."""
+        if self._window.settings is None:
+            self._window.settings = self._settings()
+        return self._window.settings
+
+    def _tell(self, entry: _Entry, what: str) -> None:
+        with self._progress:
+            setattr(entry, what, True)
+            self._progress.notify_all()
+
+    def _wait_for(self, entries: Sequence[_Entry], what: str) -> None:
+        with self._progress:
+            while self._failure is None and not all(getattr(entry, what) for entry in entries):
+                self._progress.wait()
+        self._check()
+
+    def _check(self) -> None:
+        if self._failure is not None:
+            raise RuntimeError(
+                f"meft-ds: a worker failed ({type(self._failure).__name__}: {self._failure}); "
+                "resume from the last checkpoint"
+            ) from self._failure
+
+    def fail(self, error: BaseException) -> None:
+        """Called on a lane: the thread that trains learns of it at its next call."""
+        with self._progress:
+            self._failure = self._failure or error
+            self._progress.notify_all()
+
+
+def _failing(pipeline: weakref.ref[Pipeline]) -> Callable[[BaseException], None]:
+    # weak, or the lanes' threads would keep the pipeline and all its memory alive
+    def on_error(error: BaseException) -> None:
+        if (alive := pipeline()) is not None:
+            alive.fail(error)
+
+    return on_error
+
+
+def _clip_factor(clip: float, grad_norm: float) -> float:
+    return clip / (grad_norm + 1e-6) if clip > 0 and grad_norm > clip else 1.0

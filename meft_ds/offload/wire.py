@@ -1,36 +1,43 @@
 # SPDX-License-Identifier: Apache-2.0
 """The wire-format contract: what a unit must answer so that the pipeline can carry it without knowing its method.
 
-A *unit* is what one layer moves in one wire format. The pipeline drives every unit through the same six calls, in layer
-order, once per accumulation window:
+A *unit* is what one layer moves in one wire format. The pipeline drives every unit through the same stages, once per
+accumulation window:
 
-    collect (device) -> reduce (ranks) -> send (down) -> sq_norm -> host_step (host) -> apply (up, device)
+    collect -> reduce -> send -> sq_norm -> host_step -> fetch -> apply
+    device     down lane         host lane               up lane  device
 
-or `discard` in place of the last two when the window overflowed. A new wire format is one subclass and one
-registration.
+with `discard` in place of the last three when the window overflowed.
+
+A lane runs one stage at a time, in an order that is the same on every rank, so stages of different units overlap and
+those of one unit never do. `collect` and `apply` run on the thread that trains. A new wire format is one subclass and
+one registration.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor
 
 from meft_ds.offload.bus import Bus
+from meft_ds.offload.partition import Ranks
 
 
 @dataclass(frozen=True, kw_only=True)
 class Footprint:
     """Bytes a unit needs, known before anything is allocated.
 
-    `host_shared` is held once per node however many ranks share it, `host_private` by this rank alone. `down` and `up`
-    are upper bounds for one accumulation window.
+    `host_shared` is held once per node however many ranks share it, `host_private` by this rank alone; `payload` is
+    the part of the latter that must be page-locked for the way down. `down` and `up` are upper bounds for one
+    accumulation window.
     """
 
     host_shared: int = 0
     host_private: int = 0
+    payload: int = 0
     device: int = 0
     down: int = 0
     up: int = 0
@@ -47,6 +54,19 @@ class AdamHyper:
     weight_decay: float
 
 
+class Listener(Protocol):
+    """Whom a unit tells what happens to it on the thread that trains."""
+
+    def gradient(self, unit: Unit) -> None:
+        """A gradient arrived; called before it is added to the window."""
+
+    def complete(self, unit: Unit) -> None:
+        """The backward that runs has probably given everything it will (wrong guesses only cost time)."""
+
+    def needed(self, unit: Unit) -> None:
+        """What the unit updates is about to be read."""
+
+
 class Unit(ABC):
     """What one layer sends in one wire format; see the module docstring for the order of the calls."""
 
@@ -54,6 +74,7 @@ class Unit(ABC):
     layer: int
     wire: str
     group: int  # index of the user's parameter group whose lr, betas, eps and weight decay apply
+    listener: Listener | None = None
 
     def release(self) -> None:  # noqa: B027 - most units listen to nothing
         """Stop listening to the model; called once, at the end."""
@@ -64,15 +85,19 @@ class Unit(ABC):
 
     @abstractmethod
     def collect(self) -> None:
-        """Close the window: turn what the device accumulated into one payload, still on the device."""
+        """Take what the device accumulated in the window as the payload, still on the device.
+
+        The accumulated gradient itself stays until `apply` or `discard`: when more of it arrives, the unit is
+        collected again and everything up to `sq_norm` is repeated.
+        """
 
     @abstractmethod
-    def reduce(self) -> None:
+    def reduce(self, ranks: Ranks) -> None:
         """Sum the payload over the data-parallel ranks, deterministically; keep the part this rank owns."""
 
     @abstractmethod
     def send(self, bus: Bus) -> None:
-        """Move the owned payload down to the host."""
+        """Move the owned payload down into the unit's page-locked buffer; it is there when this returns."""
 
     @abstractmethod
     def sq_norm(self) -> float:
@@ -80,15 +105,19 @@ class Unit(ABC):
 
     @abstractmethod
     def host_step(self, hyper: AdamHyper, *, step: int, grad_scale: float) -> None:
-        """Update the owned state on the host from payload * grad_scale; `step` counts applied updates from 1."""
+        """Update the owned state on the host from payload * grad_scale; `step` counts the unit's updates from 1."""
 
     @abstractmethod
-    def apply(self, bus: Bus) -> None:
-        """Move the reply up and make it what the next forward sees. Called once all ranks did their host_step."""
+    def fetch(self, bus: Bus, ranks: Ranks) -> None:
+        """Move the reply up, beside what the model reads, and wait until every rank's part of it is there."""
+
+    @abstractmethod
+    def apply(self) -> None:
+        """Make the reply what the next forward sees and open the next window. Device work only."""
 
     @abstractmethod
     def discard(self) -> None:
-        """Drop the window's payload and leave weights, moments and counters as they were."""
+        """Drop the window's payload, open the next window, leave weights, moments and counters as they were."""
 
     @abstractmethod
     def state_tensors(self) -> dict[str, Tensor]:
@@ -107,5 +136,5 @@ class Unit(ABC):
         assert not scalars, f"unit {self.name} keeps no scalars"
 
     @abstractmethod
-    def after_load(self, bus: Bus) -> None:
-        """Derive what is not stored (transfer replicas, device copies) from freshly loaded state tensors."""
+    def after_load(self) -> None:
+        """Derive what is not stored on the host (transfer replicas) from freshly loaded state tensors."""

@@ -19,7 +19,6 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from meft_ds.offload.bus import Bus
 from meft_ds.offload.partition import Ranks
 from meft_ds.offload.wire import Unit
 
@@ -86,8 +85,8 @@ def verify(folder: Path, units: list[Unit], ranks: Ranks, *, about: dict[str, An
     return manifest
 
 
-def load(folder: Path, manifest: dict[str, Any], units: list[Unit], bus: Bus, *, moments: bool) -> None:
-    """Fill the units from a verified folder; any number of ranks may have written it.
+def load(folder: Path, manifest: dict[str, Any], units: list[Unit], *, moments: bool) -> None:
+    """Fill the units' host state from a verified folder; any number of ranks may have written it.
 
     Args:
         moments: also take moments, row steps and counters; otherwise only the weights.
@@ -100,7 +99,7 @@ def load(folder: Path, manifest: dict[str, Any], units: list[Unit], bus: Bus, *,
                 _copy_overlap(folder / name, entry["lo"], entry["hi"], targets, lo, hi)
         if moments:
             unit.load_scalars(manifest["units"][unit.name]["scalars"])
-        unit.after_load(bus)
+        unit.after_load()
 
 
 def write_json(path: Path, content: Any) -> None:

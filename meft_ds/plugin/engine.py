@@ -21,7 +21,7 @@ from meft_ds import __version__
 from meft_ds.config import BLOCK, MeftConfig, parse_config
 from meft_ds.offload.bus import Bus
 from meft_ds.offload.partition import Ranks
-from meft_ds.offload.pipeline import Pipeline
+from meft_ds.offload.pipeline import StepResult
 from meft_ds.plugin import checkpoint, checks, export, setup
 from meft_ds.plugin.optimizer import MeftOptimizer, adamw_from_config, check_client_optimizer
 from meft_ds.plugin.stats import Stats
@@ -94,9 +94,19 @@ class MeftEngine(DeepSpeedEngine):
         self._meft_ranks = ranks
         bus = Bus(torch.device(self.device))
         units, plan = self._build_units(bus)
+        engine = weakref.ref(self)
+        pipeline = setup.pipeline(
+            units,
+            bus,
+            ranks,
+            self._meft_config.schedule,
+            settings=lambda: _alive(engine).optimizer.settings(),
+            closes_window=lambda: _alive(engine)._closes_window(),
+        )
+        setup.install_gates(self.module, pipeline)
         self.optimizer = MeftOptimizer(
             self.basic_optimizer,
-            Pipeline(units, bus, ranks),
+            pipeline,
             clip=self.gradient_clipping(),
             mean_over=ranks.world if self.gradient_average else 1,
             compute_dtype=self._compute_dtype(),
@@ -110,9 +120,8 @@ class MeftEngine(DeepSpeedEngine):
         ):  # DeepSpeed 0.18 makes these two in this method
             self.compression_scheduler = self._configure_compression_scheduler()
             self.quantizer = self._configure_quantization()
-        self._meft_stats = Stats(bus=bus, units=units, adapters=self._meft_adapters, plan=plan)
+        self._meft_stats = Stats(pipeline=pipeline, adapters=self._meft_adapters, plan=plan)
         self._set_balance_scale()
-        engine = weakref.ref(self)
         self.module.meft_stats = lambda: e.meft_stats() if (e := engine()) is not None else {}
         export.save_adapter_with_model(self.module)
         if self.global_rank == 0:
@@ -134,6 +143,7 @@ class MeftEngine(DeepSpeedEngine):
     ) -> bool:
         """DeepSpeed's checkpoint plus ours; `latest` is written when both are complete."""
         tag = f"global_step{self.global_steps}" if tag is None else str(tag)
+        self.optimizer.pipeline.flush()
         super().save_checkpoint(
             save_dir,
             tag=tag,
@@ -169,6 +179,7 @@ class MeftEngine(DeepSpeedEngine):
         if tag is None:
             return super().load_checkpoint(load_dir)  # logs what is missing, as without us
         folder = Path(load_dir) / str(tag) / checkpoint.FOLDER
+        self.optimizer.pipeline.flush()  # what is under way must not land in the loaded state
         units = self.optimizer.pipeline.units
         manifest = checkpoint.verify(folder, units, self._meft_ranks, about=self._about())
         path, client_state = super().load_checkpoint(
@@ -182,7 +193,8 @@ class MeftEngine(DeepSpeedEngine):
         )
         if path is not None:
             moments = load_optimizer_states and not load_module_only
-            checkpoint.load(folder, manifest, units, self.optimizer.pipeline.bus, moments=moments)
+            checkpoint.load(folder, manifest, units, moments=moments)
+            self.optimizer.pipeline.publish()
             if moments:
                 self.optimizer.load_counters(manifest["counters"])
         return path, client_state
@@ -192,6 +204,13 @@ class MeftEngine(DeepSpeedEngine):
     def meft_stats(self) -> dict[str, Any]:
         """Counters of the last accumulation window, and what is held where (docs/statistics.md)."""
         return self._meft_stats.report()
+
+    def meft_flush(self) -> None:
+        """Apply the updates that are still under way after a step, before a program reads weights by itself.
+
+        Forwards, evaluation, `state_dict`, saving and `meft_stats` do it without being asked.
+        """
+        self.optimizer.pipeline.flush()
 
     # -- helpers -----------------------------------------------------------------------------------------------------
 
@@ -218,10 +237,13 @@ class MeftEngine(DeepSpeedEngine):
         )
         return setup.in_layer_order(rows, dense), plan
 
-    def _after_meft_step(self) -> None:
+    def _closes_window(self) -> bool:
+        return not self.inside_no_sync_ctxt and self.is_gradient_accumulation_boundary()
+
+    def _after_meft_step(self, result: StepResult) -> None:
         for adapter in self._meft_adapters:
             adapter.end_window()
-        self._meft_stats.close_window()
+        self._meft_stats.close_window(result.times)
         self._set_balance_scale()
 
     def _set_balance_scale(self) -> None:
@@ -279,6 +301,12 @@ def refuse_engine(cls: type) -> None:
     }
     fix = fixes.get(cls.__name__, "use deepspeed.initialize with a plain nn.Module")
     raise ValueError(f'the "{BLOCK}" block does not go with {cls.__name__}: {fix}, or remove the block')
+
+
+def _alive(engine: weakref.ref[MeftEngine]) -> MeftEngine:
+    found = engine()
+    assert found is not None, "the pipeline outlived its engine"
+    return found
 
 
 def _initializer_range(model: nn.Module) -> float | None:

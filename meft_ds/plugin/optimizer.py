@@ -13,7 +13,7 @@ from deepspeed.runtime.fp16.loss_scaler import CreateLossScaler
 from deepspeed.utils import logger
 from torch import Tensor, nn
 
-from meft_ds.offload.pipeline import Pipeline
+from meft_ds.offload.pipeline import Pipeline, StepResult, StepSettings
 from meft_ds.offload.wire import AdamHyper, Unit
 
 _READ = ("lr", "betas", "eps", "weight_decay")
@@ -47,7 +47,7 @@ class MeftOptimizer(ZeROOptimizer):
         static_loss_scale: float,
         dynamic_loss_scale: bool,
         loss_scale_args: dict[str, Any],
-        after_step: Callable[[], None],
+        after_step: Callable[[StepResult], None],
     ) -> None:
         super().__init__()
         check_groups(basic.param_groups)
@@ -94,12 +94,7 @@ class MeftOptimizer(ZeROOptimizer):
         """One update from what the window collected, or a skipped one if any gradient was not finite."""
         if closure is not None:
             raise ValueError("MeftOptimizer.step takes no closure; call engine.backward(loss) and engine.step()")
-        result = self.pipeline.step(
-            self._hyper_of,
-            step=self.applied_steps + 1,
-            grad_scale=1.0 / (self._mean_over * self.cur_scale),
-            clip=self.clip,
-        )
+        result = self.pipeline.step()
         self.overflow = result.overflow
         self._global_grad_norm = result.grad_norm
         if not result.overflow:
@@ -107,7 +102,13 @@ class MeftOptimizer(ZeROOptimizer):
         elif not self.dynamic_loss_scale:
             logger.warning("meft-ds: gradients are not finite, step skipped; weights and moments are unchanged")
         self.loss_scaler.update_scale(result.overflow)
-        self._after_step()
+        self._after_step(result)
+
+    def settings(self) -> StepSettings:
+        """What the pipeline takes for the window that is open now."""
+        return StepSettings(
+            hyper_of=self._hyper_of, grad_scale=1.0 / (self._mean_over * self.cur_scale), clip=self.clip
+        )
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drop gradients of parameters outside the units (none in the usual case); windows are closed by `step`."""
@@ -145,6 +146,7 @@ class MeftOptimizer(ZeROOptimizer):
             "applied_steps": self.applied_steps,
             "loss_scaler": _plain(vars(self.loss_scaler)),
             "param_groups": groups,
+            "pipeline": self.pipeline.state(),
         }
 
     def load_counters(self, counters: dict[str, Any]) -> None:
@@ -153,11 +155,14 @@ class MeftOptimizer(ZeROOptimizer):
         vars(self.loss_scaler).update(counters["loss_scaler"])
         for group, saved in zip(self.param_groups, counters["param_groups"], strict=True):
             group.update({k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()})
+        if "pipeline" in counters:
+            self.pipeline.load_state(counters["pipeline"])
+        else:  # saved before units counted their own updates
+            self.pipeline.start_from(self.applied_steps)
 
     def destroy(self) -> None:
-        """Called by the engine when it is taken down: stop listening to gradients."""
-        for unit in self.pipeline.units:
-            unit.release()
+        """Called by the engine when it is taken down: finish what is under way and stop listening to the model."""
+        self.pipeline.close()
 
     def _hyper_of(self, unit: Unit) -> AdamHyper:
         group = self.param_groups[unit.group]

@@ -5,8 +5,9 @@ from __future__ import annotations
 
 import re
 import socket
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -14,11 +15,16 @@ import torch.distributed as dist
 from torch import nn
 
 from meft_ds.config import MeftConfig
+from meft_ds.offload import gates
 from meft_ds.offload.arena import Specs, allocate, arena_bytes
 from meft_ds.offload.bus import Bus
+from meft_ds.offload.config import ScheduleConfig
 from meft_ds.offload.dense import DenseUnit
 from meft_ds.offload.host_memory import check_host_memory, check_shared_memory, free_host_bytes, free_shared_bytes
 from meft_ds.offload.partition import Ranks, all_reduce_sum, owned_range
+from meft_ds.offload.pipeline import LaneRanks, Pipeline, StepSettings
+from meft_ds.offload.threads import HostThreads, host_threads
+from meft_ds.offload.threads import enter as enter_threads
 from meft_ds.offload.wire import Footprint, Unit
 from meft_ds.sparse_adapter.config import ResolvedSparseAdapter
 from meft_ds.sparse_adapter.module import SparseAdapter
@@ -197,6 +203,42 @@ def row_units(
         )
     ranks.barrier()  # every rank wrote its slice before anybody fetches
     return units
+
+
+def pipeline(
+    units: list[Unit],
+    bus: Bus,
+    ranks: Ranks,
+    config: ScheduleConfig,
+    *,
+    settings: Callable[[], StepSettings],
+    closes_window: Callable[[], bool],
+) -> Pipeline:
+    """The pipeline in the configured mode. Collective."""
+    if config.mode == "serial":
+        return Pipeline(units, bus, ranks, settings, closes_window=closes_window)
+    threads = host_threads(config.host_threads, ranks)
+    copier = replace(threads, threads=1)  # one thread fills a bus
+
+    def start(plan: HostThreads) -> None:
+        enter_threads(plan)
+        bus.use_device()
+
+    return Pipeline(
+        units,
+        bus,
+        ranks,
+        settings,
+        mode=config.mode,
+        lane_ranks=LaneRanks.apart(ranks, bus.device),
+        closes_window=closes_window,
+        at_start={"host": partial(start, threads), "down": partial(start, copier), "up": partial(start, copier)},
+    )
+
+
+def install_gates(model: nn.Module, pipe: Pipeline) -> None:
+    """Let no forward read what is being updated."""
+    gates.install(model, [unit for unit in pipe.units if isinstance(unit, DenseUnit)], pipe)
 
 
 def in_layer_order(rows: list[RowsUnit], dense: list[DenseUnit]) -> list[Unit]:

@@ -84,6 +84,8 @@ class SparseAdapter(nn.Module):
                     selection.plan = None
             else:
                 y = apply_union(x_rows, gate_p, job, self._starts, config.scope == "batch")
+            if self.training and y.grad_fn is not None:
+                self.rows.expect(y.grad_fn, again=inside_backward())
         return y.to(x.dtype).view(x.shape)
 
     def end_window(self) -> None:

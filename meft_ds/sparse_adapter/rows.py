@@ -61,6 +61,9 @@ class RowSource(Protocol):
     def add_grad(self, table: Tensor, grad: Tensor) -> None:
         """Adds ``grad`` [n, 2 d] in fp32 to the gradients of rows ``table`` (distinct, or -1: ignored)."""
 
+    def expect(self, node: torch.autograd.graph.Node, *, again: bool) -> None:
+        """``node``'s backward will add gradients; ``again`` says that it repeats a forward (checkpointing)."""
+
     def record(self, union_rows: int, tokens: int, expert_load: Tensor | None) -> None:
         """Metrics of a training forward: U, tokens that selected, and host int64 [N] token counts per expert."""
 
@@ -127,6 +130,9 @@ class DeviceRows(nn.Module):
         if not kept.all():
             table, grad = table[kept], grad[kept.to(grad.device)]
         self.grad.index_add_(0, table.to(self.device), grad.float())
+
+    def expect(self, node: torch.autograd.graph.Node, *, again: bool) -> None:
+        pass
 
     def record(self, union_rows: int, tokens: int, expert_load: Tensor | None) -> None:
         pass

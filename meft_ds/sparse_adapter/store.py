@@ -44,7 +44,7 @@ class HostRows:
     def __init__(
         self, *, master: Tensor, replica: Tensor, capacity: int, bus: Bus, selection: Literal["host", "device"]
     ) -> None:
-        self.master, self.replica = master, replica
+        self.store = master, replica  # as they are now: an update of them may be under way
         self.r, self.d = master.shape[0], master.shape[1] // 2
         self.dtype, self.device = replica.dtype, bus.device
         self.capacity, self.selection = min(capacity, self.r), selection
@@ -66,11 +66,28 @@ class HostRows:
         self.last_expert_load: Tensor | None = None  # the same of the last closed window
         self._ever_active = torch.zeros(self.r, dtype=torch.bool)
         self.is_training: Callable[[], bool] = lambda: True  # the traffic of evaluation is counted apart
+        self._backwards = 0  # training forwards whose backward is still to come
+        self.before_use: Callable[[], None] = _nothing  # called before rows are read
+        self.on_gradient: Callable[[], None] = _nothing  # called before gradients are added
+        self.on_complete: Callable[[], None] = _nothing  # called when backward seems to be done with this layer
+
+    @property
+    def master(self) -> Tensor:
+        """float32 [r, 2d], host; up to date."""
+        self.before_use()
+        return self.store[0]
+
+    @property
+    def replica(self) -> Tensor:
+        """Compute dtype [r, 2d], host; up to date."""
+        self.before_use()
+        return self.store[1]
 
     # -- what the adapter module asks for (RowSource) --------------------------------------------------------------
 
     def keys_for_selection(self) -> Tensor:
         """All keys [r, d] in the compute dtype, where selection runs."""
+        self.before_use()
         if self.selection == "host":
             return self.replica[:, : self.d]
         if self._keys is None:
@@ -116,6 +133,12 @@ class HostRows:
         # Unique rows make this deterministic; the empty entries collide in slot 0, which nobody reads as a gradient.
         grads.index_add_(0, slots, grad.to(torch.float32))
 
+    def expect(self, node: torch.autograd.graph.Node, *, again: bool) -> None:
+        """`node`'s backward will add gradients; `again` says that it repeats a forward (gradient checkpointing)."""
+        if not again:
+            self._backwards += 1
+        node.register_hook(self._backward_done)
+
     def record(self, union_rows: int, tokens: int, expert_load: Tensor | None) -> None:
         """Metrics of one training micro-batch."""
         self.window_tokens += tokens
@@ -127,7 +150,8 @@ class HostRows:
     def close_window(self) -> tuple[Tensor, Tensor]:
         """(ids, gradients) of the window: int64 [U] sorted on the host, float32 [U, 2d] on the device.
 
-        The gradients may be the window's own buffer: they are valid until `open_window`.
+        The gradients may be the window's own buffer: they are valid until `open_window`. When more gradients come, call
+        it again.
         """
         if self._spilled:
             ids, rows = self._merge_spilled()
@@ -143,6 +167,7 @@ class HostRows:
     def open_window(self, *, changed: bool) -> None:
         """Forget the fetched rows and their gradients; `changed` says that the store was updated meanwhile."""
         self._forget()
+        self._backwards = 0
         self._spilled = []
         self.expert_load, self.window_tokens = None, 0
         if changed:
@@ -153,9 +178,9 @@ class HostRows:
         if self._keys is None:
             return
         if ids is None:
-            self._bus.up_into(self._keys, self.replica[:, : self.d], "keys")
+            self._bus.up_into(self._keys, self.store[1][:, : self.d], "keys")
         elif ids.numel():
-            fresh = self._bus.up(self.replica[:, : self.d].index_select(0, ids), "keys")
+            fresh = self._bus.up(self.store[1][:, : self.d].index_select(0, ids), "keys")
             self._keys.index_copy_(0, self._bus.up(ids, "ids"), fresh)
 
     def device_bytes(self) -> int:
@@ -171,6 +196,7 @@ class HostRows:
 
     def _grads_for(self, host_slots: Tensor) -> Tensor:
         """The gradients of the whole window, after which those of `host_slots` count as given."""
+        self.on_gradient()
         self._has_grad[host_slots] = True
         if self._grads.shape[0] < self._cache.shape[0]:
             self._grads = _grown(self._grads, self._cache.shape[0])
@@ -178,6 +204,7 @@ class HostRows:
 
     def _resident(self, table: Tensor) -> Tensor:
         """Slots [n] of the rows in `table`, fetching what is missing; 0 for -1."""
+        self.before_use()
         empty = table < 0
         slots = self._slot_of_row[table.clamp(min=0)]
         slots[empty] = 0
@@ -229,8 +256,14 @@ class HostRows:
         self._has_grad[: self._used + 1] = False
         self._used = 0
 
+    def _backward_done(self, *_: object) -> None:
+        self._backwards = max(0, self._backwards - 1)
+        if self._backwards == 0:
+            self.on_complete()
+
     def _merge_spilled(self) -> tuple[Tensor, Tensor]:
         self._move_grads_to_host()
+        self._forget()  # what comes later starts from zero, or it would be merged twice
         ids = torch.cat([ids for ids, _ in self._spilled])
         union, where = torch.unique(ids, sorted=True, return_inverse=True)
         total = torch.zeros(union.numel(), 2 * self.d)
@@ -239,6 +272,10 @@ class HostRows:
             total.index_add_(0, where[start : start + part.numel()], rows)
             start += part.numel()
         return union, self._bus.up(total, "spill")
+
+
+def _nothing() -> None:
+    pass
 
 
 def _is_range(slots: Tensor) -> bool:

@@ -54,10 +54,13 @@ class RowsUnit(Unit):
         self._moments_dtype = moments_dtype
         self._lo, self._hi = owned_range(rows.r, ranks)
         own = slice(self._lo, self._hi)
-        replica = None if rows.replica is rows.master else rows.replica[own]
-        self.adam = RowAdam(rows.master[own], replica, moments_dtype, mode)
+        master, replica = rows.store
+        self.adam = RowAdam(master[own], None if replica is master else replica[own], moments_dtype, mode)
         self._ids: Tensor | None = None
         self._payload: Tensor | None = None
+        rows.on_gradient = self._tell_gradient
+        rows.on_complete = self._tell_complete
+        rows.before_use = self._tell_needed
 
     def footprint(self) -> Footprint:
         return rows_footprint(
@@ -73,17 +76,17 @@ class RowsUnit(Unit):
         )
 
     def collect(self) -> None:
-        self._ids, grads = self.rows.close_window()
-        self._payload = grads.to(self._grad_dtype)
+        self._ids, self._payload = self.rows.close_window()
 
-    def reduce(self) -> None:
+    def reduce(self, ranks: Ranks) -> None:
         assert self._ids is not None and self._payload is not None
-        ids, rows = reduce_rows_to_owners(self._ids, self._payload, self.rows.r, self._ranks)
-        self._ids, self._payload = ids, rows.to(self._grad_dtype)
+        if ranks.world > 1:
+            contribution = self._payload.to(self._grad_dtype)  # the bytes on the bus, also between ranks
+            self._ids, self._payload = reduce_rows_to_owners(self._ids, contribution, self.rows.r, ranks)
 
     def send(self, bus: Bus) -> None:
         assert self._payload is not None
-        self._payload = bus.down(self._payload, "rows", key=self.name)
+        self._payload = bus.send(self._payload, self._grad_dtype, "rows", key=self.name)
 
     def sq_norm(self) -> float:
         assert self._payload is not None
@@ -93,9 +96,12 @@ class RowsUnit(Unit):
         assert self._ids is not None and self._payload is not None
         self.adam.step_rows(self._ids - self._lo, self._payload, hyper, step=step, grad_scale=grad_scale)
 
-    def apply(self, bus: Bus) -> None:
-        lazy_alone = self._mode == "lazy" and self._ranks.world == 1
+    def fetch(self, bus: Bus, ranks: Ranks) -> None:
+        ranks.barrier()  # a rank may fetch what another one updated only after it did
+        lazy_alone = self._mode == "lazy" and ranks.world == 1
         self.rows.refresh_keys(self._ids if lazy_alone else None)
+
+    def apply(self) -> None:
         self._close(changed=True)
 
     def discard(self) -> None:
@@ -113,12 +119,21 @@ class RowsUnit(Unit):
     def load_scalars(self, scalars: dict[str, Any]) -> None:
         self.adam.load_scalars(scalars)
 
-    def after_load(self, bus: Bus) -> None:
+    def after_load(self) -> None:
         if self.adam.replica is not None:
             self.adam.replica.copy_(self.adam.master)
-        self._ranks.barrier()
-        self.rows.refresh_keys(None)
-        self._close(changed=True)
+
+    def _tell_gradient(self) -> None:
+        if self.listener is not None:
+            self.listener.gradient(self)
+
+    def _tell_complete(self) -> None:
+        if self.listener is not None:
+            self.listener.complete(self)
+
+    def _tell_needed(self) -> None:
+        if self.listener is not None:
+            self.listener.needed(self)
 
     def _close(self, *, changed: bool) -> None:
         self.rows.open_window(changed=changed)
@@ -146,7 +161,8 @@ def rows_footprint(
         host_private=own * width * 2 * moments_dtype.itemsize
         + (own * 12 if mode == "lazy" else 0)
         + r * 9  # slot of each row, and whether it was ever active
-        + own * width * grad_dtype.itemsize,  # the payload's staging at worst
+        + own * width * grad_dtype.itemsize,  # the payload at worst
+        payload=own * width * grad_dtype.itemsize,
         device=capacity * width * (dtype.itemsize + 4) + (r * d * dtype.itemsize if selection == "device" else 0),
         down=r * width * grad_dtype.itemsize,
         up=r * width * dtype.itemsize,

@@ -1,0 +1,46 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The `"schedule"` key of the block: how a step's stages overlap with the model's compute."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+from meft_ds.offload.schedule import Mode
+
+
+def _threads(value: Any) -> int | str:
+    if value == "auto":
+        return "auto"
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f'expected a whole number of threads from 1 or "auto", got {value!r}')
+    return value
+
+
+class ScheduleConfig(BaseModel):
+    """How a step's stages overlap with the model's compute."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    mode: Mode = Field(
+        "exact",
+        description="exact: updates and transfers overlap, results are bit for bit those of serial. eager: updates "
+        "start before the gradient norm is known, for machines where they take longer than a forward (what that means "
+        "for clipping and overflow: docs/schedule.md). auto: exact or eager, by measured times, logged once. serial: "
+        "nothing overlaps. Default: exact.",
+    )
+    host_threads: Annotated[int | Literal["auto"], BeforeValidator(_threads)] = Field(
+        "auto",
+        description="Threads of the host update on each rank. auto = the rank's share of the CPUs that its process may "
+        "use, at most OMP_NUM_THREADS.",
+    )
+    trace_file: str | None = Field(
+        None,
+        min_length=1,
+        description="Write a Chrome trace (JSON, opens in Perfetto) of the lanes to this file, with .rankN before its "
+        "ending on ranks above 0. Default: none.",
+    )
+    trace_windows: int = Field(
+        20, ge=1, description="The trace holds this many accumulation windows, from the third on. Default: 20."
+    )

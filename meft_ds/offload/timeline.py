@@ -1,0 +1,167 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where the time of a window went: spans of work and waiting by lane, and the points between forward and backward.
+
+Every span is also a `record_function` range named `meft.<lane>.<what>`, so a PyTorch profile shows the same lanes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from torch.profiler import record_function
+
+from meft_ds.offload.bus import Bus
+
+
+class Span(NamedTuple):
+    """Work or waiting on one lane. Times are `time.perf_counter` seconds."""
+
+    lane: str  # "main", "down", "host" or "up"
+    what: str  # on "main": stall, norm, collect, apply, hooks; elsewhere the stage
+    unit: str  # "" for what concerns all units
+    start: float
+    end: float
+
+    @property
+    def seconds(self) -> float:
+        return self.end - self.start
+
+
+@dataclass(frozen=True, kw_only=True)
+class WindowTimes:
+    """One accumulation window in seconds; a sum runs over its micro-batches or over all units.
+
+    `wall_s` is forwards, backwards and the step; what the training program does between them is left out.
+    Sums of `down_s`, `host_s`, `up_s` are of work that ran in this window: with an overlapping schedule the host
+    updates and uploads of the step before it.
+    """
+
+    wall_s: float
+    forward_s: float
+    backward_s: float
+    first_forward_s: float
+    last_backward_s: float
+    stall_s: float  # the training thread waited for an update
+    norm_s: float  # the training thread waited for the payloads, the norm and the verdict
+    hooks_s: float  # the training thread's own work for the schedule: collecting, applying, handing over
+    down_s: float
+    host_s: float
+    up_s: float
+    tail_s: float  # down + host + up of the shallowest layer
+    payloads: int
+    spans: Sequence[Span] = ()
+    marks: Sequence[tuple[str, float]] = ()
+
+    @property
+    def compute_s(self) -> float:
+        """Forward and backward without the waiting inside them."""
+        return max(self.forward_s + self.backward_s - self.stall_s, 0.0)
+
+    @property
+    def bound_s(self) -> float:
+        """The layer-wise bound (docs/schedule.md): the busiest lane, and what cannot be hidden of the first layer."""
+        return max(self.compute_s, self.down_s, self.host_s, self.up_s) + self.tail_s
+
+    @property
+    def efficiency(self) -> float:
+        """bound / measured, at most 1."""
+        return min(1.0, self.bound_s / self.wall_s) if self.wall_s > 0 else 1.0
+
+
+class Timeline:
+    """Collects spans from all threads and marks from the one that trains.
+
+    Args:
+        bus: gives points in the device's work, so that forward and backward are the device's times.
+        shallowest: names of the units of the first layer.
+    """
+
+    def __init__(self, bus: Bus, shallowest: Sequence[str] = ()) -> None:
+        self._bus = bus
+        self._shallowest = frozenset(shallowest)
+        self._spans: list[Span] = []
+        self._adding = threading.Lock()
+        self._marks: list[tuple[str, float, Any]] = []
+
+    @contextlib.contextmanager
+    def span(self, lane: str, what: str, unit: str = "") -> Iterator[None]:
+        """Time what runs inside."""
+        with record_function(f"meft.{lane}.{what}" + (f" {unit}" if unit else "")):
+            start = time.perf_counter()
+            try:
+                yield
+            finally:
+                span = Span(lane, what, unit, start, time.perf_counter())
+                with self._adding:
+                    self._spans.append(span)
+
+    def mark(self, what: str) -> None:
+        """A point of the window: "forward", "forward_end", "backward_end" or "step"."""
+        self._marks.append((what, time.perf_counter(), self._timed_event()))
+
+    def close_window(self) -> WindowTimes:
+        """What was collected since the last call."""
+        self.mark("end")
+        with self._adding:
+            spans, self._spans = self._spans, []
+        marks, self._marks = self._marks, []
+        forwards, backwards = _phases(marks)
+        total = {lane: sum(s.seconds for s in spans if s.lane == lane) for lane in ("down", "host", "up")}
+        main = {what: sum(s.seconds for s in spans if s.lane == "main" and s.what == what) for what in _MAIN}
+        step = next((at for what, at, _ in marks if what == "step"), marks[-1][1])
+        return WindowTimes(
+            wall_s=sum(forwards) + sum(backwards) + marks[-1][1] - step,
+            forward_s=sum(forwards),
+            backward_s=sum(backwards),
+            first_forward_s=forwards[0] if forwards else 0.0,
+            last_backward_s=backwards[-1] if backwards else 0.0,
+            stall_s=main["stall"],
+            norm_s=main["norm"],
+            hooks_s=main["collect"] + main["apply"] + main["hooks"],
+            down_s=total["down"],
+            host_s=total["host"],
+            up_s=total["up"],
+            tail_s=sum(s.seconds for s in spans if s.lane != "main" and s.unit in self._shallowest),
+            payloads=sum(s.lane == "down" for s in spans),
+            spans=tuple(spans),
+            marks=tuple((what, at) for what, at, _ in marks),
+        )
+
+    def _timed_event(self) -> Any:
+        return self._bus.mark(timed=True)
+
+
+_MAIN = ("stall", "norm", "collect", "apply", "hooks")
+
+
+def _phases(marks: Sequence[tuple[str, float, Any]]) -> tuple[list[float], list[float]]:
+    """Seconds of every forward and of every backward: from "forward" to "forward_end" to the last "backward_end"."""
+    forwards, backwards = [], []
+    begun = ended = backward_ended = None
+    for mark in [*marks, ("forward", 0.0, None)]:
+        what = mark[0]
+        if what in ("forward", "step", "end"):
+            if ended is not None and backward_ended is not None:
+                backwards.append(_between(ended, backward_ended))
+                ended = backward_ended = None
+            if what == "forward":
+                begun = mark
+        elif what == "forward_end" and begun is not None:
+            forwards.append(_between(begun, mark))
+            begun, ended = None, mark
+        elif what == "backward_end":
+            backward_ended = mark
+    return forwards, backwards
+
+
+def _between(first: tuple[str, float, Any], last: tuple[str, float, Any]) -> float:
+    """Seconds of the device's work between two marks, or of the thread where the device has no clock of its own."""
+    if first[2] is None or last[2] is None:
+        return last[1] - first[1]
+    last[2].synchronize()  # a step ends after the device did the backward, so this hardly waits
+    return first[2].elapsed_time(last[2]) / 1e3

@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Measures a run's own windows and lets the schedule follow them: the order of eager updates, and the mode for "auto".
+
+What is measured differs between ranks, so the numbers go through `report` and `agreed`: every rank decides from the
+same averages.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import statistics
+from collections import deque
+from collections.abc import Sequence
+from typing import Any
+
+from meft_ds.offload.schedule import MEASURED_WINDOWS, Mode, UnitTimes, choose_mode, eager_order, transition
+from meft_ds.offload.timeline import WindowTimes
+
+_logger = logging.getLogger("meft_ds")
+_REFRESH = 16  # windows between two looks at the order of eager updates
+
+_Means = dict[str, list[float]]
+
+
+class Tuner:
+    """What the modes "eager" and "auto" know about this run.
+
+    Args:
+        mode: as configured.
+        names: of the units, in layer order.
+    """
+
+    def __init__(self, mode: Mode, names: Sequence[str]) -> None:
+        self.mode = mode
+        self.choice: Mode | None = None if mode == "auto" else mode
+        self.last_norm: float | None = None
+        self._names = list(names)
+        self._index = {name: i for i, name in enumerate(names)}
+        self._windows = 0
+        self._history: deque[_Means] = deque(maxlen=MEASURED_WINDOWS)
+        self._order: list[int] | None = None
+        self.transition: int | None = None
+
+    @property
+    def eager_now(self) -> bool:
+        """Whether updates may start before the verdict: once there is an order, and a norm to clip by."""
+        return self.choice == "eager" and self._order is not None and self.last_norm is not None
+
+    def order(self) -> list[int]:
+        """Units in the order of their eager updates."""
+        assert self._order is not None
+        return self._order
+
+    def saw_norm(self, grad_norm: float) -> None:
+        """The global norm of a window, inf when it overflowed (the one before it is kept then)."""
+        if math.isfinite(grad_norm):
+            self.last_norm = grad_norm
+
+    def saw(self, times: WindowTimes) -> None:
+        """The measurements of a window."""
+        self._windows += 1
+        if self.mode in ("eager", "auto"):
+            self._history.append(self._measure(times))
+
+    def report(self) -> list[float]:
+        """This rank's measured medians, always as many numbers; nothing in modes that decide nothing."""
+        if self.mode not in ("eager", "auto"):
+            return []
+        if not self._history:
+            return [0.0] * (4 * len(self._names) + 2)
+        keys = ("phases", "arrival", "o", "p", "u")
+        return [statistics.median(window[key][i] for window in self._history) for key in keys for i in self._range(key)]
+
+    def agreed(self, values: Sequence[float]) -> None:
+        """The averages of all ranks' reports."""
+        due = self._windows >= MEASURED_WINDOWS and (self._order is None or self._windows % _REFRESH == 0)
+        if not values or not due:
+            return
+        n = len(self._names)
+        forward, backward = values[:2]
+        arrival, o, p, u = (values[2 + k * n : 2 + (k + 1) * n] for k in range(4))
+        if self.choice is None:
+            self.choice = choose_mode(forward_s=forward, host_s=sum(p), up_s=sum(u))
+            _logger.info(
+                "meft-ds: schedule mode auto chose %s: per step the host updates take %.1f ms and the way up %.1f ms, "
+                "the forward that can hide them %.1f ms",
+                self.choice,
+                sum(p) * 1e3,
+                sum(u) * 1e3,
+                forward * 1e3,
+            )
+        times = [UnitTimes(arrival=arrival[i], o=o[i], p=p[i], u=u[i]) for i in range(n)]
+        first_fcfs = transition(times, backward)
+        if self._order is None and self.choice == "eager":
+            _logger.info(
+                "meft-ds: eager updates begin: they are clipped by the norm of the window before, and a unit that is "
+                "not finite is left out alone; first come first served down to unit %d of %d",
+                first_fcfs,
+                n,
+            )
+        self.transition, self._order = first_fcfs, eager_order(times, first_fcfs)
+
+    def state(self) -> dict[str, Any]:
+        """What resuming needs, as JSON; the norm in hex, so that every bit is kept."""
+        return {
+            "choice": self.choice,
+            "last_norm": None if self.last_norm is None else self.last_norm.hex(),
+            "order": None if self._order is None else [self._names[i] for i in self._order],
+        }
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Counterpart of `state`. A mode set by hand since then wins."""
+        self.last_norm = None if state["last_norm"] is None else float.fromhex(state["last_norm"])
+        if self.mode == "auto":
+            self.choice = state["choice"] if state["choice"] in ("exact", "eager") else None
+        if state["order"] is not None and sorted(state["order"]) == sorted(self._names):
+            self._order = [self._index[name] for name in state["order"]]
+
+    def _range(self, key: str) -> range:
+        return range(2) if key == "phases" else range(len(self._names))
+
+    def _measure(self, times: WindowTimes) -> _Means:
+        n = len(self._names)
+        means: _Means = {key: [0.0] * n for key in ("arrival", "o", "p", "u")}
+        means["phases"] = [times.first_forward_s, times.last_backward_s]
+        begun = next((at for what, at in reversed(times.marks) if what == "forward_end"), 0.0)
+        for span in times.spans:
+            key = {("down", "send"): "o", ("host", "update"): "p", ("up", "fetch"): "u"}.get((span.lane, span.what))
+            if key is not None:
+                means[key][self._index[span.unit]] += span.seconds
+            elif (span.lane, span.what) == ("host", "norm"):
+                means["arrival"][self._index[span.unit]] = max(0.0, span.end - begun)
+        return means
