@@ -72,7 +72,8 @@ class DenseUnit(Unit):
         longest = max(hi - lo for lo, hi in self._slices())
         self._replies = None
         if world > 1 or not self._on_host:
-            self._replies = torch.zeros(world, longest, dtype=self._dtype, device=self._device)
+            rows = world + 1 if world > 1 else 1  # the last one is what this rank gives
+            self._replies = torch.zeros(rows, longest, dtype=self._dtype, device=self._device)
         self._await_all()
         offset = 0
         for index, (_, p) in enumerate(self.params):
@@ -124,14 +125,14 @@ class DenseUnit(Unit):
         if self._replies is None:
             bus.count("dense", up=self._reply.numel() * self._reply.element_size())
             return
-        mine = self._replies[ranks.rank]
+        *everyone, mine = self._replies.unbind(0)
         bus.up_into(mine[: self._reply.numel()], self._reply, "dense")
-        if ranks.world > 1:
-            dist.all_gather(list(self._replies.unbind(0)), mine.clone(), group=ranks.group)
+        if everyone:
+            dist.all_gather(everyone, mine, group=ranks.group)
 
     @torch.no_grad()
     def apply(self) -> None:
-        rows = [self._reply] if self._replies is None else list(self._replies.unbind(0))
+        rows = [self._reply] if self._replies is None else list(self._replies[: self._ranks.world].unbind(0))
         parts = [row[: hi - lo] for row, (lo, hi) in zip(rows, self._slices(), strict=True)]
         flat = parts[0] if len(parts) == 1 else torch.cat(parts)
         offset = 0
