@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from tests.offload.overlap import make_late
 from tests.toy import ADAPTER, batch, ds_config, make_engine, state_of, tiny_llama
 
 ROWS = 4  # per rank and micro-batch with two ranks
@@ -28,11 +29,21 @@ def engine_for(options: dict[str, str], seed: int = 0):  # type: ignore[no-untyp
         precision=options.get("precision", "fp32"),
         gas=int(options.get("gas", "1")),
         micro=2 * ROWS // world,
-        block={"sparse_adapter": adapter, "train": [r"layers\.0\..*norm"]},
+        block={
+            "schedule": {"mode": options.get("mode", "exact")},
+            "sparse_adapter": adapter,
+            "train": [r"layers\.0\..*norm"],
+        },
     )
     # with a tiny eps AdamW turns rounding differences of near-zero gradients into whole steps
     config["optimizer"]["params"]["eps"] = 1e-4
-    return make_engine(config, tiny_llama(seed))
+    model = tiny_llama(seed)
+    if "checkpointing" in options:
+        model.gradient_checkpointing_enable({"use_reentrant": options["checkpointing"] == "reentrant"})
+    engine = make_engine(config, model)
+    if "late" in options:
+        make_late(engine.optimizer.pipeline, 100 * int(options["late"]) + int(os.environ["RANK"]))
+    return engine
 
 
 def share(seed: int) -> dict[str, torch.Tensor]:
@@ -57,7 +68,7 @@ def main() -> None:
     engine = engine_for(options)
     rank = dist.get_rank()
     if action == "train":
-        run(engine, 10, 0)
+        run(engine, int(options.get("steps", "10")), 0)
         report(engine, folder, rank)
     elif action == "save":
         run(engine, 3, 0)
@@ -86,6 +97,7 @@ def main() -> None:
 
 
 def report(engine, folder: Path, rank: int) -> None:  # type: ignore[no-untyped-def]
+    engine.meft_flush()
     rows = [adapter.rows.master.clone() for adapter in engine._meft_adapters]
     routers = [adapter.router.weight.detach().clone() for adapter in engine._meft_adapters]
     norms = [p.detach().clone() for n, p in engine.module.named_parameters() if "norm" in n]

@@ -1,0 +1,338 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The schedule through the engine: `exact` equals `serial` bit for bit, and a failing worker loses nothing."""
+
+import contextlib
+import random
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from meft_ds.config import parse_config
+from meft_ds.offload.bus import Bus
+from meft_ds.offload.schedule import MEASURED_WINDOWS
+from tests.offload.overlap import make_late, run_inline
+from tests.plugin.test_ranks import go, ours
+from tests.toy import ADAPTER, batch, ds_config, make_engine, state_of, tiny_llama, train
+
+
+def engine_of(mode: str, *, late: int | None = None, checkpointing: str = "none", **kwargs: Any) -> Any:
+    adapter = {**ADAPTER, **kwargs.pop("adapter", {})}
+    block = {"schedule": {"mode": mode}, "sparse_adapter": adapter, "train": ["norm", "embed"]}
+    model = tiny_llama()
+    if checkpointing != "none":
+        model.gradient_checkpointing_enable({"use_reentrant": checkpointing == "reentrant"})
+    engine = make_engine(ds_config(block=block, **kwargs), model)
+    if late is not None:
+        make_late(engine.optimizer.pipeline, late)
+    return engine
+
+
+def assert_same_state(one: Any, other: Any) -> None:
+    a, b = state_of(one), state_of(other)
+    assert a.keys() == b.keys()
+    assert [name for name in a if not torch.equal(a[name], b[name])] == []
+
+
+@pytest.mark.parametrize(
+    ("precision", "adapter"),
+    [
+        ("fp32", {}),
+        ("bf16", {"optimizer": "lazy", "selection": "device"}),
+        ("fp16", {"cache_rows": 16, "keys_per_token": 5}),
+    ],
+    ids=["dense-host", "lazy-device", "spilling-fp16"],
+)
+@pytest.mark.parametrize("checkpointing", ["none", "reentrant", "nonreentrant"])
+def test_fifty_random_schedules_of_exact_equal_serial_bit_for_bit(
+    checkpointing: str, precision: str, adapter: dict[str, Any]
+) -> None:
+    """Clipping is on and bites; every window of the late engine is another random schedule, 450 in all."""
+    losses, engines, norms = [], [], []
+    for mode in ("serial", "exact"):
+        late = 7 if mode == "exact" else None
+        engine = engine_of(
+            mode, late=late, checkpointing=checkpointing, precision=precision, gas=4, micro=2, adapter=adapter
+        )
+        seen, clipped = [], []
+        for step in range(50):
+            seen += steps(engine, 1, first=4 * step)
+            clipped.append(float(engine.get_global_grad_norm()))
+        losses.append(seen)
+        engines.append(engine)
+        norms.append(clipped)
+    assert losses[0] == losses[1] and norms[0] == norms[1]
+    assert sum(norm > 0.5 for norm in norms[0]) > 10
+    assert_same_state(*engines)
+    sent_early = engines[1].optimizer.pipeline
+    assert all(entry.reliable for entry in sent_early._entries), "every payload left during backward"
+    if "cache_rows" in adapter:
+        assert engines[1].meft_stats()["spills"] > 0
+
+
+def steps(engine: Any, count: int, *, first: int) -> list[float]:
+    """Without `train`'s final flush: updates stay under way from step to step."""
+    losses = []
+    for micro in range(count * engine.gradient_accumulation_steps()):
+        loss = engine(**batch((first + micro) % 12, rows=2)).loss
+        engine.backward(loss)
+        engine.step()
+        losses.append(loss.item())
+    return losses
+
+
+def test_payloads_leave_during_backward_and_updates_run_beside_the_next_forward() -> None:
+    engine = engine_of("exact")
+    engine.backward(engine(**batch(0)).loss)
+    pipeline = engine.optimizer.pipeline
+    assert all(entry.sent for entry in pipeline._entries), "before step"
+    held = threading.Event()
+    pipeline._lanes.host.submit(held.wait)
+    # the norms of the next step would wait behind it too, so let it go once the step has handed over
+    threading.Timer(0.5, held.set).start()
+    engine.step()
+    assert any(entry.pending for entry in pipeline._entries)
+    engine(**batch(1))
+    assert not any(entry.pending for entry in pipeline._entries)
+
+
+def test_nothing_leaves_before_the_windows_last_backward() -> None:
+    engine = engine_of("exact", gas=3)
+    pipeline = engine.optimizer.pipeline
+    for micro in range(3):
+        engine.backward(engine(**batch(micro)).loss)
+        assert all(entry.sent == (micro == 2) for entry in pipeline._entries)
+        engine.step()
+
+
+@pytest.mark.parametrize("what", ["no_sync", "boundary", "two_losses", "eval", "save", "generate", "state_dict"])
+def test_exact_equals_serial_with(what: str, tmp_path: Path) -> None:
+    engines = []
+    for mode in ("serial", "exact"):
+        engine = engine_of(mode, late=3 if mode == "exact" else None, gas=2)
+        for step in range(6):
+            for micro in range(2):
+                last = micro == 1
+                if what == "boundary":
+                    engine.set_gradient_accumulation_boundary(last)
+                quiet = what == "no_sync" and not last
+                output = engine(**batch(10 * step + micro))
+                with engine.no_sync() if quiet else contextlib.nullcontext():
+                    if what == "two_losses":  # gradients come after the payloads have left
+                        engine.backward(output.loss, retain_graph=True)
+                        engine.backward(output.logits.square().mean())
+                    else:
+                        engine.backward(output.loss)
+                if what != "boundary" or last:
+                    engine.step()
+            if what == "eval":
+                engine.eval()
+                with torch.no_grad():
+                    engine(**batch(99))
+                assert not any(entry.pending for entry in engine.optimizer.pipeline._entries)
+                engine.train()
+            elif what == "save":
+                engine.save_checkpoint(str(tmp_path / mode), tag=str(step))
+            elif what == "generate":
+                engine.module.generate(batch(1)["input_ids"][:1], max_new_tokens=2, do_sample=False)
+            elif what == "state_dict":
+                found = engine.module.state_dict()["model.norm.weight"].clone()
+                engine.meft_flush()
+                assert torch.equal(found, engine.module.model.norm.weight)
+        engines.append(engine)
+    assert_same_state(*engines)
+
+
+def test_a_checkpoint_taken_between_steps_resumes_bit_identically_in_any_exact_mode(tmp_path: Path) -> None:
+    saved = engine_of("exact", late=1, gas=2)
+    steps(saved, 3, first=0)
+    saved.save_checkpoint(str(tmp_path))
+    steps(saved, 3, first=50)
+    for mode in ("exact", "serial"):
+        resumed = engine_of(mode, gas=2)
+        assert resumed.load_checkpoint(str(tmp_path))[0] is not None
+        steps(resumed, 3, first=50)
+        assert_same_state(saved, resumed)
+
+
+def test_eager_resumes_bit_identically_with_the_norm_it_clips_by(tmp_path: Path) -> None:
+    saved = engine_of("eager", late=1)
+    steps(saved, MEASURED_WINDOWS + 4, first=0)
+    saved.save_checkpoint(str(tmp_path))
+    steps(saved, 4, first=50)
+    resumed = engine_of("eager")
+    assert resumed.load_checkpoint(str(tmp_path))[0] is not None
+    assert resumed.optimizer.pipeline.tuner.eager_now
+    steps(resumed, 4, first=50)
+    assert_same_state(saved, resumed)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_eager_through_the_engine_equals_its_stages_run_in_line(precision: str) -> None:
+    engines, losses = [], []
+    for inline in (True, False):
+        engine = engine_of("eager", gas=2, precision=precision)
+        if inline:
+            run_inline(engine.optimizer.pipeline)
+        else:
+            make_late(engine.optimizer.pipeline, 5)
+        losses.append(steps(engine, 20, first=0))
+        engines.append(engine)
+    assert engines[0].optimizer.pipeline.tuner.eager_now
+    assert losses[0] == losses[1]
+    assert_same_state(*engines)
+
+
+def test_a_planted_inf_in_fp16_leaves_exact_and_serial_in_the_same_state() -> None:
+    engines = []
+    for mode in ("serial", "exact"):
+        engine = engine_of(mode, late=2 if mode == "exact" else None, precision="fp16")
+        steps(engine, 3, first=0)
+        unit = engine.optimizer.pipeline.units[0]
+        collect = unit.collect
+        unit.collect = lambda unit=unit, collect=collect: (collect(), unit._acc.fill_(float("inf")))
+        scale = engine.optimizer.cur_scale
+        steps(engine, 1, first=20)
+        assert engine.optimizer.overflow and engine.optimizer.cur_scale < scale
+        del unit.collect
+        steps(engine, 3, first=30)
+        engines.append(engine)
+    assert_same_state(*engines)
+
+
+@pytest.mark.parametrize("options", [("checkpointing=reentrant", "gas=4"), ("optimizer=lazy", "selection=device")])
+def test_two_ranks_in_exact_mode_equal_two_ranks_in_serial_mode_bit_for_bit(
+    tmp_path: Path, options: tuple[str, ...]
+) -> None:
+    """Fifty windows; each rank's lanes are late in their own way, so that layers finish in different orders."""
+    serial = go(2, "train", tmp_path / "serial", "mode=serial", "steps=50", *options)
+    exact = go(2, "train", tmp_path / "exact", "mode=exact", "late=1", "steps=50", *options)
+    assert [r["digest"] for r in serial] == [r["digest"] for r in exact]
+    assert serial[0]["norm"] == exact[0]["norm"]
+    for rank in range(2):
+        a, b = (torch.load(tmp_path / mode / f"state{rank}.pt")["state"] for mode in ("serial", "exact"))
+        assert [name for name in a if not torch.equal(a[name], b[name])] == []
+
+
+def test_two_ranks_in_eager_mode_agree_and_repeat(tmp_path: Path) -> None:
+    first = go(2, "train", tmp_path / "a", "mode=eager", "late=1", "steps=20")
+    assert first[0]["digest"] == first[1]["digest"]
+    assert go(2, "train", tmp_path / "b", "mode=eager", "late=2", "steps=20")[0]["digest"] == first[0]["digest"]
+
+
+def test_a_hundred_workers_that_fail_at_a_random_unit_surface_at_once_and_the_last_checkpoint_resumes(
+    tmp_path: Path,
+) -> None:
+    before = ours()
+    reference = engine_of("exact")
+    steps(reference, 2, first=0)
+    reference.save_checkpoint(str(tmp_path))
+    steps(reference, 2, first=50)
+    wanted = state_of(reference)
+    threads = {t for t in threading.enumerate() if t.name.startswith("meft-")}
+    engine = engine_of("exact")
+    rng = random.Random(0)
+    for trial in range(100):
+        assert engine.load_checkpoint(str(tmp_path))[0] is not None
+        steps(engine, 2, first=50)
+        got = state_of(engine)
+        assert [name for name in wanted if not torch.equal(wanted[name], got[name])] == [], f"resume {trial}"
+        unit = rng.choice(engine.optimizer.pipeline.units)
+        stage = rng.choice(["reduce", "send", "sq_norm", "host_step", "fetch"])
+        fail_in(unit, stage, trial, after=rng.randrange(2))
+        with pytest.raises(RuntimeError, match=f"planted {trial} in {stage}"):
+            for step in range(4):
+                steps(engine, 1, first=step)
+        # a failed engine is taken down, and the next one has no memory of it
+        engine.destroy()
+        engine = engine_of("exact")
+    engine.destroy()
+    assert {t for t in threading.enumerate() if t.name.startswith("meft-")} <= threads
+    assert ours() <= before
+
+
+def fail_in(unit: Any, stage: str, trial: int, *, after: int) -> None:
+    original, calls = getattr(unit, stage), [0]
+
+    def fails(*args: Any, **kwargs: Any) -> Any:
+        calls[0] += 1
+        if calls[0] > after:
+            raise OSError(f"planted {trial} in {stage}")
+        return original(*args, **kwargs)
+
+    setattr(unit, stage, fails)
+
+
+def test_no_page_locked_or_device_buffer_is_allocated_after_the_second_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[int] = []
+    pinned = Bus._pinned
+    monkeypatch.setattr(Bus, "_pinned", lambda self, nbytes: (taken.append(nbytes), pinned(self, nbytes))[-1])
+    engine = engine_of("exact", precision="bf16", adapter={"rows": 300, "experts": 20})
+    for step in range(50):
+        engine.backward(engine(**batch(step)).loss)
+        engine.step()
+        if step == 1:
+            engine.meft_flush()
+            before = len(taken), engine.optimizer.pipeline.bus.allocations, held(engine)
+    engine.meft_flush()
+    assert before[0] > 0
+    assert (len(taken), engine.optimizer.pipeline.bus.allocations, held(engine)) == before
+
+
+def held(engine: Any) -> set[tuple[int, int]]:
+    """(address, bytes) of every lasting buffer of the units and their row sources."""
+    found = set()
+    for unit in engine.optimizer.pipeline.units:
+        for owner in (unit, getattr(unit, "rows", None)):
+            for name, value in vars(owner).items() if owner is not None else ():
+                if isinstance(value, torch.Tensor) and name not in ("_payload", "_host_payload", "_ids"):
+                    if "load" not in name:  # metrics of the last window, a few numbers on the host
+                        found.add((value.data_ptr(), value.numel() * value.element_size()))
+    return found
+
+
+def test_serial_mode_starts_no_thread_and_overlapping_ones_three_that_end_with_the_engine() -> None:
+    def lanes() -> set[threading.Thread]:
+        return {t for t in threading.enumerate() if t.name.startswith("meft-")}
+
+    before = lanes()  # engines of other tests may be freed, and their threads end, at any time
+    serial = engine_of("serial")
+    assert lanes() <= before
+    exact = engine_of("exact")
+    assert sorted(t.name for t in lanes() - before) == ["meft-down", "meft-host", "meft-up"]
+    steps(exact, 1, first=0)
+    exact.destroy()
+    assert lanes() <= before
+    serial.destroy()
+
+
+def test_the_number_of_host_threads_can_be_set() -> None:
+    block = {"schedule": {"host_threads": 1}, "sparse_adapter": ADAPTER}
+    engine = make_engine(ds_config(block=block))
+    seen: list[int] = []
+    done = threading.Event()
+    engine.optimizer.pipeline._lanes.host.submit(lambda: (seen.append(torch.get_num_threads()), done.set())[-1])
+    assert done.wait(5) and seen == [1]
+
+
+@pytest.mark.parametrize(
+    ("schedule", "message"),
+    [
+        ({"mode": "fast"}, "meft_offload.schedule.mode"),
+        ({"host_threads": 0}, "meft_offload.schedule.host_threads.*whole number"),
+        ({"host_thread": 2}, "did you mean 'host_threads'"),
+    ],
+)
+def test_a_wrong_schedule_setting_is_named(schedule: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        parse_config({"schedule": schedule})
+
+
+def test_auto_says_once_what_it_chose(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "meft_ds")
+    engine = engine_of("auto")
+    train(engine, MEASURED_WINDOWS + 30)
+    assert sum("schedule mode auto chose" in record.getMessage() for record in caplog.records) == 1
+    assert engine.meft_stats()["schedule_mode"] in ("exact", "eager")
