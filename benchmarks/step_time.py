@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Seconds per optimizer step on this machine's CPU: DeepSpeed full fine-tuning ("native"), ZeRO-2 offload, and meft.
+"""Seconds per optimizer step on this machine's CPU: DeepSpeed full fine-tuning ("native"), ZeRO-2 offload, and meft
+in its default schedule (exact, overlapping) and in serial order.
 
     python benchmarks/step_time.py [--rounds 5] [--layers 16] [--rows auto]
 
-One Llama-shaped model of about 60 M parameters with random weights, bf16, gradient clipping on. Three engines live in
-one process and take turns, step by step, so that a machine whose speed drifts treats all alike; figures are medians
-of the rounds, ratios are medians of the ratios within a round. Not run on a GPU: device and host are the same memory
-here, so the bus costs nothing and what shows is the compute that each way of training needs. Prints tables, and one
-line of JSON last.
+One Llama-shaped model of about 60 M parameters with random weights, bf16, gradient clipping on. Four engines live in
+one process and take turns of two steps (what a turn leaves under way is waited for and counted), so that a machine
+whose speed drifts treats all alike; figures are medians of the rounds, ratios are medians of the ratios within a round.
+Not run on a GPU: device and host are the same memory here, so the bus costs nothing and what shows is the compute that
+each way of training needs. Prints tables, and one line of JSON last.
 """
 
 from __future__ import annotations
@@ -24,10 +25,11 @@ from typing import Any
 import torch
 from torch import nn
 
-CONTENDERS = ("native", "zero_offload", "meft")
+CONTENDERS = ("native", "zero_offload", "meft", "meft_serial")
 # (tokens per step, accumulation): sentences of 256 tokens, divided among the micro-batches
 SHAPES = ((2048, 1), (2048, 4), (256, 1))
 LENGTH = 256
+STEPS_PER_TURN = 2  # an overlapping schedule finishes a step's updates during the next one
 
 
 def main() -> None:
@@ -39,12 +41,13 @@ def main() -> None:
     print(f"\n{_machine()}\nmodel: {results['2048x1']['parameters'] / 1e6:.1f} M parameters, bf16, clipping 1.0\n")
     print(
         f"{'tokens/step':>11} {'accum':>5} {'native s':>9} {'zero-2 offload s':>17} {'meft s':>7} "
-        f"{'/native':>8} {'/offload':>9}"
+        f"{'/native':>8} {'/offload':>9} {'serial s':>9} {'meft/serial':>12} {'own work':>9}"
     )
     for (tokens, gas), r in zip(SHAPES, results.values(), strict=True):
         print(
             f"{tokens:>11} {gas:>5} {r['native_s']:>9.3f} {r['zero_offload_s']:>17.3f} {r['meft_s']:>7.3f} "
-            f"{r['meft_vs_native']:>8.3f} {r['meft_vs_zero_offload']:>9.3f}"
+            f"{r['meft_vs_native']:>8.3f} {r['meft_vs_zero_offload']:>9.3f} {r['meft_serial_s']:>9.3f} "
+            f"{r['meft_vs_meft_serial']:>12.3f} {r['own_work']:>9.4f}"
         )
     held = device_bytes_by_rows(options)
     print(f"\ndevice bytes of the adapter, host selection, cache_rows 1024, {options.experts} experts, 2,048 tokens:")
@@ -56,6 +59,7 @@ def main() -> None:
     line = {
         key: first[key] for key in ("native_s", "zero_offload_s", "meft_s", "meft_vs_native", "meft_vs_zero_offload")
     }
+    line |= {key: first[key] for key in ("meft_serial_s", "meft_vs_meft_serial", "own_work")}
     line |= {"shapes": results, "device_bytes": held, "machine": _machine(), "rounds": options.rounds}
     print(json.dumps(line))
 
@@ -65,18 +69,23 @@ def measure(tokens: int, gas: int, options: argparse.Namespace) -> dict[str, flo
     micro = tokens // LENGTH // gas
     engines = {name: _engine(name, micro, gas, options) for name in CONTENDERS}
     times: dict[str, list[float]] = {name: [] for name in CONTENDERS}
+    own_work: list[float] = []
     for round_ in range(options.warmup + options.rounds):
         for name, engine in engines.items():
-            seconds = _timed_step(engine, micro, gas, round_)
+            seconds = _timed_turn(engine, micro, gas, round_)
             if round_ >= options.warmup:
                 times[name].append(seconds)
+                if name == "meft":
+                    stats = engine.meft_stats()
+                    own_work.append(stats["hooks_s"] / stats["step_s"])
     if options.profile:
         _profile(engines["meft"], micro, gas)
     result = {f"{name}_s": statistics.median(seconds) for name, seconds in times.items()}
-    for other in ("native", "zero_offload"):
+    for other in ("native", "zero_offload", "meft_serial"):
         pairs = zip(times["meft"], times[other], strict=True)
         result[f"meft_vs_{other}"] = statistics.median(a / b for a, b in pairs)
     result["parameters"] = sum(p.numel() for p in engines["native"].module.parameters())
+    result["own_work"] = statistics.median(own_work)
     stats = engines["meft"].meft_stats()
     result |= {"bytes_down": stats["bytes_down_per_step"], "bytes_up": stats["bytes_up_per_step"]}
     for engine in engines.values():
@@ -114,9 +123,11 @@ def _engine(name: str, micro: int, gas: int, options: argparse.Namespace, adapte
         "optimizer": {"type": "AdamW", "params": {"lr": 1e-4, "weight_decay": 0.0}},
         "steps_per_print": 10**9,
     }
-    if name == "meft":
+    if name.startswith("meft"):
         settings = adapter if adapter is not None else ({} if options.rows == "auto" else {"rows": int(options.rows)})
         config["meft_offload"] = {"sparse_adapter": settings}
+        if name == "meft_serial":
+            config["meft_offload"]["schedule"] = {"mode": "serial"}
     model = _model(options.layers)
     return deepspeed.initialize(model=model, model_parameters=list(model.parameters()), config=config)[0]
 
@@ -147,6 +158,15 @@ def _timed_step(engine: Any, micro: int, gas: int, seed: int) -> float:
         engine.backward(loss)
         engine.step()
     return time.perf_counter() - start
+
+
+def _timed_turn(engine: Any, micro: int, gas: int, seed: int) -> float:
+    """Seconds per step over consecutive steps, with all that they left under way."""
+    seconds = sum(_timed_step(engine, micro, gas, STEPS_PER_TURN * seed + i) for i in range(STEPS_PER_TURN))
+    start = time.perf_counter()
+    if hasattr(engine, "meft_flush"):
+        engine.meft_flush()
+    return (seconds + time.perf_counter() - start) / STEPS_PER_TURN
 
 
 def _profile(engine: Any, micro: int, gas: int) -> None:

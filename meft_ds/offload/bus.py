@@ -26,6 +26,12 @@ _ALIGN = 64
 Counts = dict[str, dict[str, int]]
 
 
+def training_bytes(counts: Counts) -> tuple[int, int]:
+    """Bytes down and up over all channels except those named "eval_..."."""
+    entries = [entry for name, entry in counts.items() if not name.startswith("eval_")]
+    return sum(entry["down"] for entry in entries), sum(entry["up"] for entry in entries)
+
+
 class Bus:
     """Counts and performs transfers between `device` and the host.
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints
 
 from meft_ds.offload.schedule import Mode
+from meft_ds.offload.trace import writable
 
 
 def _threads(value: Any) -> int | str:
@@ -35,9 +36,8 @@ class ScheduleConfig(BaseModel):
         description="Threads of the host update on each rank. auto = the rank's share of the CPUs that its process may "
         "use, at most OMP_NUM_THREADS.",
     )
-    trace_file: str | None = Field(
+    trace_file: Annotated[str, StringConstraints(min_length=1), AfterValidator(writable)] | None = Field(
         None,
-        min_length=1,
         description="Write a Chrome trace (JSON, opens in Perfetto) of the lanes to this file, with .rankN before its "
         "ending on ranks above 0. Default: none.",
     )

@@ -19,9 +19,11 @@ from torch import nn
 
 from meft_ds import __version__
 from meft_ds.config import BLOCK, MeftConfig, parse_config
+from meft_ds.monitor import WindowMonitor
 from meft_ds.offload.bus import Bus
 from meft_ds.offload.partition import Ranks
 from meft_ds.offload.pipeline import StepResult
+from meft_ds.offload.trace import Trace
 from meft_ds.plugin import checkpoint, checks, export, setup
 from meft_ds.plugin.optimizer import MeftOptimizer, adamw_from_config, check_client_optimizer
 from meft_ds.plugin.stats import Stats
@@ -38,6 +40,8 @@ class MeftEngine(DeepSpeedEngine):
     _meft_adapters: list[SparseAdapter]
     _meft_ranks: Ranks
     _meft_stats: Stats
+    _meft_monitor: WindowMonitor
+    _meft_trace: Trace | None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         from meft_ds.plugin import ds_config_of
@@ -114,6 +118,7 @@ class MeftEngine(DeepSpeedEngine):
             dynamic_loss_scale=self.dynamic_loss_scale(),
             loss_scale_args=self.dynamic_loss_scale_args(),
             after_step=self._after_meft_step,
+            at_end=self._at_meft_end,
         )
         if hasattr(
             DeepSpeedEngine, "_configure_compression_scheduler"
@@ -121,6 +126,13 @@ class MeftEngine(DeepSpeedEngine):
             self.compression_scheduler = self._configure_compression_scheduler()
             self.quantizer = self._configure_quantization()
         self._meft_stats = Stats(pipeline=pipeline, adapters=self._meft_adapters, plan=plan)
+        self._meft_monitor = WindowMonitor(self.monitor, bus)
+        schedule = self._meft_config.schedule
+        self._meft_trace = (
+            None
+            if schedule.trace_file is None
+            else Trace(schedule.trace_file, schedule.trace_windows, rank=self.global_rank)
+        )
         self._set_balance_scale()
         self.module.meft_stats = lambda: e.meft_stats() if (e := engine()) is not None else {}
         export.save_adapter_with_model(self.module)
@@ -143,7 +155,7 @@ class MeftEngine(DeepSpeedEngine):
     ) -> bool:
         """DeepSpeed's checkpoint plus ours; `latest` is written when both are complete."""
         tag = f"global_step{self.global_steps}" if tag is None else str(tag)
-        self.optimizer.pipeline.flush()
+        self.meft_flush()
         super().save_checkpoint(
             save_dir,
             tag=tag,
@@ -179,7 +191,7 @@ class MeftEngine(DeepSpeedEngine):
         if tag is None:
             return super().load_checkpoint(load_dir)  # logs what is missing, as without us
         folder = Path(load_dir) / str(tag) / checkpoint.FOLDER
-        self.optimizer.pipeline.flush()  # what is under way must not land in the loaded state
+        self.meft_flush()  # what is under way must not land in the loaded state
         units = self.optimizer.pipeline.units
         manifest = checkpoint.verify(folder, units, self._meft_ranks, about=self._about())
         path, client_state = super().load_checkpoint(
@@ -211,6 +223,7 @@ class MeftEngine(DeepSpeedEngine):
         Forwards, evaluation, `state_dict`, saving and `meft_stats` do it without being asked.
         """
         self.optimizer.pipeline.flush()
+        self._meft_monitor.write(self.global_samples)
 
     # -- helpers -----------------------------------------------------------------------------------------------------
 
@@ -243,8 +256,21 @@ class MeftEngine(DeepSpeedEngine):
     def _after_meft_step(self, result: StepResult) -> None:
         for adapter in self._meft_adapters:
             adapter.end_window()
-        self._meft_stats.close_window(result.times)
+        # the step has applied what the one before it left under way, and DeepSpeed has not counted its samples yet
+        self._meft_monitor.write(self.global_samples)
+        self._meft_monitor.note(self._meft_stats.close_window(result.times), result)
+        if self._meft_trace is not None:
+            self._meft_trace.add(result.times)
         self._set_balance_scale()
+
+    def _at_meft_end(self) -> None:
+        if self._meft_trace is not None:
+            self._meft_trace.close()
+        try:
+            self.optimizer.pipeline.flush()
+        except RuntimeError:  # a lane has failed: the last window's bytes never all went up
+            return
+        self._meft_monitor.write(self.global_samples)
 
     def _set_balance_scale(self) -> None:
         # the balance loss enters as a gradient, so it needs the factors that the real loss gets on its way

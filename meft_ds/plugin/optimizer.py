@@ -34,6 +34,7 @@ class MeftOptimizer(ZeROOptimizer):
         compute_dtype: torch.float16 turns loss scaling on.
         static_loss_scale, dynamic_loss_scale, loss_scale_args: DeepSpeed's fp16 settings.
         after_step: called after every step, skipped or not.
+        at_end: called when the engine has been taken down.
     """
 
     def __init__(
@@ -48,11 +49,13 @@ class MeftOptimizer(ZeROOptimizer):
         dynamic_loss_scale: bool,
         loss_scale_args: dict[str, Any],
         after_step: Callable[[StepResult], None],
+        at_end: Callable[[], None],
     ) -> None:
         super().__init__()
         check_groups(basic.param_groups)
         self.optimizer, self.pipeline = basic, pipeline
-        self.clip, self._mean_over, self._after_step = clip, mean_over, after_step
+        self.clip, self._mean_over = clip, mean_over
+        self._after_step, self._at_end = after_step, at_end
         self.custom_loss_scaler = False
         self.torch_autocast_gradscaler = None
         self.dynamic_loss_scale = dynamic_loss_scale and compute_dtype == torch.float16
@@ -162,7 +165,10 @@ class MeftOptimizer(ZeROOptimizer):
 
     def destroy(self) -> None:
         """Called by the engine when it is taken down: finish what is under way and stop listening to the model."""
-        self.pipeline.close()
+        try:
+            self.pipeline.close()
+        finally:
+            self._at_end()
 
     def _hyper_of(self, unit: Unit) -> AdamHyper:
         group = self.param_groups[unit.group]

@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
+from meft_ds.offload.bus import training_bytes
 from meft_ds.offload.dense import DenseUnit
 from meft_ds.offload.pipeline import Pipeline
 from meft_ds.offload.timeline import WindowTimes
@@ -25,21 +27,23 @@ class Stats:
         self._times: WindowTimes | None = None
         self._steps = 0
 
-    def close_window(self, times: WindowTimes) -> None:
-        """Take note of the window that just ended."""
-        self._closed, self._times = self._pipeline.bus.close_window(), times
+    def close_window(self, times: WindowTimes) -> int:
+        """Take note of the window that just ended; returns its number."""
+        closed = self._pipeline.bus.close_window()
+        self._closed, self._times = closed, replace(times, spans=(), marks=())  # sums are all that is reported
         self._steps += 1
+        return closed
 
     def report(self) -> dict[str, Any]:
         """Plain numbers and lists, ready for JSON."""
         self._pipeline.flush()  # the window's last bytes go up only then
         counts = {} if self._closed is None else self._pipeline.bus.counts_of(self._closed)
-        training = {name: entry for name, entry in counts.items() if name != "eval_rows"}
+        down, up = training_bytes(counts)
         routers = sum(p.numel() * p.element_size() for a in self._adapters for p in a.parameters())
         return {
             "steps": self._steps,
-            "bytes_down_per_step": sum(entry["down"] for entry in training.values()),
-            "bytes_up_per_step": sum(entry["up"] for entry in training.values()),
+            "bytes_down_per_step": down,
+            "bytes_up_per_step": up,
             "bytes": counts,
             "device_bytes": sum(rows.device_bytes() for rows in self._rows)
             + routers

@@ -1,0 +1,138 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A Chrome trace of the lanes, for Perfetto (ui.perfetto.dev) or chrome://tracing: one row per lane, one process per
+rank.
+
+Times are `time.perf_counter`'s, which all ranks of a machine share, so the files of several ranks fit together.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import tempfile
+import weakref
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from meft_ds.offload.timeline import WindowTimes
+
+LANES = ("compute", "main", "down", "host", "up")
+"""Rows from top to bottom; "compute" holds the model's forwards and backwards."""
+
+_logger = logging.getLogger("meft_ds")
+_WARM_UP = 2  # windows left out: they pay for compilation and cold caches
+
+
+class Trace:
+    """Collects `windows` windows from the third on and writes them once: when the last of them has closed, or at
+    `close`, or when the interpreter exits.
+
+    Args:
+        path: of rank 0's file; see `path_of_rank` for the others.
+        windows: how many.
+        rank: this process's.
+    """
+
+    def __init__(self, path: str, windows: int, rank: int = 0) -> None:
+        self.path = path_of_rank(path, rank)
+        self._rank, self._seen, self._last = rank, 0, _WARM_UP + windows
+        self._events: list[dict[str, Any]] = []
+        self._write_once = weakref.finalize(self, _write, self.path, self._events, rank)
+
+    def add(self, times: WindowTimes) -> None:
+        """Take the next window; only what the file needs of it is kept."""
+        self._seen += 1
+        if not self._write_once.alive or self._seen <= _WARM_UP:
+            return
+        self._events += _events(times, self._seen, self._rank)
+        if self._seen == self._last:
+            self.close()
+
+    def close(self) -> None:
+        """Write what there is, unless it was written."""
+        self._write_once()
+
+
+def path_of_rank(path: str, rank: int) -> Path:
+    """`name.json` for rank 0, `name.rank1.json` for rank 1."""
+    whole = Path(path).absolute()  # the program may change its folder before the file is written
+    return whole if rank == 0 else whole.with_name(f"{whole.stem}.rank{rank}{whole.suffix}")
+
+
+def writable(path: str) -> str:
+    """`path`, if a file can be written there.
+
+    Raises:
+        ValueError: saying what is wrong with it and what to do.
+    """
+    whole = Path(path).absolute()
+    folder = whole.parent
+    expected = "expected a file in an existing, writable folder"
+    if not folder.is_dir():
+        raise ValueError(f"{expected}, got {path!r}; create the folder {str(folder)!r} or choose another")
+    if whole.is_dir():
+        raise ValueError(f'{expected}, got the folder {path!r}; add a file name, such as "trace.json"')
+    try:
+        with tempfile.NamedTemporaryFile(dir=folder):
+            pass
+    except OSError as e:
+        raise ValueError(
+            f"{expected}, got {path!r} ({e.strerror}); make the folder {str(folder)!r} writable or choose another"
+        ) from None
+    return path
+
+
+def _events(times: WindowTimes, window: int, rank: int) -> Iterator[dict[str, Any]]:
+    for what, start, end in _phases(times.marks):
+        yield _event("compute", what, start, end, rank, {"window": window})
+    for span in times.spans:
+        about = {"unit": span.unit} if span.unit else {}
+        name = f"{span.what} {span.unit}" if span.unit else span.what
+        yield _event(span.lane, name, span.start, span.end, rank, {**about, "window": window})
+
+
+def _event(lane: str, name: str, start: float, end: float, rank: int, args: dict[str, Any]) -> dict[str, Any]:
+    # whole numbers, and both ends rounded, not the duration: viewers drop neighbours that overlap by a rounding error
+    ts, until = round(start * 1e6), round(end * 1e6)
+    place = {"pid": rank, "tid": LANES.index(lane)}
+    return {"ph": "X", "name": name, "cat": lane, "ts": ts, "dur": until - ts, **place, "args": args}
+
+
+def _phases(marks: Sequence[tuple[str, float]]) -> Iterator[tuple[str, float, float]]:
+    """Every forward, and every backward: from the forward's end to the last "backward_end" before what comes next."""
+    begun = ended = backward_ended = None
+    for what, at in marks:
+        if what == "backward_end":
+            backward_ended = at
+        elif what == "forward_end":
+            if begun is not None:
+                yield "forward", begun, at
+            begun, ended, backward_ended = None, at, None
+        else:  # the next forward, the step, or the end
+            if ended is not None and backward_ended is not None:
+                yield "backward", ended, backward_ended
+                ended = backward_ended = None
+            begun = at if what == "forward" else None
+
+
+def _write(path: Path, events: list[dict[str, Any]], rank: int) -> None:
+    if not events:
+        return
+    named = [{"ph": "M", "name": "process_name", "pid": rank, "tid": 0, "args": {"name": f"meft-ds rank {rank}"}}]
+    for tid, lane in enumerate(LANES):
+        row = {"ph": "M", "pid": rank, "tid": tid}
+        named.append({**row, "name": "thread_name", "args": {"name": lane}})
+        named.append({**row, "name": "thread_sort_index", "args": {"sort_index": tid}})
+    text = json.dumps({"traceEvents": [*named, *events], "displayTimeUnit": "ms"})
+    events.clear()
+    partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        partial.write_text(text)
+        partial.replace(path)
+    except OSError as e:  # a full disk must not end the training
+        _logger.warning("meft-ds: the trace %s could not be written: %s", path, e)
+        with contextlib.suppress(OSError):
+            partial.unlink()

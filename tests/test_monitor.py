@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is written to DeepSpeed's monitor, and when."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+
+from meft_ds.monitor import TAG, Event, WindowMonitor
+from meft_ds.offload.bus import Bus
+from meft_ds.offload.pipeline import StepResult
+from meft_ds.offload.timeline import WindowTimes
+
+
+class Writer:
+    def __init__(self, enabled: bool = True) -> None:
+        self.enabled = enabled
+        self.calls: list[list[Event]] = []
+
+    def write_events(self, event_list: list[Event]) -> None:
+        assert self.enabled, "the monitor is off"
+        self.calls.append(event_list)
+
+    def values(self) -> dict[str, float]:
+        (events,) = self.calls
+        return {tag.removeprefix(TAG): value for tag, value, _ in events}
+
+
+class Untouchable:
+    """No attribute of a result may be read while the monitor is off."""
+
+    def __getattr__(self, name: str) -> Any:
+        raise AssertionError(name)
+
+
+def step_result(*, overflow: bool = False, **times: float) -> StepResult:
+    seconds = dict.fromkeys(
+        ("wall_s", "forward_s", "backward_s", "first_forward_s", "last_backward_s", "stall_s", "norm_s", "hooks_s")
+        + ("down_s", "host_s", "up_s", "tail_s"),
+        0.0,
+    )
+    all_times = WindowTimes(**{**seconds, "payloads": 4, **times})  # type: ignore[arg-type]
+    return StepResult(overflow=overflow, grad_norm=math.inf if overflow else 2.5, times=all_times)
+
+
+@pytest.fixture
+def bus() -> Bus:
+    return Bus(torch.device("cpu"))
+
+
+def test_bytes_that_go_up_after_the_step_are_written_with_the_window_they_belong_to(bus: Bus) -> None:
+    writer = Writer()
+    monitor = WindowMonitor(writer, bus)
+    bus.count("rows", down=100, up=10)
+    window = bus.close_window()
+    monitor.note(window, step_result())
+    assert writer.calls == []
+    with bus.counting_for(window):
+        bus.count("dense", up=7)
+    bus.count("rows", up=1000)  # the next window's
+    monitor.write(32)
+    assert writer.values()["bytes_down"] == 100 and writer.values()["bytes_up"] == 17
+    assert {samples for _, _, samples in writer.calls[0]} == {32}
+
+
+def test_rows_that_an_evaluation_fetched_are_not_counted(bus: Bus) -> None:
+    writer = Writer()
+    monitor = WindowMonitor(writer, bus)
+    bus.count("eval_rows", up=5)
+    bus.count("rows", up=3)
+    monitor.note(bus.close_window(), step_result())
+    monitor.write(1)
+    assert writer.values()["bytes_up"] == 3
+
+
+def test_every_time_of_the_window_is_written_in_seconds(bus: Bus) -> None:
+    writer = Writer()
+    monitor = WindowMonitor(writer, bus)
+    times = {"wall_s": 4.0, "forward_s": 1.5, "stall_s": 0.5, "norm_s": 0.25, "host_s": 2.0, "tail_s": 1.0}
+    monitor.note(bus.close_window(), step_result(**times))
+    monitor.write(1)
+    assert writer.values() == {
+        "bytes_down": 0.0,
+        "bytes_up": 0.0,
+        "step_s": 4.0,
+        "bound_s": 3.0,  # the busiest lane is the host, and the first layer cannot be hidden
+        "efficiency": 0.75,
+        "stall_s": 0.5,
+        "norm_wait_s": 0.25,
+        "host_update_s": 2.0,
+        "payloads": 4.0,
+        "grad_norm": 2.5,
+    }
+
+
+def test_a_window_is_written_once(bus: Bus) -> None:
+    writer = Writer()
+    monitor = WindowMonitor(writer, bus)
+    monitor.write(0)
+    monitor.note(bus.close_window(), step_result())
+    monitor.write(1)
+    monitor.write(1)
+    assert len(writer.calls) == 1
+
+
+def test_a_skipped_step_has_no_gradient_norm(bus: Bus) -> None:
+    writer = Writer()
+    monitor = WindowMonitor(writer, bus)
+    monitor.note(bus.close_window(), step_result(overflow=True))
+    monitor.write(1)
+    assert "grad_norm" not in writer.values() and "bytes_up" in writer.values()
+
+
+def test_a_monitor_that_is_off_gets_no_call_and_no_figure_is_computed(bus: Bus) -> None:
+    monitor = WindowMonitor(Writer(enabled=False), bus)
+    monitor.note(bus.close_window(), Untouchable())  # type: ignore[arg-type]
+    monitor.write(1)
