@@ -103,7 +103,7 @@ class EmulatedBus(Bus):
     def __init__(self, down_bytes_per_s: float = 12e9, up_bytes_per_s: float = 12e9) -> None:
         super().__init__(torch.device("cpu"))
         self.down_bytes_per_s, self.up_bytes_per_s = down_bytes_per_s, up_bytes_per_s
-        self.transfers = self.overruns = 0  # overrun: the real copy alone took longer than the link was to take
+        self.overruns = 0  # transfers whose real copy alone took longer than the link was to take
         self._sleepers = {"down": Sleeper(), "up": Sleeper()}
 
     def set_speeds(self, payload_bytes: int, times: LayerTimes) -> None:
@@ -122,7 +122,6 @@ class EmulatedBus(Bus):
         dst.copy_(src)
         nbytes = dst.numel() * min(dst.element_size(), src.element_size())  # the narrower dtype is what would cross
         seconds = nbytes / bytes_per_s + LATENCY_S
-        self.transfers += 1
         self.overruns += time.perf_counter() - begun > seconds
         self._sleepers[direction].take(seconds, begun=begun)
 

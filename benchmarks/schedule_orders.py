@@ -30,6 +30,7 @@ class Run:
     begins: list[float] = field(default_factory=list)
     spans: list[Span] = field(default_factory=list)
     results: list[StepResult] = field(default_factory=list)
+    overruns: int = 0  # transfers, those of the warm-up included, whose real copy took longer than the link was to
 
     @property
     def step_s(self) -> float:
@@ -66,7 +67,7 @@ def run_layerwise(
         mode=mode,
         at_start={"host": partial(enter, host), "down": partial(enter, link), "up": partial(enter, link)},
     )
-    device, run = EmulatedDevice(), Run()
+    device, run, overruns = EmulatedDevice(), Run(), bus.overruns
     if mode == "eager":
         warmup += MEASURED_WINDOWS
     try:
@@ -84,6 +85,7 @@ def run_layerwise(
     finally:
         pipeline.close()
     run.spans += device.spans
+    run.overruns = bus.overruns - overruns
     return run
 
 
@@ -107,7 +109,7 @@ def _layerwise_step(
 
 def run_after_backward(units: Sequence[Stages], bus: EmulatedBus, times: LayerTimes, *, warmup: int, steps: int) -> Run:
     """Steps in ZeRO-Offload's order. Norm and clipping cost nothing here, which is in its favour."""
-    device, run = EmulatedDevice(), Run()
+    device, run, overruns = EmulatedDevice(), Run(), bus.overruns
     failures: list[BaseException] = []
     lane = ThreadLane("down", failures.append, partial(enter, cores()[1]))
     try:
@@ -119,6 +121,7 @@ def run_after_backward(units: Sequence[Stages], bus: EmulatedBus, times: LayerTi
     finally:
         lane.close()
     run.spans += device.spans
+    run.overruns = bus.overruns - overruns
     return run
 
 
