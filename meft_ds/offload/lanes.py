@@ -64,6 +64,10 @@ class ThreadLane:
         started.wait()
         self._stop = weakref.finalize(self, _stop, self._queue, self._thread)
 
+    @property
+    def closed(self) -> bool:
+        return self._queue.closed
+
     def submit(self, job: Job, *, urgent: bool = False) -> None:
         self._queue.put(job, urgent=urgent)
 
@@ -93,6 +97,11 @@ class Lanes:
         starts = at_start or {}
         return cls(**{name: ThreadLane(name, on_error, starts.get(name)) for name in ("down", "host", "up")})
 
+    @property
+    def closed(self) -> bool:
+        """Whether a lane was stopped, so that what was handed over may never run."""
+        return any(getattr(lane, "closed", False) for lane in (self.down, self.host, self.up))
+
     def close(self) -> None:
         """Stop all three."""
         for lane in (self.down, self.host, self.up):
@@ -104,25 +113,25 @@ class _Queue:
         self._changed = threading.Condition()
         self._urgent: deque[Job] = deque()
         self._normal: deque[Job] = deque()
-        self._closed = False
+        self.closed = False
 
     def put(self, job: Job, *, urgent: bool) -> None:
         with self._changed:
-            if not self._closed:
+            if not self.closed:
                 (self._urgent if urgent else self._normal).append(job)
                 self._changed.notify()
 
     def take(self) -> Job | None:
         with self._changed:
-            while not (self._closed or self._urgent or self._normal):
+            while not (self.closed or self._urgent or self._normal):
                 self._changed.wait()
-            if self._closed:
+            if self.closed:
                 return None
             return (self._urgent or self._normal).popleft()
 
     def close(self) -> None:
         with self._changed:
-            self._closed = True
+            self.closed = True
             self._urgent.clear()
             self._normal.clear()
             self._changed.notify_all()

@@ -16,8 +16,11 @@ deepest unit first on the way down, and on the way up the order of the updates.
 
 from __future__ import annotations
 
+import atexit
+import logging
 import math
 import threading
+import time
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -34,6 +37,10 @@ from meft_ds.offload.schedule import Mode
 from meft_ds.offload.timeline import Timeline, WindowTimes
 from meft_ds.offload.tuner import Tuner
 from meft_ds.offload.wire import AdamHyper, Unit
+
+_logger = logging.getLogger("meft_ds")
+_LOOK_S = 1.0  # how often a wait looks whether there is still somebody to wait for
+_PATIENCE_S = 10.0  # how long an exit waits for updates under way
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,6 +164,7 @@ class Pipeline:
         self._ranks_of = lane_ranks if lane_ranks is not None else LaneRanks.shared(ranks)
         self._progress = threading.Condition()
         self._failure: BaseException | None = None
+        self._deadline = math.inf
         self._window = _Window(self._send_order())
         bus.reserve({unit.name: unit.footprint().payload for unit in self.units})
         if lanes is None and not self.overlaps:
@@ -166,6 +174,7 @@ class Pipeline:
         self._lanes = lanes
         for unit in self.units:
             unit.listener = self
+        _alive.add(self)
 
     # -- what units report, on the thread that trains (or autograd's) --------------------------------------------------
 
@@ -259,13 +268,22 @@ class Pipeline:
     def close(self) -> None:
         """Stop the lanes and stop listening to the model. Updates under way are applied unless a lane has failed."""
         try:
-            if self._failure is None:
+            if self._failure is None and not self._lanes.closed:
                 self.flush()
         finally:
+            _alive.discard(self)
             self._lanes.close()
             for unit in self.units:
                 unit.release()
                 unit.listener = None
+
+    def finish_at_exit(self) -> None:
+        """Let what is under way end before the interpreter takes tensors away, but do not wait for dead peers."""
+        self._deadline = time.monotonic() + _PATIENCE_S
+        try:
+            self.close()
+        except RuntimeError as error:
+            _logger.warning("%s", error)
 
     def begin_forward(self, *, training: bool) -> None:
         """Called before the model's forward: nothing under way may be left to an evaluation."""
@@ -422,7 +440,10 @@ class Pipeline:
     def _wait_for(self, entries: Sequence[_Entry], what: str) -> None:
         with self._progress:
             while self._failure is None and not all(getattr(entry, what) for entry in entries):
-                self._progress.wait()
+                if self._lanes.closed:
+                    raise RuntimeError("meft-ds: the engine was taken down while an update was under way")
+                if not self._progress.wait(_LOOK_S) and time.monotonic() > self._deadline:
+                    raise RuntimeError("meft-ds: the program ends, but an update under way does not")
         self._check()
 
     def _check(self) -> None:
@@ -437,6 +458,15 @@ class Pipeline:
         with self._progress:
             self._failure = self._failure or error
             self._progress.notify_all()
+
+
+_alive: weakref.WeakSet[Pipeline] = weakref.WeakSet()
+
+
+@atexit.register
+def _finish_all() -> None:
+    for pipeline in list(_alive):
+        pipeline.finish_at_exit()
 
 
 def _failing(pipeline: weakref.ref[Pipeline]) -> Callable[[BaseException], None]:

@@ -25,6 +25,10 @@ class LateLane:
 
         self._lane.submit(late, urgent=urgent)
 
+    @property
+    def closed(self) -> bool:
+        return getattr(self._lane, "closed", False)
+
     def close(self) -> None:
         self._lane.close()
 

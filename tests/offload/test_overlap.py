@@ -308,6 +308,18 @@ def test_a_forgotten_pipeline_is_freed_and_its_threads_end() -> None:
     simple(model, 1)  # the hooks find nobody
 
 
+def test_taking_a_pipeline_down_after_its_lanes_stopped_does_not_hang(pipelines: Callable) -> None:
+    model, pipeline = pipelines("exact")
+    make_late(pipeline, 0, 0.05)
+    simple(model, 0)
+    pipeline.step()
+    pipeline._lanes.close()
+    if any(entry.pending and not entry.updated for entry in pipeline._entries):
+        with pytest.raises(RuntimeError, match="taken down"):
+            pipeline.flush()
+    pipeline.close()
+
+
 def test_a_copy_of_the_model_is_not_trained_by_the_pipeline(pipelines: Callable) -> None:
     model, pipeline = pipelines("exact")
     simple(model, 0)
