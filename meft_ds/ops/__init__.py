@@ -18,13 +18,16 @@ from meft_ds.ops.experts import (
     top_experts,
 )
 from meft_ds.ops.moves import gather_rows, scatter_rows_, sq_norm
+from meft_ds.ops.sketch import adam_direction_, combine, sketch, subspace_apply_
 
 __all__ = [
     "Entries",
+    "adam_direction_",
     "adamw_",
     "adamw_lazy_rows_",
     "adamw_rows_",
     "backend",
+    "combine",
     "expert_backward",
     "expert_forward",
     "expert_scores",
@@ -32,6 +35,8 @@ __all__ = [
     "list_entries",
     "scatter_rows_",
     "select_keys",
+    "sketch",
     "sq_norm",
+    "subspace_apply_",
     "top_experts",
 ]

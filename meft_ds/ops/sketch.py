@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sparse sketches, and the subspace update that they make possible without any m x n temporary (LSP-Offload).
+
+A projector P in R^{m x d} has k nonzeros in a row. It comes as two *gather lists* (index, value), both needed because
+gathering, unlike scattering, has one writer per result and so one order of summation: the *row view* [m, k] (which
+columns a row touches) and the *column view* [d, w] (which rows a column gathers; short ones are padded with value 0).
+index is int32, or int16 holding uint16 bits; value is float16. All tensors of a call lie on one device.
+
+On the host these are C++ kernels, on a GPU Triton kernels, and plain torch where neither can be had.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from meft_ds.ops import torch_sketch
+from meft_ds.ops.checks import FLOATS, MOMENTS
+
+__all__ = ["adam_direction_", "combine", "sketch", "subspace_apply_"]
+
+
+@torch.no_grad()
+def sketch(x: Tensor, index: Tensor, value: Tensor, out_dtype: torch.dtype | None = None) -> Tensor:
+    """out[t, o] = sum over w of x[t, index[o, w]] * value[o, w]; sums in float32, rounded once.
+
+    x [T, n] row-major fp32, bf16 or fp16; (index, value) [o, w] over n; returns [T, o] in out_dtype (default: x's).
+    X Q is this with Q's column view [d, w], Y Q^T with its row view [n, k].
+    """
+    _check_floats("x", x)
+    _check_list("", index, value, x.device)
+    return torch_sketch.sketch(x, index, value, out_dtype or x.dtype)
+
+
+@torch.no_grad()
+def combine(z: Tensor, index: Tensor, value: Tensor) -> Tensor:
+    """out[o, :] = sum over w of value[o, w] * z[index[o, w], :], float32.
+
+    z [m, c] fp32, bf16 or fp16; (index, value) [o, w] over m; returns [o, c]. P^T Z is this with P's column view, P Z
+    with its row view.
+    """
+    _check_floats("z", z)
+    _check_list("", index, value, z.device)
+    return torch_sketch.combine(z, index, value)
+
+
+@torch.no_grad()
+def subspace_apply_(
+    weight: Tensor,
+    s: Tensor,
+    p: tuple[Tensor, Tensor],
+    q: tuple[Tensor, Tensor],
+    *,
+    alpha: float,
+    decay: float,
+    key: int,
+    step: int,
+    residual: Tensor | None = None,
+) -> None:
+    """weight <- round(decay * weight + alpha * P s Q^T), in one pass over weight; arithmetic in float32.
+
+    weight [m, n] fp32, bf16 or fp16; s [d1, d2] fp32, bf16 or fp16; p, q: row views (index, value) of P [m, kp] over d1
+    and Q [n, kq] over d2. A bf16 or fp16 weight is rounded stochastically with random bits that depend on (key, step,
+    element) only, so every rank and every replay rounds alike; or, given residual fp32 [m, n], it is rounded to nearest
+    and what was lost is kept there and added back first the next time. `key` is any 64-bit number.
+    """
+    _check_floats("weight", weight)
+    _check_floats("s", s)
+    _check_list("p", *p, weight.device, weight.shape[0])
+    _check_list("q", *q, weight.device, weight.shape[1])
+    if residual is not None and (residual.shape != weight.shape or residual.dtype != torch.float32):
+        raise ValueError(
+            f"residual must be float32 {tuple(weight.shape)}, it is {residual.dtype} {tuple(residual.shape)}"
+        )
+    torch_sketch.subspace_apply(weight, s, p, q, alpha=alpha, decay=decay, key=key, step=step, residual=residual)
+    torch.autograd.graph.increment_version(weight)  # kernels write by address, which autograd does not see
+
+
+@torch.no_grad()
+def adam_direction_(
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    grad: Tensor,
+    out: Tensor,
+    *,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    step: int,
+    grad_scale: float = 1.0,
+) -> None:
+    """AdamW's direction, m_hat / (sqrt(v_hat) + eps), without a weight to move.
+
+    All flat [n], on one device. exp_avg, exp_avg_sq fp32 or bf16, updated in place with grad * grad_scale; grad and out
+    fp32, bf16 or fp16. step: this step's number, from 1.
+    """
+    for name, t, dtypes in (("exp_avg", exp_avg, MOMENTS), ("exp_avg_sq", exp_avg_sq, (exp_avg.dtype,))):
+        if t.dtype not in dtypes or t.shape != grad.shape:
+            raise ValueError(f"{name} must be {dtypes} {tuple(grad.shape)}, it is {t.dtype} {tuple(t.shape)}")
+    torch_sketch.adam_direction(
+        exp_avg, exp_avg_sq, grad, out, beta1=beta1, beta2=beta2, eps=eps, step=step, grad_scale=grad_scale
+    )
+
+
+def _check_floats(name: str, t: Tensor) -> None:
+    if t.dim() != 2 or t.dtype not in FLOATS or not t.is_contiguous():
+        raise ValueError(
+            f"{name} must be a contiguous matrix of {FLOATS}, it is {t.dtype} {tuple(t.shape)} with strides {t.stride()}"
+        )
+
+
+def _check_list(name: str, index: Tensor, value: Tensor, device: torch.device, outputs: int | None = None) -> None:
+    prefix = f"{name}_" if name else ""
+    if index.dtype not in (torch.int16, torch.int32) or value.dtype != torch.float16:
+        raise ValueError(
+            f"{prefix}index must be int16 or int32 and {prefix}value float16, they are {index.dtype}, {value.dtype}"
+        )
+    if index.dim() != 2 or index.shape != value.shape or (outputs is not None and index.shape[0] != outputs):
+        raise ValueError(
+            f"{prefix}index and {prefix}value must both be [{'o' if outputs is None else outputs}, w], "
+            f"they are {tuple(index.shape)} and {tuple(value.shape)}"
+        )
+    if not (index.is_contiguous() and value.is_contiguous() and index.device == value.device == device):
+        raise ValueError(f"{prefix}index and {prefix}value must be contiguous and on {device}")

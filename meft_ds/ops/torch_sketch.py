@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sparse sketches and the subspace update in plain torch: the oracle of the kernels, and their stand-in on any device.
+
+A *gather list* is (index [o, w], value [o, w]): output o takes w inputs. Shapes as in `meft_ds.ops.sketch`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_ROWS = 256  # rows of a weight treated at a time: bounds the float32 temporary
+_MASK = 0xFFFFFFFF
+
+
+def positions(index: Tensor) -> Tensor:
+    """int64 positions of a gather list; int16 holds uint16 bits."""
+    return index.long() & 0xFFFF if index.dtype == torch.int16 else index.long()
+
+
+def sketch(x: Tensor, index: Tensor, value: Tensor, out_dtype: torch.dtype) -> Tensor:
+    at, factor = positions(index), value.float()
+    out = torch.zeros(x.shape[0], index.shape[0], device=x.device)
+    for w in range(index.shape[1]):
+        out += x.index_select(1, at[:, w]).float() * factor[:, w]
+    return out.to(out_dtype)
+
+
+def combine(z: Tensor, index: Tensor, value: Tensor) -> Tensor:
+    at, factor = positions(index), value.float()
+    out = torch.zeros(index.shape[0], z.shape[1], device=z.device)
+    for w in range(index.shape[1]):
+        out += z.index_select(0, at[:, w]).float() * factor[:, w, None]
+    return out
+
+
+def subspace_apply(
+    weight: Tensor,
+    s: Tensor,
+    p: tuple[Tensor, Tensor],
+    q: tuple[Tensor, Tensor],
+    *,
+    alpha: float,
+    decay: float,
+    key: int,
+    step: int,
+    residual: Tensor | None,
+) -> None:
+    s = s.float() * alpha
+    n = weight.shape[1]
+    for start in range(0, weight.shape[0], _ROWS):
+        rows = weight[start : start + _ROWS]
+        own = slice(start, start + rows.shape[0])
+        value = rows.float() if residual is None else rows.float() + residual[own]
+        value = value * decay + sketch(combine(s, p[0][own], p[1][own]), *q, torch.float32)
+        if residual is not None:
+            rows.copy_(value)
+            residual[own] = value - rows.float()
+        elif weight.dtype == torch.float32:
+            rows.copy_(value)
+        else:
+            elements = torch.arange(start * n, start * n + rows.numel(), device=weight.device)
+            rows.copy_(round_stochastically(value, random_halves(elements, key, step).view_as(rows), weight.dtype))
+
+
+def adam_direction(
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    grad: Tensor,
+    out: Tensor,
+    *,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    step: int,
+    grad_scale: float,
+) -> None:
+    g = grad.float() * grad_scale
+    m = exp_avg.float().lerp(g, 1 - beta1)
+    v = exp_avg_sq.float().mul(beta2).addcmul(g, g, value=1 - beta2)
+    exp_avg.copy_(m)
+    exp_avg_sq.copy_(v)
+    denominator = v.sqrt().div_((1 - beta2**step) ** 0.5).add_(eps)
+    out.copy_(m.div_(1 - beta1**step).div_(denominator))
+
+
+def random_halves(elements: Tensor, key: int, step: int) -> Tensor:
+    """16 random bits for each element number (int64): Philox4x32 with 7 rounds (Salmon et al., SC 2011).
+
+    128 consecutive elements share 16 counters, so that 16 lanes of one word serve 16 neighbours: element e takes counter
+    16 * (e // 128) + e % 16, and half (e % 128) // 16 of its eight halves (low half of word 0, high half of word 0, ...).
+    Counter words are (low, high, step, 0), key words the low and high half of `key`.
+    """
+    block = elements // 128 * 16 + elements % 16
+    c0, c1 = block & _MASK, block >> 32 & _MASK
+    c2, c3 = torch.full_like(block, step & _MASK), torch.zeros_like(block)
+    k0, k1 = key & _MASK, key >> 32 & _MASK
+    for _ in range(7):
+        first, second = c0 * 0xD2511F53, c2 * 0xCD9E8D57  # 64-bit products; the sign bit is only a bit here
+        c0, c1, c2, c3 = (
+            (second >> 32 & _MASK) ^ c1 ^ k0,
+            second & _MASK,
+            (first >> 32 & _MASK) ^ c3 ^ k1,
+            first & _MASK,
+        )
+        k0, k1 = k0 + 0x9E3779B9 & _MASK, k1 + 0xBB67AE85 & _MASK
+    half = elements % 128 // 16
+    word = torch.stack((c0, c1, c2, c3)).gather(0, (half // 2)[None]).squeeze(0)
+    return word >> 16 * (half % 2) & 0xFFFF
+
+
+def round_stochastically(value: Tensor, halves: Tensor, dtype: torch.dtype) -> Tensor:
+    """float32 -> bf16 or fp16: up (away from 0) if the fraction of a unit in the last place, in 2**-16, plus the 16
+    random bits reaches 2**16. Unbiased but for what lies below 2**-16 of a unit; inf and nan stay."""
+    if dtype == torch.bfloat16:
+        bits = value.view(torch.int32).long() & _MASK
+        rounded = torch.where(value.isnan(), bits | 1 << 22, bits + halves) >> 16
+        return torch.where(rounded >= 1 << 15, rounded - (1 << 16), rounded).to(torch.int16).view(torch.bfloat16)
+    magnitude = value.abs()
+    exponent = torch.frexp(magnitude).exponent - 1
+    unit = torch.ldexp(torch.ones_like(value), exponent.clamp(min=-14) - 10)
+    whole = (magnitude / unit).floor()
+    fraction = ((magnitude / unit - whole) * 65536).floor()
+    rounded = (whole + (fraction + halves >= 65536)) * unit
+    return torch.where(value.isfinite(), rounded.copysign(value), value).to(dtype)
