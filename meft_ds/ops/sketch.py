@@ -105,7 +105,8 @@ def adam_direction_(
 def _check_floats(name: str, t: Tensor) -> None:
     if t.dim() != 2 or t.dtype not in FLOATS or not t.is_contiguous():
         raise ValueError(
-            f"{name} must be a contiguous matrix of {FLOATS}, it is {t.dtype} {tuple(t.shape)} with strides {t.stride()}"
+            f"{name} must be a contiguous matrix of fp32, bf16 or fp16, it is {t.dtype} {tuple(t.shape)}, "
+            f"strides {t.stride()}"
         )
 
 

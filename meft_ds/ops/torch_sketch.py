@@ -87,9 +87,9 @@ def adam_direction(
 def random_halves(elements: Tensor, key: int, step: int) -> Tensor:
     """16 random bits for each element number (int64): Philox4x32 with 7 rounds (Salmon et al., SC 2011).
 
-    128 consecutive elements share 16 counters, so that 16 lanes of one word serve 16 neighbours: element e takes counter
-    16 * (e // 128) + e % 16, and half (e % 128) // 16 of its eight halves (low half of word 0, high half of word 0, ...).
-    Counter words are (low, high, step, 0), key words the low and high half of `key`.
+    128 consecutive elements share 16 counters, so that 16 lanes of one word serve 16 neighbours: element e takes
+    counter 16 * (e // 128) + e % 16, and of its eight halves (low half of word 0, high half of word 0, ...) number
+    (e % 128) // 16. Counter words are (low, high, step, 0), key words the low and high half of `key`.
     """
     block = elements // 128 * 16 + elements % 16
     c0, c1 = block & _MASK, block >> 32 & _MASK
