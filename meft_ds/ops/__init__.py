@@ -19,6 +19,7 @@ from meft_ds.ops.experts import (
 )
 from meft_ds.ops.moves import gather_rows, scatter_rows_, sq_norm
 from meft_ds.ops.sketch import adam_direction_, combine, sketch, subspace_apply_
+from meft_ds.ops.torch_sketch import positions
 
 __all__ = [
     "Entries",
@@ -33,6 +34,7 @@ __all__ = [
     "expert_scores",
     "gather_rows",
     "list_entries",
+    "positions",
     "scatter_rows_",
     "select_keys",
     "sketch",

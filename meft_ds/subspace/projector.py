@@ -1,0 +1,169 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sparse projectors: P in R^{m x d} with k nonzeros in each row, columns of length 1.
+
+The d columns are cut into k strata whose sizes differ by at most one; nonzero c of every row lies in stratum c. So no row
+has a column twice, the columns of one stratum share no row and are exactly orthogonal, and rows are dealt evenly over
+the columns of a stratum, so that none is empty while m >= d / k. (LSP-Offload draws positions freely; its algorithm 1
+asks only that a row has no column twice.)
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from meft_ds import ops
+
+GatherList = tuple[Tensor, Tensor]
+"""(index [o, w], value [o, w]) as the sketch kernels take it."""
+
+
+def seed_of(*parts: object) -> int:
+    """A 63-bit seed from names and numbers, the same on every machine."""
+    digest = hashlib.sha256("\0".join(map(str, parts)).encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1
+
+
+@dataclass(frozen=True, eq=False)
+class Projector:
+    """P in R^{m x d}, immutable.
+
+    Attributes:
+        row_index: int16 (uint16 bits) or int32 [m, k], ascending in each row: the columns of row i.
+        row_value: float16 [m, k].
+        dim: d.
+    """
+
+    row_index: Tensor
+    row_value: Tensor
+    dim: int
+    _columns: tuple[Tensor, Tensor] | None = field(default=None, repr=False)
+
+    @classmethod
+    def draw(cls, m: int, d: int, k: int, seed: int, device: torch.device) -> Projector:
+        """Random positions and signs; columns of length 1.
+
+        Raises:
+            ValueError: unless 1 <= k <= d.
+        """
+        if not 1 <= k <= d:
+            raise ValueError(f"a projector of dimension {d} cannot have {k} nonzeros in a row; lower nonzeros")
+        # on the CPU, so that every kind of device gets the same draw
+        g = torch.Generator().manual_seed(seed)
+        bounds = [d * c // k for c in range(k + 1)]
+        at = torch.empty(m, k, dtype=torch.int64)
+        for c in range(k):
+            size = bounds[c + 1] - bounds[c]
+            deal = torch.randperm(m, generator=g) % size
+            at[:, c] = bounds[c] + torch.randperm(size, generator=g)[deal]
+        sign = torch.randint(0, 2, (m, k), generator=g).to(torch.float32) * 2 - 1
+        drawn = cls(_narrow(at, d).to(device), sign.half().to(device), d)
+        return drawn.with_values(drawn.row_value.float())
+
+    @property
+    def m(self) -> int:
+        """Rows."""
+        return self.row_index.shape[0]
+
+    @property
+    def k(self) -> int:
+        """Nonzeros of a row."""
+        return self.row_index.shape[1]
+
+    @property
+    def positions(self) -> Tensor:
+        """int64 [m, k], `row_index` unpacked."""
+        return ops.positions(self.row_index)
+
+    @property
+    def rows(self) -> GatherList:
+        """The row view."""
+        return self.row_index, self.row_value
+
+    @cached_property
+    def columns(self) -> GatherList:
+        """The column view [d, w]: for each column its rows, ascending, and their values; short columns are padded."""
+        slots, index = self._slots()
+        value = torch.zeros(index.shape, dtype=torch.float16, device=index.device)
+        value.view(-1)[slots] = self.row_value.view(-1)
+        return index, value
+
+    def with_values(self, values: Tensor) -> Projector:
+        """The same positions with values fp32 [m, k], scaled so that columns have length 1 (empty ones stay 0)."""
+        value = normalised(values, self.positions, self.dim).half()
+        return Projector(self.row_index, value.contiguous(), self.dim, self._slots())
+
+    def gram(self) -> Tensor:
+        """P^T P, float64 [d, d]."""
+        return overlap(self, self)
+
+    def dense(self) -> Tensor:
+        """float32 [m, d], for tests and small problems."""
+        out = torch.zeros(self.m, self.dim, device=self.row_index.device)
+        return out.scatter_(1, self.positions, self.row_value.float())
+
+    def nbytes(self) -> int:
+        """Bytes of both views."""
+        return sum(t.numel() * t.element_size() for t in (*self.rows, *self.columns))
+
+    def digest(self) -> str:
+        """Hash of positions and values, to compare ranks by."""
+        parts = [t.contiguous().cpu().view(torch.uint8).numpy().tobytes() for t in self.rows]
+        return hashlib.sha256(b"".join(parts)).hexdigest()
+
+    def _slots(self) -> tuple[Tensor, Tensor]:
+        """(where nonzero (i, c) lies in the flattened column view, that view's index)."""
+        if self._columns is not None:
+            return self._columns
+        m, k, d = self.m, self.k, self.dim
+        column = self.positions.view(-1)
+        order = torch.argsort(column, stable=True)  # row-major before, so rows ascend within a column
+        count = torch.bincount(column, minlength=d)
+        first = torch.cumsum(count, 0) - count
+        width = max(int(count.max()), 1)
+        ranked = torch.empty_like(column)
+        ranked[order] = torch.arange(m * k, device=column.device)
+        slots = column * width + ranked - first[column]
+        index = torch.zeros(d * width, dtype=torch.int64, device=column.device)
+        index[slots] = torch.arange(m * k, device=column.device) // k
+        return slots, _narrow(index.view(d, width), m)
+
+
+def normalised(values: Tensor, positions: Tensor, d: int) -> Tensor:
+    """values fp32 [m, k] at int64 positions, divided by the length of their column; differentiable."""
+    square = torch.zeros(d, dtype=values.dtype, device=values.device)
+    length = square.index_add(0, positions.view(-1), values.square().view(-1)).sqrt()
+    safe = torch.where(length > 0, length, torch.ones_like(length))
+    return values / safe[positions]
+
+
+def overlap(a: Projector, b: Projector) -> Tensor:
+    """A^T B, float64 [d_a, d_b]; both have m rows."""
+    out = torch.zeros(a.dim * b.dim, dtype=torch.float64, device=a.row_value.device)
+    left, right = a.positions, b.positions
+    va, vb = a.row_value.double(), b.row_value.double()
+    for i in range(a.k):
+        for j in range(b.k):
+            out.index_add_(0, left[:, i] * b.dim + right[:, j], va[:, i] * vb[:, j])
+    return out.view(a.dim, b.dim)
+
+
+def compress(g: Tensor, p: Projector, q: Projector) -> Tensor:
+    """S = P^T G Q, float32 [d_p, d_q], from a gradient [m, n] (LSP-Offload, eq. 4)."""
+    return ops.combine(ops.sketch(g.contiguous(), *q.columns, torch.float32), *p.columns)
+
+
+def expand(s: Tensor, p: Projector, q: Projector) -> Tensor:
+    """P S Q^T, float32 [m, n]."""
+    return ops.sketch(ops.combine(s.contiguous(), *p.rows), *q.rows)
+
+
+def _narrow(at: Tensor, below: int) -> Tensor:
+    """int64 positions below `below` in as few bytes as hold them; int16 holds uint16 bits."""
+    if below > 1 << 16:
+        return at.to(torch.int32)
+    return torch.where(at >= 1 << 15, at - (1 << 16), at).to(torch.int16)
