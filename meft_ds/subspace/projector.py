@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Sparse projectors: P in R^{m x d} with k nonzeros in each row, columns of length 1.
 
-The d columns are cut into k strata whose sizes differ by at most one; nonzero c of every row lies in stratum c. So no row
-has a column twice, the columns of one stratum share no row and are exactly orthogonal, and rows are dealt evenly over
-the columns of a stratum, so that none is empty while m >= d / k. (LSP-Offload draws positions freely; its algorithm 1
-asks only that a row has no column twice.)
+The d columns are cut into k strata whose sizes differ by at most one; nonzero c of every row lies in stratum c. So no
+row has a column twice, the columns of one stratum share no row and are exactly orthogonal, and rows are dealt evenly
+over the columns of a stratum, so that none is empty while m >= d / k.
 """
 
 from __future__ import annotations
