@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import Protocol
 
 from meft_ds.offload.bus import Bus, training_bytes
-from meft_ds.offload.pipeline import StepResult
+from meft_ds.offload.window import StepResult
 
 TAG = "Train/Samples/meft_"
 

@@ -9,8 +9,8 @@ import torch
 
 from meft_ds.monitor import TAG, Event, WindowMonitor
 from meft_ds.offload.bus import Bus
-from meft_ds.offload.pipeline import StepResult
 from meft_ds.offload.timeline import WindowTimes
+from meft_ds.offload.window import StepResult
 
 
 class Writer:

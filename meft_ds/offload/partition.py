@@ -41,6 +41,25 @@ class Ranks:
         return replace(self, group=group, host_group=host_group)
 
 
+@dataclass(frozen=True, kw_only=True)
+class LaneRanks:
+    """The data-parallel ranks as each lane's collectives use them."""
+
+    down: Ranks
+    host: Ranks
+    up: Ranks
+
+    @classmethod
+    def shared(cls, ranks: Ranks) -> LaneRanks:
+        """One group for all, for the serial order."""
+        return cls(down=ranks, host=ranks, up=ranks)
+
+    @classmethod
+    def apart(cls, ranks: Ranks, device: torch.device) -> LaneRanks:
+        """Groups of their own. Collective over all processes of the run."""
+        return cls(down=ranks.of_its_own(device), host=ranks.of_its_own(device), up=ranks.of_its_own(device))
+
+
 def owned_range(n: int, ranks: Ranks) -> tuple[int, int]:
     """[lo, hi) of `n` items that this rank owns: contiguous slices whose sizes differ by at most one."""
     return boundary(n, ranks.rank, ranks.world), boundary(n, ranks.rank + 1, ranks.world)

@@ -16,112 +16,31 @@ deepest unit first on the way down, and on the way up the order of the updates.
 
 from __future__ import annotations
 
-import atexit
 import logging
 import math
 import threading
 import time
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import torch
 from torch.autograd import Variable
 
+from meft_ds.offload.at_exit import finish_at_exit
 from meft_ds.offload.bus import Bus
 from meft_ds.offload.lanes import Lanes
-from meft_ds.offload.partition import Ranks, all_reduce_sum
+from meft_ds.offload.partition import LaneRanks, Ranks, all_reduce_sum
 from meft_ds.offload.schedule import Mode
-from meft_ds.offload.timeline import Timeline, WindowTimes
+from meft_ds.offload.timeline import Timeline
 from meft_ds.offload.tuner import Tuner
+from meft_ds.offload.window import Entry, StepResult, StepSettings, Window, clip_factor
 from meft_ds.offload.wire import AdamHyper, Unit
 
 _logger = logging.getLogger("meft_ds")
 _LOOK_S = 1.0  # how often a wait looks whether there is still somebody to wait for
 _PATIENCE_S = 10.0  # how long an exit waits for updates under way
-
-
-@dataclass(frozen=True, kw_only=True)
-class StepSettings:
-    """What an optimizer step takes from the user, now.
-
-    `grad_scale` turns the summed payloads into the mean gradient: 1 / (world size * loss scale). `clip` is the largest
-    global gradient norm, 0 for none.
-    """
-
-    hyper_of: Callable[[Unit], AdamHyper]
-    grad_scale: float
-    clip: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class StepResult:
-    """What one step decided: whether it was skipped, and the global gradient norm before clipping (inf if skipped).
-
-    `times` are those of the window that the step closed.
-    """
-
-    overflow: bool
-    grad_norm: float
-    times: WindowTimes
-
-
-@dataclass(frozen=True, kw_only=True)
-class LaneRanks:
-    """The data-parallel ranks as each lane's collectives use them."""
-
-    down: Ranks
-    host: Ranks
-    up: Ranks
-
-    @classmethod
-    def shared(cls, ranks: Ranks) -> LaneRanks:
-        """One group for all, for the serial order."""
-        return cls(down=ranks, host=ranks, up=ranks)
-
-    @classmethod
-    def apart(cls, ranks: Ranks, device: torch.device) -> LaneRanks:
-        """Groups of their own. Collective over all processes of the run."""
-        return cls(down=ranks.of_its_own(device), host=ranks.of_its_own(device), up=ranks.of_its_own(device))
-
-
-@dataclass(eq=False)
-class _Entry:
-    """Where a unit is in the current window."""
-
-    unit: Unit
-    index: int
-    steps: int = 0  # updates applied so far
-    reliable: bool = True  # its payload can leave as soon as backward says so
-    ready: bool = False  # backward said so in this window
-    sent: bool = False
-    late: bool = False  # a gradient came after it was sent
-    measured: bool = False  # payload and its norm are on the host
-    sq_norm: float = 0.0
-    early: bool = False  # updated without waiting for the verdict (eager)
-    decided: bool = False  # early, and its own verdict is known
-    finite: bool = True
-    pending: bool = False  # an update was handed over and not yet applied
-    updated: bool = False  # its reply is on the device
-    up_mark: Any = None
-
-    def open_window(self) -> None:
-        self.ready = self.sent = self.late = self.measured = self.early = self.decided = False
-        self.finite = True
-
-
-@dataclass
-class _Window:
-    """What the current window has settled on."""
-
-    send_order: list[_Entry]
-    next_to_send: int = 0
-    update_order: list[_Entry] = field(default_factory=list)
-    next_to_update: int = 0
-    settings: StepSettings | None = None
-    in_backward: bool = False
 
 
 class Pipeline:
@@ -156,7 +75,7 @@ class Pipeline:
         self.bus, self.ranks = bus, ranks
         self.overlaps = mode != "serial"
         self._settings, self._closes_window = settings, closes_window
-        self._entries = [_Entry(unit, index) for index, unit in enumerate(self.units)]
+        self._entries = [Entry(unit, index) for index, unit in enumerate(self.units)]
         self._of = {id(entry.unit): entry for entry in self._entries}
         shallowest = min((unit.layer for unit in self.units), default=0)
         self.timeline = Timeline(bus, [unit.name for unit in self.units if unit.layer == shallowest])
@@ -165,7 +84,7 @@ class Pipeline:
         self._progress = threading.Condition()
         self._failure: BaseException | None = None
         self._deadline = math.inf
-        self._window = _Window(self._send_order())
+        self._window = Window(self._send_order())
         bus.reserve({unit.name: unit.footprint().payload for unit in self.units})
         if lanes is None and not self.overlaps:
             lanes = Lanes.inline()
@@ -174,7 +93,7 @@ class Pipeline:
         self._lanes = lanes
         for unit in self.units:
             unit.listener = self
-        _alive.add(self)
+        self._at_exit = finish_at_exit(self)
 
     # -- what units report, on the thread that trains (or autograd's) --------------------------------------------------
 
@@ -240,7 +159,7 @@ class Pipeline:
         settings = self._settings_now()
         finite = math.isfinite(total)
         grad_norm = math.sqrt(total) * settings.grad_scale if finite else math.inf
-        scale = settings.grad_scale * _clip_factor(settings.clip, grad_norm)
+        scale = settings.grad_scale * clip_factor(settings.clip, grad_norm)
         for entry in self._entries:
             if entry.early and entry.finite:
                 continue
@@ -255,7 +174,7 @@ class Pipeline:
         self.tuner.saw(times)
         for entry in self._entries:
             entry.open_window()
-        self._window = _Window(self._send_order())
+        self._window = Window(self._send_order())
         return StepResult(overflow=not finite, grad_norm=grad_norm, times=times)
 
     def flush(self) -> None:
@@ -271,7 +190,7 @@ class Pipeline:
             if self._failure is None and not self._lanes.closed:
                 self.flush()
         finally:
-            _alive.discard(self)
+            self._at_exit.detach()
             self._lanes.close()
             for unit in self.units:
                 unit.release()
@@ -314,7 +233,7 @@ class Pipeline:
 
     # -- the way down --------------------------------------------------------------------------------------------------
 
-    def _send_order(self) -> list[_Entry]:
+    def _send_order(self) -> list[Entry]:
         """Deepest first; units that backward does not always finish come last, or the others would wait for them."""
         return sorted(self._entries, key=lambda entry: (not entry.reliable, -entry.index))
 
@@ -326,7 +245,7 @@ class Pipeline:
             self._send(entry)
         self._window.next_to_send = len(self._entries)
 
-    def _send(self, entry: _Entry) -> None:
+    def _send(self, entry: Entry) -> None:
         entry.sent, entry.measured, entry.late = True, False, False
         entry.early = self.tuner.eager_now and entry.reliable
         if entry.early:
@@ -337,7 +256,7 @@ class Pipeline:
             entry.unit.collect()
         self._lanes.down.submit(partial(self._down_job, entry, self.bus.mark(), self.bus.window))
 
-    def _down_job(self, entry: _Entry, after: Any, window: int) -> None:
+    def _down_job(self, entry: Entry, after: Any, window: int) -> None:
         unit = entry.unit
         with (
             self.timeline.span("down", "send", unit.name),
@@ -349,7 +268,7 @@ class Pipeline:
         # norms go first: the verdict over all units waits for them
         self._lanes.host.submit(partial(self._norm_job, entry), urgent=True)
 
-    def _norm_job(self, entry: _Entry) -> None:
+    def _norm_job(self, entry: Entry) -> None:
         with self.timeline.span("host", "norm", entry.unit.name):
             entry.sq_norm = entry.unit.sq_norm()
         if entry.early:
@@ -381,18 +300,18 @@ class Pipeline:
 
     # -- updates -------------------------------------------------------------------------------------------------------
 
-    def _update(self, entry: _Entry, settings: StepSettings, scale: float) -> None:
+    def _update(self, entry: Entry, settings: StepSettings, scale: float) -> None:
         entry.pending, entry.updated = True, False
         entry.steps += 1
         job = partial(self._host_job, entry, settings.hyper_of(entry.unit), entry.steps, scale, self.bus.window)
         self._lanes.host.submit(job)
 
-    def _host_job(self, entry: _Entry, hyper: AdamHyper, step: int, scale: float, window: int) -> None:
+    def _host_job(self, entry: Entry, hyper: AdamHyper, step: int, scale: float, window: int) -> None:
         with self.timeline.span("host", "update", entry.unit.name):
             entry.unit.host_step(hyper, step=step, grad_scale=scale)
         self._lanes.up.submit(partial(self._up_job, entry, window))
 
-    def _up_job(self, entry: _Entry, window: int) -> None:
+    def _up_job(self, entry: Entry, window: int) -> None:
         with (
             self.timeline.span("up", "fetch", entry.unit.name),
             self.bus.lane("up"),
@@ -413,9 +332,9 @@ class Pipeline:
             if entry.early and entry.finite:
                 norm = self.tuner.last_norm
                 assert norm is not None
-                self._update(entry, settings, settings.grad_scale * _clip_factor(settings.clip, norm))
+                self._update(entry, settings, settings.grad_scale * clip_factor(settings.clip, norm))
 
-    def _apply(self, entry: _Entry) -> None:
+    def _apply(self, entry: Entry) -> None:
         if not entry.updated:
             with self.timeline.span("main", "stall", entry.unit.name):
                 self._wait_for([entry], "updated")
@@ -432,12 +351,12 @@ class Pipeline:
             self._window.settings = self._settings()
         return self._window.settings
 
-    def _tell(self, entry: _Entry, what: str) -> None:
+    def _tell(self, entry: Entry, what: str) -> None:
         with self._progress:
             setattr(entry, what, True)
             self._progress.notify_all()
 
-    def _wait_for(self, entries: Sequence[_Entry], what: str) -> None:
+    def _wait_for(self, entries: Sequence[Entry], what: str) -> None:
         with self._progress:
             while self._failure is None and not all(getattr(entry, what) for entry in entries):
                 if self._lanes.closed:
@@ -460,15 +379,6 @@ class Pipeline:
             self._progress.notify_all()
 
 
-_alive: weakref.WeakSet[Pipeline] = weakref.WeakSet()
-
-
-@atexit.register
-def _finish_all() -> None:
-    for pipeline in list(_alive):
-        pipeline.finish_at_exit()
-
-
 def _failing(pipeline: weakref.ref[Pipeline]) -> Callable[[BaseException], None]:
     # weak, or the lanes' threads would keep the pipeline and all its memory alive
     def on_error(error: BaseException) -> None:
@@ -476,7 +386,3 @@ def _failing(pipeline: weakref.ref[Pipeline]) -> Callable[[BaseException], None]
             alive.fail(error)
 
     return on_error
-
-
-def _clip_factor(clip: float, grad_norm: float) -> float:
-    return clip / (grad_norm + 1e-6) if clip > 0 and grad_norm > clip else 1.0

@@ -22,8 +22,8 @@ from meft_ds.config import BLOCK, MeftConfig, parse_config
 from meft_ds.monitor import WindowMonitor
 from meft_ds.offload.bus import Bus
 from meft_ds.offload.partition import Ranks
-from meft_ds.offload.pipeline import StepResult
 from meft_ds.offload.trace import Trace
+from meft_ds.offload.window import StepResult
 from meft_ds.plugin import checkpoint, checks, export, setup
 from meft_ds.plugin.optimizer import MeftOptimizer, adamw_from_config, check_client_optimizer
 from meft_ds.plugin.stats import Stats

@@ -13,7 +13,8 @@ from deepspeed.runtime.fp16.loss_scaler import CreateLossScaler
 from deepspeed.utils import logger
 from torch import Tensor, nn
 
-from meft_ds.offload.pipeline import Pipeline, StepResult, StepSettings
+from meft_ds.offload.pipeline import Pipeline
+from meft_ds.offload.window import StepResult, StepSettings
 from meft_ds.offload.wire import AdamHyper, Unit
 
 _READ = ("lr", "betas", "eps", "weight_decay")

@@ -21,10 +21,11 @@ from meft_ds.offload.bus import Bus
 from meft_ds.offload.config import ScheduleConfig
 from meft_ds.offload.dense import DenseUnit
 from meft_ds.offload.host_memory import check_host_memory, check_shared_memory, free_host_bytes, free_shared_bytes
-from meft_ds.offload.partition import Ranks, all_reduce_sum, owned_range
-from meft_ds.offload.pipeline import LaneRanks, Pipeline, StepSettings
+from meft_ds.offload.partition import LaneRanks, Ranks, all_reduce_sum, owned_range
+from meft_ds.offload.pipeline import Pipeline
 from meft_ds.offload.threads import HostThreads, host_threads
 from meft_ds.offload.threads import enter as enter_threads
+from meft_ds.offload.window import StepSettings
 from meft_ds.offload.wire import Footprint, Unit
 from meft_ds.sparse_adapter.config import ResolvedSparseAdapter
 from meft_ds.sparse_adapter.module import SparseAdapter

@@ -21,8 +21,9 @@ from meft_ds.offload import gates
 from meft_ds.offload.bus import Bus
 from meft_ds.offload.dense import DenseUnit
 from meft_ds.offload.partition import Ranks
-from meft_ds.offload.pipeline import Pipeline, StepSettings
+from meft_ds.offload.pipeline import Pipeline
 from meft_ds.offload.schedule import MEASURED_WINDOWS
+from meft_ds.offload.window import StepSettings
 from meft_ds.offload.wire import AdamHyper
 from tests.offload.overlap import make_late, run_inline
 

@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One accumulation window: what a step takes from the user and gives back, and how far each unit has come in it.
+
+The pipeline alone writes this state; fields that a lane sets and the training thread waits for are set under its lock.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from meft_ds.offload.timeline import WindowTimes
+from meft_ds.offload.wire import AdamHyper, Unit
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepSettings:
+    """What an optimizer step takes from the user, now.
+
+    `grad_scale` turns the summed payloads into the mean gradient: 1 / (world size * loss scale). `clip` is the largest
+    global gradient norm, 0 for none.
+    """
+
+    hyper_of: Callable[[Unit], AdamHyper]
+    grad_scale: float
+    clip: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepResult:
+    """What one step decided: whether it was skipped, and the global gradient norm before clipping (inf if skipped).
+
+    `times` are those of the window that the step closed.
+    """
+
+    overflow: bool
+    grad_norm: float
+    times: WindowTimes
+
+
+@dataclass(eq=False)
+class Entry:
+    """Where a unit is in the current window."""
+
+    unit: Unit
+    index: int
+    steps: int = 0  # updates applied so far
+    reliable: bool = True  # its payload can leave as soon as backward says so
+    ready: bool = False  # backward said so in this window
+    sent: bool = False
+    late: bool = False  # a gradient came after it was sent
+    measured: bool = False  # payload and its norm are on the host
+    sq_norm: float = 0.0
+    early: bool = False  # updated without waiting for the verdict (eager)
+    decided: bool = False  # early, and its own verdict is known
+    finite: bool = True
+    pending: bool = False  # an update was handed over and not yet applied
+    updated: bool = False  # its reply is on the device
+    up_mark: Any = None
+
+    def open_window(self) -> None:
+        self.ready = self.sent = self.late = self.measured = self.early = self.decided = False
+        self.finite = True
+
+
+@dataclass
+class Window:
+    """What the current window has settled on."""
+
+    send_order: list[Entry]
+    next_to_send: int = 0
+    update_order: list[Entry] = field(default_factory=list)
+    next_to_update: int = 0
+    settings: StepSettings | None = None
+    in_backward: bool = False
+
+
+def clip_factor(clip: float, grad_norm: float) -> float:
+    """What gradients of global norm `grad_norm` are multiplied by so that it is at most `clip` (0 for no limit)."""
+    return clip / (grad_norm + 1e-6) if clip > 0 and grad_norm > clip else 1.0
