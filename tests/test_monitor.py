@@ -9,8 +9,8 @@ import torch
 
 from meft_ds.monitor import TAG, Event, WindowMonitor
 from meft_ds.offload.bus import Bus
-from meft_ds.offload.timeline import WindowTimes
 from meft_ds.offload.window import StepResult
+from tests.offload.times import window_times
 
 
 class Writer:
@@ -35,12 +35,7 @@ class Untouchable:
 
 
 def step_result(*, overflow: bool = False, **times: float) -> StepResult:
-    seconds = dict.fromkeys(
-        ("wall_s", "forward_s", "backward_s", "first_forward_s", "last_backward_s", "stall_s", "norm_s", "hooks_s")
-        + ("down_s", "host_s", "up_s", "tail_s"),
-        0.0,
-    )
-    all_times = WindowTimes(**{**seconds, "payloads": 4, **times})  # type: ignore[arg-type]
+    all_times = window_times(payloads=4, **times)
     return StepResult(overflow=overflow, grad_norm=math.inf if overflow else 2.5, times=all_times)
 
 

@@ -153,9 +153,7 @@ class Pipeline:
         self.timeline.mark("step")
         self._check()
         self._send_the_rest()
-        with self.timeline.span("main", "norm"):
-            self._wait_for([entry for entry in self._entries if entry.sent], "measured")
-            total = self._agree()
+        total = self._agreed_sq_norm()
         settings = self._settings_now()
         finite = math.isfinite(total)
         grad_norm = math.sqrt(total) * settings.grad_scale if finite else math.inf
@@ -277,26 +275,33 @@ class Pipeline:
             self._update_early()  # before the step may hand over any other update: the order must be every rank's
         self._tell(entry, "measured")
 
-    def _agree(self) -> float:
+    def _agreed_sq_norm(self) -> float:
         """The sum of squares over all units and ranks, once all ranks know that nothing came late."""
         while True:
-            n = len(self._entries)
-            learning = any(entry.ready for entry in self._entries)
-            values = [entry.sq_norm for entry in self._entries]
-            values += [float(entry.late) for entry in self._entries]
-            values += [float(learning and not entry.ready) for entry in self._entries]
-            values += self.tuner.report()
-            values = all_reduce_sum(values, self.bus.device, self._ranks_of.down)
-            late = [entry for entry, flag in zip(self._entries, values[n : 2 * n], strict=True) if flag]
-            unfinished = [entry for entry, flag in zip(self._entries, values[2 * n : 3 * n], strict=True) if flag]
-            for entry in [*late, *unfinished]:
-                entry.reliable = False
+            with self.timeline.span("main", "norm"):
+                self._wait_for(self._entries, "measured")
+                total, late = self._agree()
             if not late:
-                self.tuner.agreed([value / self.ranks.world for value in values[3 * n :]])
-                return sum(values[:n])
-            for entry in sorted(late, key=lambda entry: -entry.index):
+                return total
+            for entry in reversed(late):  # deepest first
                 self._send(entry)
-            self._wait_for(late, "measured")
+
+    def _agree(self) -> tuple[float, list[Entry]]:
+        """The sum of squares, and the units to which a gradient came after they had been sent, on any rank."""
+        n = len(self._entries)
+        learning = any(entry.ready for entry in self._entries)
+        values = [entry.sq_norm for entry in self._entries]
+        values += [float(entry.late) for entry in self._entries]
+        values += [float(learning and not entry.ready) for entry in self._entries]
+        values += self.tuner.report()
+        values = all_reduce_sum(values, self.bus.device, self._ranks_of.down)
+        late = [entry for entry, flag in zip(self._entries, values[n : 2 * n], strict=True) if flag]
+        unfinished = [entry for entry, flag in zip(self._entries, values[2 * n : 3 * n], strict=True) if flag]
+        for entry in [*late, *unfinished]:
+            entry.reliable = False
+        if not late:
+            self.tuner.agreed([value / self.ranks.world for value in values[3 * n :]])
+        return sum(values[:n]), late
 
     # -- updates -------------------------------------------------------------------------------------------------------
 

@@ -2,7 +2,8 @@
 """What the schedule decides: in which order the host updates run, and which mode suits a machine.
 
 Pure functions of measured times, so that ranks that agree on the times agree on the decision. Per layer, f and b are
-forward and backward, o the way down, p the host update, u the way up (LSP-Offload, arXiv 2406.10181, section 4).
+forward and backward, o the way down, p the host's norm and update, u the way up (LSP-Offload, arXiv 2406.10181,
+section 4).
 """
 
 from __future__ import annotations
@@ -21,7 +22,10 @@ MEASURED_WINDOWS = 4
 
 @dataclass(frozen=True, kw_only=True)
 class UnitTimes:
-    """Measured seconds of one unit: arrival of its payload on the host after the backward began, and its o, p, u."""
+    """Measured seconds of one unit: arrival of its payload on the host after the backward began, and its o, p, u.
+
+    p is all the host's work for the unit, its norm included: one worker does both.
+    """
 
     arrival: float
     o: float
@@ -74,6 +78,6 @@ def choose_mode(*, forward_s: float, host_s: float, up_s: float) -> Literal["exa
 
     Args:
         forward_s: the first micro-batch's forward, the only one that exact updates can hide behind.
-        host_s, up_s: sums over all units.
+        host_s, up_s: sums over all units; of the host the updates alone, as norms are taken before the step.
     """
     return "exact" if max(host_s, up_s) <= forward_s else "eager"

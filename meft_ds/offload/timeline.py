@@ -22,7 +22,7 @@ class Span(NamedTuple):
     """Work or waiting on one lane. Times are `time.perf_counter` seconds."""
 
     lane: str  # "main", "down", "host" or "up"
-    what: str  # on "main": stall, norm, collect, apply, hooks; elsewhere the stage
+    what: str  # on "main": stall, norm, collect, apply; elsewhere the stage
     unit: str  # "" for what concerns all units
     start: float
     end: float
@@ -48,9 +48,9 @@ class WindowTimes:
     last_backward_s: float
     stall_s: float  # the training thread waited for an update
     norm_s: float  # the training thread waited for the payloads, the norm and the verdict
-    hooks_s: float  # the training thread's own work for the schedule: collecting, applying, handing over
+    hooks_s: float  # the training thread's own work for the schedule: collecting and applying
     down_s: float
-    host_s: float
+    host_s: float  # norms and updates
     up_s: float
     tail_s: float  # down + host + up of the shallowest layer
     payloads: int
@@ -122,7 +122,7 @@ class Timeline:
             last_backward_s=backwards[-1] if backwards else 0.0,
             stall_s=main["stall"],
             norm_s=main["norm"],
-            hooks_s=main["collect"] + main["apply"] + main["hooks"],
+            hooks_s=main["collect"] + main["apply"],
             down_s=total["down"],
             host_s=total["host"],
             up_s=total["up"],
@@ -136,7 +136,7 @@ class Timeline:
         return self._bus.mark(timed=True)
 
 
-_MAIN = ("stall", "norm", "collect", "apply", "hooks")
+_MAIN = ("stall", "norm", "collect", "apply")
 
 
 def _phases(marks: Sequence[tuple[str, float, Any]]) -> tuple[list[float], list[float]]:

@@ -20,6 +20,8 @@ from meft_ds.offload.timeline import WindowTimes
 _logger = logging.getLogger("meft_ds")
 _REFRESH = 16  # windows between two looks at the order of eager updates
 
+_LANE_TIMES = {"down": "o", "host": "p", "up": "u"}  # p: the norm and the update, as one worker does both
+
 _Means = dict[str, list[float]]
 
 
@@ -68,8 +70,8 @@ class Tuner:
         if self.mode not in ("eager", "auto"):
             return []
         if not self._history:
-            return [0.0] * (4 * len(self._names) + 2)
-        keys = ("phases", "arrival", "o", "p", "u")
+            return [0.0] * (3 + 4 * len(self._names))
+        keys = ("sums", "arrival", "o", "p", "u")
         return [statistics.median(window[key][i] for window in self._history) for key in keys for i in self._range(key)]
 
     def agreed(self, values: Sequence[float]) -> None:
@@ -78,15 +80,15 @@ class Tuner:
         if not values or not due:
             return
         n = len(self._names)
-        forward, backward = values[:2]
-        arrival, o, p, u = (values[2 + k * n : 2 + (k + 1) * n] for k in range(4))
+        forward, backward, updates = values[:3]
+        arrival, o, p, u = (values[3 + k * n : 3 + (k + 1) * n] for k in range(4))
         if self.choice is None:
-            self.choice = choose_mode(forward_s=forward, host_s=sum(p), up_s=sum(u))
+            self.choice = choose_mode(forward_s=forward, host_s=updates, up_s=sum(u))
             _logger.info(
                 "meft-ds: schedule mode auto chose %s: per step the host updates take %.1f ms and the way up %.1f ms, "
                 "the forward that can hide them %.1f ms",
                 self.choice,
-                sum(p) * 1e3,
+                updates * 1e3,
                 sum(u) * 1e3,
                 forward * 1e3,
             )
@@ -118,17 +120,20 @@ class Tuner:
             self._order = [self._index[name] for name in state["order"]]
 
     def _range(self, key: str) -> range:
-        return range(2) if key == "phases" else range(len(self._names))
+        return range(3) if key == "sums" else range(len(self._names))
 
     def _measure(self, times: WindowTimes) -> _Means:
         n = len(self._names)
         means: _Means = {key: [0.0] * n for key in ("arrival", "o", "p", "u")}
-        means["phases"] = [times.first_forward_s, times.last_backward_s]
+        # exact updates are hidden by a forward, but not their norms, which are taken during backward
+        updates = sum(s.seconds for s in times.spans if (s.lane, s.what) == ("host", "update"))
+        means["sums"] = [times.first_forward_s, times.last_backward_s, updates]
         begun = next((at for what, at in reversed(times.marks) if what == "forward_end"), 0.0)
         for span in times.spans:
-            key = {("down", "send"): "o", ("host", "update"): "p", ("up", "fetch"): "u"}.get((span.lane, span.what))
-            if key is not None:
-                means[key][self._index[span.unit]] += span.seconds
-            elif (span.lane, span.what) == ("host", "norm"):
-                means["arrival"][self._index[span.unit]] = max(0.0, span.end - begun)
+            if (key := _LANE_TIMES.get(span.lane)) is None:
+                continue
+            index = self._index[span.unit]
+            means[key][index] += span.seconds
+            if span.lane == "down":
+                means["arrival"][index] = max(0.0, span.end - begun)
         return means

@@ -3,6 +3,7 @@
 
 import copy
 import gc
+import itertools
 import pickle
 import random
 import threading
@@ -212,6 +213,17 @@ def test_eager_overflow_of_one_unit_touches_nothing_of_that_unit_and_updates_the
         assert now[part] == steps[part] + 1 and not torch.equal(before[f"{part}.master"], after[f"{part}.master"])
     simple(model, 99)
     assert not pipeline.step().overflow
+
+
+def test_no_time_of_the_training_thread_is_counted_twice_when_a_payload_is_sent_again(pipelines: Callable) -> None:
+    model, pipeline = pipelines("exact")
+    y = model(torch.ones(3, 6))
+    y[:, :3].square().mean().backward(retain_graph=True)
+    y[:, 3:].square().mean().backward()
+    times = pipeline.step().times
+    assert times.payloads > len(pipeline.units)
+    spans = sorted((span for span in times.spans if span.lane == "main"), key=lambda span: span.start)
+    assert all(one.end <= other.start for one, other in itertools.pairwise(spans))
 
 
 def test_a_gradient_that_comes_after_an_eager_update_is_an_error_not_a_wrong_result(pipelines: Callable) -> None:

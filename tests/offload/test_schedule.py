@@ -12,6 +12,7 @@ from meft_ds.offload.lanes import InlineLane, Lanes, ThreadLane
 from meft_ds.offload.schedule import MEASURED_WINDOWS, UnitTimes, choose_mode, eager_order, transition
 from meft_ds.offload.timeline import Span, WindowTimes
 from meft_ds.offload.tuner import Tuner
+from tests.offload.times import window_times
 
 
 def uniform(n: int, *, b: float, o: float, p: float, u: float) -> list[UnitTimes]:
@@ -82,35 +83,24 @@ def test_auto_picks_exact_only_where_one_forward_hides_updates_and_the_way_up() 
     assert choose_mode(forward_s=1.0, host_s=0.1, up_s=1.1) == "eager"
 
 
-def window(*, forward: float, host: float) -> WindowTimes:
-    spans = [
-        Span("down", "send", "a", 1.0, 1.1),
-        Span("host", "norm", "a", 1.1, 1.2),
-        Span("host", "update", "a", 2.0, 2.0 + host),
-        Span("up", "fetch", "a", 3.0, 3.1),
-    ]
-    return WindowTimes(
-        wall_s=4.0,
-        forward_s=forward,
-        backward_s=2.0,
-        first_forward_s=forward,
-        last_backward_s=2.0,
-        stall_s=0.0,
-        norm_s=0.0,
-        hooks_s=0.0,
-        down_s=0.1,
-        host_s=host,
-        up_s=0.1,
-        tail_s=0.2,
-        payloads=1,
-        spans=spans,
-        marks=[("forward", 0.0), ("forward_end", forward), ("backward_end", 3.0), ("step", 3.0)],
-    )
+def window(units: dict[str, float], *, forward: float, norm: float, update: float) -> WindowTimes:
+    """Units by the seconds after the forward at which their payload is down; each goes up in a tenth of a second."""
+    spans = []
+    for name, arrival in units.items():
+        down = forward + arrival
+        spans += [
+            Span("down", "send", name, down - 0.1, down),
+            Span("host", "norm", name, 10.0, 10.0 + norm),
+            Span("host", "update", name, 20.0, 20.0 + update),
+            Span("up", "fetch", name, 30.0, 30.1),
+        ]
+    marks = [("forward", 0.0), ("forward_end", forward), ("backward_end", forward + 3.0), ("step", forward + 3.0)]
+    return window_times(first_forward_s=forward, last_backward_s=3.0, spans=spans, marks=marks)
 
 
-@pytest.mark.parametrize(("host", "choice"), [(0.5, "exact"), (1.5, "eager")])
+@pytest.mark.parametrize(("update", "choice"), [(0.9, "exact"), (1.5, "eager")])
 def test_auto_decides_once_from_measured_windows_and_says_so(
-    host: float, choice: str, caplog: pytest.LogCaptureFixture
+    update: float, choice: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO", "meft_ds")
     tuner = Tuner("auto", ["a"])
@@ -118,7 +108,8 @@ def test_auto_decides_once_from_measured_windows_and_says_so(
     for n in range(1, 40):
         tuner.agreed(tuner.report())
         assert tuner.choice == (choice if n > MEASURED_WINDOWS else None)
-        tuner.saw(window(forward=1.0, host=host))
+        # an exact update's norm is taken during backward, so no forward has to hide it
+        tuner.saw(window({"a": 1.0}, forward=1.0, norm=0.5, update=update))
     assert sum("auto chose" in record.getMessage() for record in caplog.records) == 1
     assert tuner.eager_now == (choice == "eager")
     again = Tuner("auto", ["a"])
@@ -131,7 +122,7 @@ def test_eager_waits_for_a_measured_order_and_a_norm_to_clip_by_and_keeps_the_la
     for _ in range(MEASURED_WINDOWS):
         assert not tuner.eager_now
         tuner.agreed(tuner.report())
-        tuner.saw(window(forward=1.0, host=0.5))
+        tuner.saw(window({"a": 1.0}, forward=1.0, norm=0.1, update=0.5))
     tuner.agreed(tuner.report())
     assert not tuner.eager_now, "no window had a finite norm yet"
     tuner.saw_norm(float("inf"))
@@ -139,6 +130,15 @@ def test_eager_waits_for_a_measured_order_and_a_norm_to_clip_by_and_keeps_the_la
     tuner.saw_norm(2.5)
     tuner.saw_norm(float("inf"))
     assert tuner.eager_now and tuner.last_norm == 2.5
+
+
+@pytest.mark.parametrize(("norm", "order"), [(0.0, ["c", "b", "a"]), (2.0, ["c", "a", "b"])])
+def test_the_eager_order_counts_the_norms_as_work_of_the_host(norm: float, order: list[str]) -> None:
+    tuner = Tuner("eager", ["a", "b", "c"])
+    for _ in range(MEASURED_WINDOWS):
+        tuner.saw(window({"c": 1.0, "b": 2.0, "a": 3.0}, forward=1.0, norm=norm, update=0.5))
+    tuner.agreed(tuner.report())
+    assert tuner.state()["order"] == order
 
 
 def test_a_lane_runs_jobs_in_order_and_urgent_ones_before_those_that_wait() -> None:

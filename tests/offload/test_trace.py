@@ -10,23 +10,14 @@ import pytest
 from meft_ds.config import parse_config
 from meft_ds.offload.timeline import Span, WindowTimes
 from meft_ds.offload.trace import LANES, Trace, path_of_rank
+from tests.offload.times import window_times
 
 
-def window_times(start: float = 0.0) -> WindowTimes:
+def two_micro_batches(start: float = 0.0) -> WindowTimes:
     """Two micro-batches; the update of the unit runs beside the second forward."""
-    seconds = dict.fromkeys(
-        ("wall_s", "forward_s", "backward_s", "first_forward_s", "last_backward_s", "stall_s", "norm_s", "hooks_s")
-        + ("down_s", "host_s", "up_s", "tail_s"),
-        0.0,
-    )
     marks = ["forward", "forward_end", "backward_end", "forward", "forward_end", "backward_end", "backward_end"]
     spans = [Span("host", "update", "layer0.rows", start + 3.25, start + 3.5), Span("main", "norm", "", 7.0, 7.5)]
-    return WindowTimes(
-        **seconds,
-        payloads=1,
-        spans=spans,
-        marks=[(what, start + at) for at, what in enumerate([*marks, "step", "end"])],
-    )
+    return window_times(spans=spans, marks=[(what, start + at) for at, what in enumerate([*marks, "step", "end"])])
 
 
 def events(path: Path) -> list[dict[str, Any]]:
@@ -36,12 +27,12 @@ def events(path: Path) -> list[dict[str, Any]]:
 def test_it_holds_the_windows_from_the_third_on_and_is_written_when_the_last_one_closes(tmp_path: Path) -> None:
     trace = Trace(str(tmp_path / "t.json"), windows=2)
     for _ in range(3):
-        trace.add(window_times())
+        trace.add(two_micro_batches())
     assert list(tmp_path.iterdir()) == []
-    trace.add(window_times())
+    trace.add(two_micro_batches())
     assert [p.name for p in tmp_path.iterdir()] == ["t.json"]
     written = (tmp_path / "t.json").read_bytes()
-    trace.add(window_times())
+    trace.add(two_micro_batches())
     trace.close()
     assert (tmp_path / "t.json").read_bytes() == written
     assert {event["args"]["window"] for event in events(tmp_path / "t.json")} == {3, 4}
@@ -51,14 +42,14 @@ def test_it_holds_the_windows_from_the_third_on_and_is_written_when_the_last_one
 def test_a_shorter_run_is_written_at_the_end(tmp_path: Path) -> None:
     trace = Trace(str(tmp_path / "t.json"), windows=20)
     for _ in range(4):
-        trace.add(window_times())
+        trace.add(two_micro_batches())
     trace.close()
     assert {event["args"]["window"] for event in events(tmp_path / "t.json")} == {3, 4}
 
 
 def test_a_run_without_a_third_window_leaves_no_file(tmp_path: Path) -> None:
     trace = Trace(str(tmp_path / "t.json"), windows=20)
-    trace.add(window_times())
+    trace.add(two_micro_batches())
     trace.close()
     assert list(tmp_path.iterdir()) == []
 
@@ -68,11 +59,11 @@ def test_the_interpreters_exit_writes_what_was_collected(run_python: Any, reques
 import os, sys
 sys.path.insert(0, {str(request.config.rootpath)!r})
 from meft_ds.offload.trace import Trace
-from tests.offload.test_trace import window_times
+from tests.offload.test_trace import two_micro_batches
 trace = Trace("t.json", windows=20)
 os.chdir("/")
 for _ in range(3):
-    trace.add(window_times())
+    trace.add(two_micro_batches())
 """
     run_python(code)
     assert {event["args"]["window"] for event in events(tmp_path / "t.json")} == {3}
@@ -81,7 +72,7 @@ for _ in range(3):
 def test_rows_and_processes_carry_names_and_times_are_microseconds(tmp_path: Path) -> None:
     trace = Trace(str(tmp_path / "t.json"), windows=1, rank=1)
     for _ in range(3):
-        trace.add(window_times(start=100.0))
+        trace.add(two_micro_batches(start=100.0))
     assert [p.name for p in tmp_path.iterdir()] == ["t.rank1.json"]
     everything = json.loads((tmp_path / "t.rank1.json").read_text())["traceEvents"]
     rows = {e["tid"]: e["args"]["name"] for e in everything if e["name"] == "thread_name"}
@@ -96,7 +87,7 @@ def test_rows_and_processes_carry_names_and_times_are_microseconds(tmp_path: Pat
 def test_a_backward_lasts_from_the_forwards_end_to_its_last_gradient(tmp_path: Path) -> None:
     trace = Trace(str(tmp_path / "t.json"), windows=1)
     for _ in range(3):
-        trace.add(window_times())
+        trace.add(two_micro_batches())
     compute = [(e["name"], e["ts"] // 10**6, e["dur"] // 10**6) for e in events(tmp_path / "t.json") if e["tid"] == 0]
     assert compute == [("forward", 0, 1), ("backward", 1, 1), ("forward", 3, 1), ("backward", 4, 2)]
 
@@ -107,7 +98,7 @@ def test_a_disk_that_fails_later_warns_and_does_not_stop_the_training(tmp_path: 
     trace = Trace(str(folder / "t.json"), windows=1)
     folder.rmdir()
     for _ in range(3):
-        trace.add(window_times())
+        trace.add(two_micro_batches())
     assert "could not be written" in caplog.text
 
 
