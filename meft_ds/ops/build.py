@@ -85,7 +85,7 @@ def _load() -> Any:
         with _quiet(), _ninja_on_path():
             module = cpp_extension.load(
                 name,
-                [str(_CSRC / "bindings.cpp")],
+                [str(source) for source in sorted(_CSRC.glob("*.cpp"))],
                 extra_cflags=[*_FLAGS, *_NATIVE_FLAGS, *_OPENMP_FLAGS],
                 extra_ldflags=list(_OPENMP_FLAGS),
                 build_directory=str(folder),

@@ -11,10 +11,13 @@ On the host these are C++ kernels, on a GPU Triton kernels, and plain torch wher
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from meft_ds.ops import torch_sketch
+from meft_ds.ops.build import DTYPE_CODES, kernels
 from meft_ds.ops.checks import FLOATS, MOMENTS
 
 __all__ = ["adam_direction_", "combine", "sketch", "subspace_apply_"]
@@ -29,7 +32,18 @@ def sketch(x: Tensor, index: Tensor, value: Tensor, out_dtype: torch.dtype | Non
     """
     _check_floats("x", x)
     _check_list("", index, value, x.device)
-    return torch_sketch.sketch(x, index, value, out_dtype or x.dtype)
+    out_dtype = out_dtype or x.dtype
+    if out_dtype not in FLOATS:
+        raise ValueError(f"out_dtype must be fp32, bf16 or fp16, it is {out_dtype}")
+    cpp = _kernels(x)
+    if cpp is None:
+        _check_range("index", index, x.shape[1])
+        return torch_sketch.sketch(x, index, value, out_dtype)
+    out = torch.empty(x.shape[0], index.shape[0], dtype=out_dtype)
+    codes = DTYPE_CODES[x.dtype], DTYPE_CODES[out_dtype]
+    at = (x.data_ptr(), codes[0], *x.shape, _view(cpp, index, value), out.data_ptr(), codes[1])
+    cpp.sketch(*at, torch.get_num_threads())
+    return out
 
 
 @torch.no_grad()
@@ -41,7 +55,14 @@ def combine(z: Tensor, index: Tensor, value: Tensor) -> Tensor:
     """
     _check_floats("z", z)
     _check_list("", index, value, z.device)
-    return torch_sketch.combine(z, index, value)
+    cpp = _kernels(z)
+    if cpp is None:
+        _check_range("index", index, z.shape[0])
+        return torch_sketch.combine(z, index, value)
+    out = torch.empty(index.shape[0], z.shape[1])
+    at = (z.data_ptr(), DTYPE_CODES[z.dtype], *z.shape, _view(cpp, index, value), out.data_ptr())
+    cpp.combine(*at, torch.get_num_threads())
+    return out
 
 
 @torch.no_grad()
@@ -102,6 +123,14 @@ def adam_direction_(
     )
 
 
+def _kernels(t: Tensor) -> Any | None:
+    return kernels() if t.device.type == "cpu" else None
+
+
+def _view(cpp: Any, index: Tensor, value: Tensor) -> Any:
+    return cpp.ListView(index.data_ptr(), index.element_size(), value.data_ptr(), *index.shape)
+
+
 def _check_floats(name: str, t: Tensor) -> None:
     if t.dim() != 2 or t.dtype not in FLOATS or not t.is_contiguous():
         raise ValueError(
@@ -123,3 +152,11 @@ def _check_list(name: str, index: Tensor, value: Tensor, device: torch.device, o
         )
     if not (index.is_contiguous() and value.is_contiguous() and index.device == value.device == device):
         raise ValueError(f"{prefix}index and {prefix}value must be contiguous and on {device}")
+
+
+def _check_range(name: str, index: Tensor, n: int) -> None:
+    """The kernels in C++ look for themselves; on an accelerator looking would wait for the device, so nobody does."""
+    if index.device.type == "cpu" and index.numel():
+        at = torch_sketch.positions(index)
+        if int(at.min()) < 0 or int(at.max()) >= n:
+            raise ValueError(f"{name} must lie in [0, {n}), it runs from {int(at.min())} to {int(at.max())}")

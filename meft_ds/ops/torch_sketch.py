@@ -22,7 +22,7 @@ def sketch(x: Tensor, index: Tensor, value: Tensor, out_dtype: torch.dtype) -> T
     at, factor = positions(index), value.float()
     out = torch.zeros(x.shape[0], index.shape[0], device=x.device)
     for w in range(index.shape[1]):
-        out += x.index_select(1, at[:, w]).float() * factor[:, w]
+        out += _product(x.index_select(1, at[:, w]), factor[:, w])
     return out.to(out_dtype)
 
 
@@ -30,8 +30,13 @@ def combine(z: Tensor, index: Tensor, value: Tensor) -> Tensor:
     at, factor = positions(index), value.float()
     out = torch.zeros(index.shape[0], z.shape[1], device=z.device)
     for w in range(index.shape[1]):
-        out += z.index_select(0, at[:, w]).float() * factor[:, w, None]
+        out += _product(z.index_select(0, at[:, w]), factor[:, w, None])
     return out
+
+
+def _product(x: Tensor, factor: Tensor) -> Tensor:
+    """An entry of value 0 is absent: padding must not make a nan of an infinity in position 0."""
+    return (x.float() * factor).masked_fill_(factor == 0, 0)
 
 
 def subspace_apply(

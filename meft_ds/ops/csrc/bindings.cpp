@@ -14,6 +14,8 @@ using Address = std::uintptr_t;
 using meft::Hyper;
 using meft::State;
 
+void bind_sketch(py::module_& module);  // sketch_bindings.cpp
+
 namespace {
 
 template <class T>
@@ -150,4 +152,5 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
       [](Address x, int dtype, int64_t n, int threads) { return meft::sq_norm(at<const void>(x), dtype, n, threads); },
       NoGil());
   bind_experts(module);
+  bind_sketch(module);
 }

@@ -14,21 +14,6 @@
 
 namespace meft {
 
-// Below this many multiplications one thread is faster than waking another.
-constexpr int64_t kSmallWork = 1 << 20;
-
-inline int team_for(int64_t work, int threads) { return work < kSmallWork ? 1 : threads; }
-
-// Calls body(T()) for the dtype behind a code.
-template <class Body>
-void with_dtype(int dtype, const Body& body) {
-  switch (dtype) {
-    case kFloat32: return body(Float32());
-    case kBFloat16: return body(BFloat16());
-    default: return body(Float16());
-  }
-}
-
 // Bits that order as signed integers like the floats; -0 like 0.
 inline int32_t order_of(float x) {
   const int32_t bits = static_cast<int32_t>(to_bits(x + 0.0f));

@@ -76,4 +76,14 @@ struct Nothing {
   static raw put(float) { return 0; }
 };
 
+// Calls body(T()) for the dtype behind a code.
+template <class Body>
+void with_dtype(int dtype, const Body& body) {
+  switch (dtype) {
+    case kFloat32: return body(Float32());
+    case kBFloat16: return body(BFloat16());
+    default: return body(Float16());
+  }
+}
+
 }  // namespace meft

@@ -7,6 +7,11 @@
 
 namespace meft {
 
+// Below this many multiplications one thread is faster than waking another.
+constexpr int64_t kSmallWork = 1 << 20;
+
+inline int team_for(int64_t work, int threads) { return work < kSmallWork ? 1 : threads; }
+
 // Calls body(begin, end) on disjoint pieces of [0, n), each of `grain` items (the last may be shorter). Threads take
 // pieces as they come free, so that one delayed by other load on the machine does not hold up the rest. The thread
 // count comes from the caller (torch.get_num_threads): an extension may be linked to another OpenMP runtime than torch.
