@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from meft_ds.offload.dense import DenseUnit
+from meft_ds.offload.flat import FlatUnit
 from meft_ds.offload.pipeline import Pipeline
 
 
-def install(model: nn.Module, units: Sequence[DenseUnit], pipeline: Pipeline) -> list[Any]:
+def install(model: nn.Module, units: Sequence[FlatUnit], pipeline: Pipeline) -> list[Any]:
     """Register the hooks; returns their handles."""
     gates = _Gates(pipeline, units)
     guarded: dict[nn.Module, dict[int, set[int]]] = defaultdict(lambda: defaultdict(set))
@@ -43,7 +43,7 @@ def install(model: nn.Module, units: Sequence[DenseUnit], pipeline: Pipeline) ->
 class _Gates:
     """What the hooks share. It holds the pipeline weakly: a model may outlive its engine."""
 
-    def __init__(self, pipeline: Pipeline | None, units: Sequence[DenseUnit]) -> None:
+    def __init__(self, pipeline: Pipeline | None, units: Sequence[FlatUnit]) -> None:
         self.find = weakref.ref(pipeline) if pipeline is not None else _nobody
         self.units = [weakref.ref(unit) for unit in units]
         self.unseen = [set(range(len(unit.params))) for unit in units]  # parameters whose gates never opened yet

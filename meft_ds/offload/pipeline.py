@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from torch.autograd import Variable
 
-from meft_ds.offload.at_exit import finish_at_exit
+from meft_ds.offload.at_exit import call_at_exit
 from meft_ds.offload.bus import Bus
 from meft_ds.offload.lanes import Lanes
 from meft_ds.offload.partition import LaneRanks, Ranks, all_reduce_sum
@@ -93,7 +93,7 @@ class Pipeline:
         self._lanes = lanes
         for unit in self.units:
             unit.listener = self
-        self._at_exit = finish_at_exit(self)
+        self._cancel_exit = call_at_exit(self.finish_at_exit)
 
     # -- what units report, on the thread that trains (or autograd's) --------------------------------------------------
 
@@ -162,6 +162,8 @@ class Pipeline:
             if entry.early and entry.finite:
                 continue
             if finite:
+                if entry.quiet:
+                    entry.unit.settle(self.ranks)
                 self._update(entry, settings, scale)
             else:
                 entry.unit.discard()
@@ -188,7 +190,7 @@ class Pipeline:
             if self._failure is None and not self._lanes.closed:
                 self.flush()
         finally:
-            self._at_exit.detach()
+            self._cancel_exit()
             self._lanes.close()
             for unit in self.units:
                 unit.release()
@@ -203,9 +205,15 @@ class Pipeline:
             _logger.warning("%s", error)
 
     def begin_forward(self, *, training: bool) -> None:
-        """Called before the model's forward: nothing under way may be left to an evaluation."""
+        """Called before the model's forward: nothing under way may be left to an evaluation or a quiet window."""
         self._check()
-        if not training:
+        quiet = False
+        if training and not self._window.begun:
+            self._window.begun = True
+            for entry in self._entries:
+                entry.quiet = entry.unit.begin_window(entry.steps)
+                quiet = quiet or entry.quiet
+        if quiet or not training:
             self.flush()
 
     def publish(self) -> None:
@@ -245,7 +253,7 @@ class Pipeline:
 
     def _send(self, entry: Entry) -> None:
         entry.sent, entry.measured, entry.late = True, False, False
-        entry.early = self.tuner.eager_now and entry.reliable
+        entry.early = self.tuner.eager_now and entry.reliable and not entry.quiet
         if entry.early:
             self._settings_now()
             if not self._window.update_order:
@@ -331,7 +339,7 @@ class Pipeline:
         settings, order = self._settings_now(), self._window.update_order
         while self._window.next_to_update < len(order):
             entry = order[self._window.next_to_update]
-            if entry.reliable and not entry.decided:
+            if entry.reliable and not entry.quiet and not entry.decided:
                 return
             self._window.next_to_update += 1
             if entry.early and entry.finite:

@@ -52,6 +52,7 @@ class Entry:
     late: bool = False  # a gradient came after it was sent
     measured: bool = False  # payload and its norm are on the host
     sq_norm: float = 0.0
+    quiet: bool = False  # the unit asked for a quiet window (see `Unit.begin_window`)
     early: bool = False  # updated without waiting for the verdict (eager)
     decided: bool = False  # early, and its own verdict is known
     finite: bool = True
@@ -62,6 +63,7 @@ class Entry:
     def open_window(self) -> None:
         self.ready = self.sent = self.late = self.measured = self.early = self.decided = False
         self.finite = True
+        self.quiet = False
 
 
 @dataclass
@@ -73,6 +75,7 @@ class Window:
     update_order: list[Entry] = field(default_factory=list)
     next_to_update: int = 0
     settings: StepSettings | None = None
+    begun: bool = False
     in_backward: bool = False
 
 

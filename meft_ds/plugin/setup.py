@@ -20,6 +20,7 @@ from meft_ds.offload.arena import Specs, allocate, arena_bytes
 from meft_ds.offload.bus import Bus
 from meft_ds.offload.config import ScheduleConfig
 from meft_ds.offload.dense import DenseUnit
+from meft_ds.offload.flat import FlatUnit
 from meft_ds.offload.host_memory import check_host_memory, check_shared_memory, free_host_bytes, free_shared_bytes
 from meft_ds.offload.partition import LaneRanks, Ranks, all_reduce_sum, owned_range
 from meft_ds.offload.pipeline import Pipeline
@@ -239,7 +240,7 @@ def pipeline(
 
 def install_gates(model: nn.Module, pipe: Pipeline) -> None:
     """Let no forward read what is being updated."""
-    gates.install(model, [unit for unit in pipe.units if isinstance(unit, DenseUnit)], pipe)
+    gates.install(model, [unit for unit in pipe.units if isinstance(unit, FlatUnit)], pipe)
 
 
 def in_layer_order(rows: list[RowsUnit], dense: list[DenseUnit]) -> list[Unit]:

@@ -1,0 +1,194 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Units whose payload is one flat vector: a float32 sum on the device over the window, of which each rank's 1/N goes
+down, is updated on the host and comes up again for everybody.
+
+What a wire format adds: how gradients get into the sum, what the host computes from it, and what the reply does to the
+parameters.
+"""
+
+from __future__ import annotations
+
+import weakref
+from abc import abstractmethod
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from meft_ds import ops
+from meft_ds.offload.bus import Bus
+from meft_ds.offload.partition import Ranks, owned_range
+from meft_ds.offload.wire import AdamHyper, Footprint, Unit
+
+
+class FlatUnit(Unit):
+    """One layer's flat payload.
+
+    Args:
+        name: unit name, e.g. "layer3.dense".
+        layer: position in layer order.
+        params: (name, parameter) pairs on the device that the unit updates, all of one dtype.
+        group: index of the user's parameter group.
+        ranks: data-parallel ranks; this one owns a contiguous 1/N of the vector.
+        numel: length of the vector.
+        wire_dtype: dtype of the payload on the bus.
+        state_bytes: bytes of host state per element.
+    """
+
+    def __init__(
+        self,
+        *,
+        name: str,
+        layer: int,
+        params: list[tuple[str, nn.Parameter]],
+        group: int,
+        ranks: Ranks,
+        numel: int,
+        wire_dtype: torch.dtype,
+        state_bytes: int,
+    ) -> None:
+        self.name, self.layer, self.group, self._ranks = name, layer, group, ranks
+        self.params, self.numel = params, numel
+        self._wire_dtype, self._state_bytes = wire_dtype, state_bytes
+        self._lo, self._hi = owned_range(numel, ranks)
+        self._dtype, self._device = params[0][1].dtype, params[0][1].device
+        self._on_host = self._device.type == "cpu"
+        self._payload: Tensor | None = None
+        self._host_payload: Tensor | None = None
+        self._hooks: list[torch.utils.hooks.RemovableHandle] = []
+        self._waiting: set[int] = set()
+
+    def allocate(self) -> None:
+        """Take the memory that `footprint` announced and start collecting gradients."""
+        world = self._ranks.world
+        self._reply = torch.zeros(self._hi - self._lo, dtype=self._dtype, pin_memory=not self._on_host)
+        self._acc = torch.zeros(self.numel, dtype=torch.float32, device=self._device)
+        # the sum over ranks must not replace the gradient: more of it may come, and then it is summed again
+        self._sum = torch.empty_like(self._acc) if world > 1 else None
+        # one row per rank, as long as the longest slice, because not every backend gathers slices of different sizes
+        longest = max(hi - lo for lo, hi in self._slices())
+        self._replies = None
+        if world > 1 or not self._on_host:
+            rows = world + 1 if world > 1 else 1  # the last one is what this rank gives
+            self._replies = torch.zeros(rows, longest, dtype=self._dtype, device=self._device)
+        self._await_all()
+        for index, (_, p) in enumerate(self.params):
+            self._hooks.append(p.register_post_accumulate_grad_hook(_Taker(self, index)))
+
+    def release(self) -> None:
+        """Stop collecting gradients."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+
+    def footprint(self) -> Footprint:
+        own, size, wire = self._hi - self._lo, self._dtype.itemsize, self._wire_dtype.itemsize
+        several = self._ranks.world > 1
+        return Footprint(
+            host_private=own * (self._state_bytes + size + wire),
+            payload=own * wire,
+            device=self.numel * (4 + (4 if several else 0) + (size if several or not self._on_host else 0)),
+            down=own * wire,
+            up=own * size,
+        )
+
+    # -- gradients -----------------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def add_gradient(self, index: int, grad: Tensor) -> None:
+        """Add the gradient of parameter `index` to the window's sum."""
+
+    def take(self, index: int, p: Tensor) -> None:
+        """A parameter's gradient is complete for this backward."""
+        assert p.grad is not None
+        self._begin()
+        grad, p.grad = p.grad, None  # consumed: it must not be added a second time by the next micro-batch
+        self.add_gradient(index, grad)
+        self._received(index)
+
+    def _begin(self) -> None:
+        if self.listener is not None:
+            self.listener.gradient(self)
+
+    def _received(self, index: int) -> None:
+        self._waiting.discard(index)
+        if not self._waiting:
+            self._await_all()
+            self._all_received()
+
+    def _all_received(self) -> None:
+        if self.listener is not None:
+            self.listener.complete(self)
+
+    def _await_all(self) -> None:
+        self._waiting = set(range(len(self.params)))
+
+    # -- stages --------------------------------------------------------------------------------------------------------
+
+    def collect(self) -> None:
+        self._payload = self._acc
+
+    def reduce(self, ranks: Ranks) -> None:
+        assert self._payload is not None
+        if self._sum is not None:
+            self._sum.copy_(self._payload)
+            dist.all_reduce(self._sum, group=ranks.group)
+            self._payload = self._sum[self._lo : self._hi]
+
+    def send(self, bus: Bus) -> None:
+        assert self._payload is not None
+        self._host_payload = bus.send(self._payload, self._wire_dtype, self.wire, key=self.name)
+        self._payload = None
+
+    def sq_norm(self) -> float:
+        assert self._host_payload is not None
+        return ops.sq_norm(self._host_payload)
+
+    @abstractmethod
+    def host_step(self, hyper: AdamHyper, *, step: int, grad_scale: float) -> None: ...
+
+    def fetch(self, bus: Bus, ranks: Ranks) -> None:
+        if self._replies is None:
+            bus.count(self.wire, up=self._reply.numel() * self._reply.element_size())
+            return
+        *everyone, mine = self._replies.unbind(0)
+        bus.up_into(mine[: self._reply.numel()], self._reply, self.wire)
+        if everyone:
+            dist.all_gather(everyone, mine, group=ranks.group)
+
+    @abstractmethod
+    def change(self, reply: Tensor) -> None:
+        """Let the whole reply, flat [numel], change the parameters; under `no_grad`."""
+
+    @torch.no_grad()
+    def apply(self) -> None:
+        rows = [self._reply] if self._replies is None else list(self._replies[: self._ranks.world].unbind(0))
+        parts = [row[: hi - lo] for row, (lo, hi) in zip(rows, self._slices(), strict=True)]
+        self.change(parts[0] if len(parts) == 1 else torch.cat(parts))
+        self._open_window()
+
+    def discard(self) -> None:
+        self._open_window()
+
+    def state_range(self) -> tuple[int, int, int]:
+        return self._lo, self._hi, self.numel
+
+    def _open_window(self) -> None:
+        self._acc.zero_()
+        self._payload = self._host_payload = None
+        self._await_all()
+
+    def _slices(self) -> list[tuple[int, int]]:
+        world = self._ranks.world
+        return [owned_range(self.numel, Ranks(rank=k, world=world)) for k in range(world)]
+
+
+class _Taker:
+    """A parameter's hook. It holds its unit weakly: a model that outlives its engine must not keep the state alive."""
+
+    def __init__(self, unit: FlatUnit, index: int) -> None:
+        self._unit, self._index = weakref.ref(unit), index
+
+    def __call__(self, p: Tensor) -> None:
+        if (unit := self._unit()) is not None:
+            unit.take(self._index, p)
