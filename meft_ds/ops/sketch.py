@@ -18,7 +18,7 @@ from torch import Tensor
 
 from meft_ds.ops import torch_sketch
 from meft_ds.ops.build import DTYPE_CODES, kernels
-from meft_ds.ops.checks import FLOATS, MOMENTS
+from meft_ds.ops.checks import FLOATS, MOMENTS, check_step
 
 __all__ = ["adam_direction_", "combine", "sketch", "subspace_apply_"]
 
@@ -89,11 +89,28 @@ def subspace_apply_(
     _check_floats("s", s)
     _check_list("p", *p, weight.device, weight.shape[0])
     _check_list("q", *q, weight.device, weight.shape[1])
-    if residual is not None and (residual.shape != weight.shape or residual.dtype != torch.float32):
-        raise ValueError(
-            f"residual must be float32 {tuple(weight.shape)}, it is {residual.dtype} {tuple(residual.shape)}"
+    _check_like("s", s, FLOATS, s.shape, weight.device)
+    if residual is not None:
+        _check_like("residual", residual, (torch.float32,), weight.shape, weight.device)
+    cpp = _kernels(weight)
+    if cpp is None:
+        _check_range("p_index", p[0], s.shape[0])
+        _check_range("q_index", q[0], s.shape[1])
+        torch_sketch.subspace_apply(weight, s, p, q, alpha=alpha, decay=decay, key=key, step=step, residual=residual)
+    else:
+        cpp.subspace_apply(
+            weight.data_ptr(),
+            DTYPE_CODES[weight.dtype],
+            *weight.shape,
+            s.data_ptr(),
+            DTYPE_CODES[s.dtype],
+            *s.shape,
+            _view(cpp, *p),
+            _view(cpp, *q),
+            cpp.Update(alpha, decay, key % 2**64, step % 2**32),
+            0 if residual is None else residual.data_ptr(),
+            torch.get_num_threads(),
         )
-    torch_sketch.subspace_apply(weight, s, p, q, alpha=alpha, decay=decay, key=key, step=step, residual=residual)
     torch.autograd.graph.increment_version(weight)  # kernels write by address, which autograd does not see
 
 
@@ -115,11 +132,28 @@ def adam_direction_(
     All flat [n], on one device. exp_avg, exp_avg_sq fp32 or bf16, updated in place with grad * grad_scale; grad and out
     fp32, bf16 or fp16. step: this step's number, from 1.
     """
-    for name, t, dtypes in (("exp_avg", exp_avg, MOMENTS), ("exp_avg_sq", exp_avg_sq, (exp_avg.dtype,))):
-        if t.dtype not in dtypes or t.shape != grad.shape:
-            raise ValueError(f"{name} must be {dtypes} {tuple(grad.shape)}, it is {t.dtype} {tuple(t.shape)}")
-    torch_sketch.adam_direction(
-        exp_avg, exp_avg_sq, grad, out, beta1=beta1, beta2=beta2, eps=eps, step=step, grad_scale=grad_scale
+    check_step(step, beta1, beta2)
+    _check_like("grad", grad, FLOATS, (grad.numel(),), grad.device)
+    _check_like("exp_avg", exp_avg, MOMENTS, grad.shape, grad.device)
+    _check_like("exp_avg_sq", exp_avg_sq, (exp_avg.dtype,), grad.shape, grad.device)
+    _check_like("out", out, FLOATS, grad.shape, grad.device)
+    cpp = _kernels(grad)
+    if cpp is None:
+        hyper = dict(beta1=beta1, beta2=beta2, eps=eps, grad_scale=grad_scale)
+        torch_sketch.adam_direction(exp_avg, exp_avg_sq, grad, out, step=step, **hyper)
+        return
+    cpp.adam_direction(
+        grad.data_ptr(),
+        DTYPE_CODES[grad.dtype],
+        exp_avg.data_ptr(),
+        exp_avg_sq.data_ptr(),
+        DTYPE_CODES[exp_avg.dtype],
+        out.data_ptr(),
+        DTYPE_CODES[out.dtype],
+        grad.numel(),
+        cpp.Hyper(1.0, beta1, beta2, eps, 0.0, grad_scale),
+        step,
+        torch.get_num_threads(),
     )
 
 
@@ -136,6 +170,16 @@ def _check_floats(name: str, t: Tensor) -> None:
         raise ValueError(
             f"{name} must be a contiguous matrix of fp32, bf16 or fp16, it is {t.dtype} {tuple(t.shape)}, "
             f"strides {t.stride()}"
+        )
+
+
+def _check_like(
+    name: str, t: Tensor, dtypes: tuple[torch.dtype, ...], shape: tuple[int, ...], device: torch.device
+) -> None:
+    if t.dtype not in dtypes or t.shape != shape or t.device != device or not t.is_contiguous():
+        raise ValueError(
+            f"{name} must be contiguous, {' or '.join(map(str, dtypes))} {tuple(shape)} on {device}, "
+            f"it is {t.dtype} {tuple(t.shape)} on {t.device}, strides {t.stride()}"
         )
 
 
