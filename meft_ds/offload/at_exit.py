@@ -5,26 +5,23 @@ threads must stop, before the interpreter takes modules and tensors away.
 
 from __future__ import annotations
 
+import atexit
 import weakref
-from typing import Any, Protocol
+from collections.abc import Callable
+from functools import partial
 
 
-class Finishes(Protocol):
-    """Something with work under way."""
+def call_at_exit(method: Callable[[], None]) -> Callable[[], None]:
+    """Call a bound method when the interpreter exits, if its object still lives then; returns what cancels that.
 
-    def finish_at_exit(self) -> None:
-        """End it within a bounded time. Must not raise."""
-
-
-def finish_at_exit(thing: Finishes) -> weakref.finalize[[weakref.ref[Any]], Any]:
-    """Have `thing` finish when the interpreter exits, if it still lives then; `detach()` the result to cancel that.
-
-    The last one registered finishes first, and lanes stop themselves in the same order: register after what `thing`
-    needs was made.
+    The newest call comes first, and before whatever was to end at exit already: register after what the method needs
+    (lanes, writers) was made.
     """
-    return weakref.finalize(thing, _finish, weakref.ref(thing))
+    found = weakref.WeakMethod(method)
 
+    def call() -> None:
+        if (alive := found()) is not None:
+            alive()
 
-def _finish(thing: weakref.ref[Any]) -> None:
-    if (alive := thing()) is not None:  # else it was collected long before the exit
-        alive.finish_at_exit()
+    atexit.register(call)
+    return partial(atexit.unregister, call)

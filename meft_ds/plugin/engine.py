@@ -20,6 +20,7 @@ from torch import nn
 from meft_ds import __version__
 from meft_ds.config import BLOCK, MeftConfig, parse_config
 from meft_ds.monitor import WindowMonitor
+from meft_ds.offload.at_exit import call_at_exit
 from meft_ds.offload.bus import Bus
 from meft_ds.offload.partition import Ranks
 from meft_ds.offload.trace import Trace
@@ -133,6 +134,7 @@ class MeftEngine(DeepSpeedEngine):
             if schedule.trace_file is None
             else Trace(schedule.trace_file, schedule.trace_windows, rank=self.global_rank)
         )
+        call_at_exit(self._at_meft_exit)
         self._set_balance_scale()
         self.module.meft_stats = lambda: e.meft_stats() if (e := engine()) is not None else {}
         export.save_adapter_with_model(self.module)
@@ -262,6 +264,10 @@ class MeftEngine(DeepSpeedEngine):
         if self._meft_trace is not None:
             self._meft_trace.add(result.times)
         self._set_balance_scale()
+
+    def _at_meft_exit(self) -> None:
+        self.optimizer.pipeline.finish_at_exit()
+        self._at_meft_end()
 
     def _at_meft_end(self) -> None:
         if self._meft_trace is not None:

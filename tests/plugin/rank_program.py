@@ -11,6 +11,8 @@ import json
 import os
 import sys
 import time
+import weakref
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -42,7 +44,11 @@ def engine_for(options: dict[str, str], seed: int = 0):  # type: ignore[no-untyp
         model.gradient_checkpointing_enable({"use_reentrant": options["checkpointing"] == "reentrant"})
     engine = make_engine(config, model)
     if "late" in options:
-        make_late(engine.optimizer.pipeline, 100 * int(options["late"]) + int(os.environ["RANK"]))
+        make_late(
+            engine.optimizer.pipeline,
+            100 * int(options["late"]) + int(os.environ["RANK"]),
+            float(options.get("late_s", "2e-3")),
+        )
     return engine
 
 
@@ -65,6 +71,9 @@ def run(engine, steps: int, first: int) -> None:  # type: ignore[no-untyped-def]
 def main() -> None:
     action, folder = sys.argv[1], Path(sys.argv[2])
     options = dict(item.split("=") for item in sys.argv[3:])
+    # exit handlers run newest first: this one, older than the engine, sees what the engine's own leave behind
+    at_the_end: list[Callable[[], None]] = []
+    weakref.finalize(main, lambda: [job() for job in at_the_end])
     engine = engine_for(options)
     rank = dist.get_rank()
     if action == "train":
@@ -92,14 +101,23 @@ def main() -> None:
             raise RuntimeError("planted")
         time.sleep(2)
         run(engine, 1, 1)
+    elif action == "leave":
+        run(engine, int(options["steps"]), 0)
+        at_the_end.append(lambda: report(engine, folder, rank))
+        pending = [
+            entry.unit.name for entry in engine.optimizer.pipeline._entries if entry.pending and not entry.updated
+        ]
+        (folder / f"pending{rank}.json").write_text(json.dumps(pending))
+        dist.destroy_process_group()
+        return
     dist.barrier()
     dist.destroy_process_group()  # else gloo threads that run while the interpreter ends may abort it
 
 
 def report(engine, folder: Path, rank: int) -> None:  # type: ignore[no-untyped-def]
     engine.meft_flush()
-    rows = [adapter.rows.master.clone() for adapter in engine._meft_adapters]
-    routers = [adapter.router.weight.detach().clone() for adapter in engine._meft_adapters]
+    rows = [adapter.rows.master.clone() for adapter in engine._meft_methods[0].adapters]
+    routers = [adapter.router.weight.detach().clone() for adapter in engine._meft_methods[0].adapters]
     norms = [p.detach().clone() for n, p in engine.module.named_parameters() if "norm" in n]
     digest = hashlib.sha256(b"".join(t.float().numpy().tobytes() for t in [*rows, *routers, *norms])).hexdigest()
     torch.save(

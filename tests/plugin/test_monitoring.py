@@ -102,6 +102,31 @@ def test_the_last_step_is_written_when_its_updates_are_applied_and_not_before(tm
     assert len(writes) == ours
 
 
+@pytest.mark.parametrize("mode", ["exact", "serial"])
+def test_a_program_that_just_ends_writes_its_last_step_too(
+    mode: str, run_python: Any, request: Any, tmp_path: Path
+) -> None:
+    code = f"""
+import sys
+from pathlib import Path
+sys.path.insert(0, {str(request.config.rootpath)!r})
+from tests.offload.overlap import make_late
+from tests.plugin.test_monitoring import config_for
+from tests.plugin.test_schedule import steps
+from tests.toy import make_engine
+engine = make_engine(config_for({mode!r}, monitor=Path({str(tmp_path)!r})))
+if {mode!r} == "exact":
+    make_late(engine.optimizer.pipeline, 0, 0.3)
+steps(engine, 3, first=0)
+if {mode!r} == "exact":
+    assert any(entry.pending for entry in engine.optimizer.pipeline._entries)
+"""
+    run_python(code)
+    found = written(tmp_path)
+    assert [samples for samples, _ in found["meft_bytes_up"]] == [samples for samples, _ in found["lr"]] == [4, 8, 12]
+    assert found["meft_bytes_up"][-1][1] > 0
+
+
 @pytest.mark.compat
 def test_a_resumed_run_goes_on_with_deepspeeds_sample_numbers(tmp_path: Path) -> None:
     engine = make_engine(config_for("exact", monitor=tmp_path))

@@ -2,6 +2,7 @@
 """The schedule through the engine: `exact` equals `serial` bit for bit, and a failing worker loses nothing."""
 
 import contextlib
+import json
 import random
 import threading
 from pathlib import Path
@@ -220,6 +221,15 @@ def test_two_ranks_in_eager_mode_agree_and_repeat(tmp_path: Path) -> None:
     first = go(2, "train", tmp_path / "a", "mode=eager", "late=1", "steps=20")
     assert first[0]["digest"] == first[1]["digest"]
     assert go(2, "train", tmp_path / "b", "mode=eager", "late=2", "steps=20")[0]["digest"] == first[0]["digest"]
+
+
+def test_two_ranks_that_destroy_their_process_groups_with_updates_under_way_end_cleanly(tmp_path: Path) -> None:
+    """And the updates land: what is left at the very end is what a program leaves that waits for them."""
+    waited = go(2, "train", tmp_path / "waited", "mode=exact", "steps=3")
+    left = go(2, "leave", tmp_path / "left", "mode=exact", "steps=3", "late=1", "late_s=0.5")
+    for rank in range(2):
+        assert json.loads((tmp_path / "left" / f"pending{rank}.json").read_text()), "nothing was under way"
+    assert [r["digest"] for r in left] == [r["digest"] for r in waited]
 
 
 def test_a_hundred_workers_that_fail_at_a_random_unit_surface_at_once_and_the_last_checkpoint_resumes(
