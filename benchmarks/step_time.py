@@ -2,18 +2,22 @@
 """Seconds per optimizer step on this machine's CPU: DeepSpeed full fine-tuning ("native"), ZeRO-2 offload, and meft
 in its default schedule (exact, overlapping) and in serial order.
 
-    python benchmarks/step_time.py [--rounds 5] [--layers 16] [--rows auto]
+    python benchmarks/step_time.py                                   # about 6 minutes on 2 idle cores
+    python benchmarks/step_time.py --only meft meft_serial --shapes 256x1
+    python benchmarks/step_time.py --rounds 1 --layers 2 --shapes 256x1    # seconds; too small to report
 
-One Llama-shaped model of about 60 M parameters with random weights, bf16, gradient clipping on. Four engines live in
+One Llama-shaped model of about 60 M parameters with random weights, bf16, gradient clipping on. All engines live in
 one process and take turns of two steps (what a turn leaves under way is waited for and counted), so that a machine
 whose speed drifts treats all alike; figures are medians of the rounds, ratios are medians of the ratios within a round.
-Not run on a GPU: device and host are the same memory here, so the bus costs nothing and what shows is the compute that
-each way of training needs. Prints tables, and one line of JSON last.
+A round of all contenders and shapes takes about 100 seconds: time goes with --rounds, and --only, --shapes and --layers
+select less of it. Not run on a GPU: device and host are the same memory here, so the bus costs nothing and what shows
+is the compute that each way of training needs. Prints tables, and one line of JSON last.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import os
 import platform
@@ -25,9 +29,20 @@ from typing import Any
 import torch
 from torch import nn
 
-CONTENDERS = ("native", "zero_offload", "meft", "meft_serial")
+# What each adds to the common ds_config. One with a "meft_offload" block is compared with all others.
+CONTENDERS: dict[str, dict[str, Any]] = {
+    "native": {"zero_optimization": {"stage": 0}},
+    "zero_offload": {
+        "zero_optimization": {
+            "stage": 2,
+            "offload_optimizer": {"device": "cpu", "pin_memory": torch.cuda.is_available()},
+        }
+    },
+    "meft": {"meft_offload": {"sparse_adapter": {}}},
+    "meft_serial": {"meft_offload": {"sparse_adapter": {}, "schedule": {"mode": "serial"}}},
+}
 # (tokens per step, accumulation): sentences of 256 tokens, divided among the micro-batches
-SHAPES = ((2048, 1), (2048, 4), (256, 1))
+SHAPES = {"2048x1": (2048, 1), "2048x4": (2048, 4), "256x1": (256, 1)}
 LENGTH = 256
 STEPS_PER_TURN = 2  # an overlapping schedule finishes a step's updates during the next one
 
@@ -35,62 +50,66 @@ STEPS_PER_TURN = 2  # an overlapping schedule finishes a step's updates during t
 def main() -> None:
     options = _options()
     _one_rank()
-    results: dict[str, Any] = {}
-    for tokens, gas in SHAPES:
-        results[f"{tokens}x{gas}"] = measure(tokens, gas, options)
-    print(f"\n{_machine()}\nmodel: {results['2048x1']['parameters'] / 1e6:.1f} M parameters, bf16, clipping 1.0\n")
-    print(
-        f"{'tokens/step':>11} {'accum':>5} {'native s':>9} {'zero-2 offload s':>17} {'meft s':>7} "
-        f"{'/native':>8} {'/offload':>9} {'serial s':>9} {'meft/serial':>12} {'own work':>9}"
-    )
-    for (tokens, gas), r in zip(SHAPES, results.values(), strict=True):
-        print(
-            f"{tokens:>11} {gas:>5} {r['native_s']:>9.3f} {r['zero_offload_s']:>17.3f} {r['meft_s']:>7.3f} "
-            f"{r['meft_vs_native']:>8.3f} {r['meft_vs_zero_offload']:>9.3f} {r['meft_serial_s']:>9.3f} "
-            f"{r['meft_vs_meft_serial']:>12.3f} {r['own_work']:>9.4f}"
-        )
+    results = {shape: measure(*SHAPES[shape], options) for shape in options.shapes}
+    first = next(iter(results.values()))
+    print(f"\n{_machine()}\nmodel: {first['parameters'] / 1e6:.1f} M parameters, bf16, clipping 1.0\n")
+    print(f"{'shape':<8} {'contender':<14} {'s/step':>8}" + "".join(f"{'/ ' + name:>15}" for name in options.only))
+    for shape, r in results.items():
+        for name in options.only:
+            ratios = [r.get(f"{name}_vs_{other}") for other in options.only]
+            cells = ["" if ratio is None else f"{ratio:.3f}" for ratio in ratios]
+            print(f"{shape:<8} {name:<14} {r[f'{name}_s']:>8.3f}" + "".join(f"{cell:>15}" for cell in cells))
+    line: dict[str, Any] = {key: value for key, value in first.items() if key.endswith("_s") or "_vs_" in key}
+    if "meft" in options.only:
+        line["own_work"] = first["own_work"]
+        print(f"meft's own work in the training thread: {first['own_work']:.2%} of a step ({options.shapes[0]})")
+        line["device_bytes"] = _report_device_bytes(options)
+    line |= {"shapes": results, "machine": _machine(), "rounds": options.rounds}
+    print(json.dumps(line))
+
+
+def measure(tokens: int, gas: int, options: argparse.Namespace) -> dict[str, float]:
+    """Interleaved rounds of the chosen contenders at one shape."""
+    micro = tokens // LENGTH // gas
+    engines = {name: _engine(name, micro, gas, options) for name in options.only}
+    times: dict[str, list[float]] = {name: [] for name in engines}
+    own_work: list[float] = []
+    for step in range(options.warmup):
+        for engine in engines.values():
+            _timed_step(engine, micro, gas, step)
+    for round_ in range(options.rounds):
+        for name, engine in engines.items():
+            times[name].append(_timed_turn(engine, micro, gas, options.warmup + STEPS_PER_TURN * round_))
+            if name == "meft":
+                stats = engine.meft_stats()
+                own_work.append(stats["hooks_s"] / stats["step_s"])
+    result: dict[str, float] = {f"{name}_s": statistics.median(seconds) for name, seconds in times.items()}
+    for name in engines:
+        for other in engines:
+            if "meft_offload" in CONTENDERS[name] and other != name:
+                pairs = zip(times[name], times[other], strict=True)
+                result[f"{name}_vs_{other}"] = statistics.median(a / b for a, b in pairs)
+    with torch.device("meta"):
+        result["parameters"] = sum(p.numel() for p in _model(options.layers).parameters())
+    if "meft" in engines:
+        if options.profile:
+            _profile(engines["meft"], micro, gas)
+        stats = engines["meft"].meft_stats()
+        result["own_work"] = statistics.median(own_work)
+        result |= {"bytes_down": stats["bytes_down_per_step"], "bytes_up": stats["bytes_up_per_step"]}
+    for engine in engines.values():
+        engine.destroy()
+    return result
+
+
+def _report_device_bytes(options: argparse.Namespace) -> dict[int, tuple[int, int]]:
     held = device_bytes_by_rows(options)
     print(f"\ndevice bytes of the adapter, host selection, cache_rows 1024, {options.experts} experts, 2,048 tokens:")
     for rows, (cache, total) in held.items():
         print(
             f"  r = {rows:>6}: rows and their gradients {cache / 2**20:8.2f} MiB, with routers {total / 2**20:8.2f} MiB"
         )
-    first = results["2048x1"]
-    line = {
-        key: first[key] for key in ("native_s", "zero_offload_s", "meft_s", "meft_vs_native", "meft_vs_zero_offload")
-    }
-    line |= {key: first[key] for key in ("meft_serial_s", "meft_vs_meft_serial", "own_work")}
-    line |= {"shapes": results, "device_bytes": held, "machine": _machine(), "rounds": options.rounds}
-    print(json.dumps(line))
-
-
-def measure(tokens: int, gas: int, options: argparse.Namespace) -> dict[str, float]:
-    """Interleaved rounds of all contenders at one shape."""
-    micro = tokens // LENGTH // gas
-    engines = {name: _engine(name, micro, gas, options) for name in CONTENDERS}
-    times: dict[str, list[float]] = {name: [] for name in CONTENDERS}
-    own_work: list[float] = []
-    for round_ in range(options.warmup + options.rounds):
-        for name, engine in engines.items():
-            seconds = _timed_turn(engine, micro, gas, round_)
-            if round_ >= options.warmup:
-                times[name].append(seconds)
-                if name == "meft":
-                    stats = engine.meft_stats()
-                    own_work.append(stats["hooks_s"] / stats["step_s"])
-    if options.profile:
-        _profile(engines["meft"], micro, gas)
-    result = {f"{name}_s": statistics.median(seconds) for name, seconds in times.items()}
-    for other in ("native", "zero_offload", "meft_serial"):
-        pairs = zip(times["meft"], times[other], strict=True)
-        result[f"meft_vs_{other}"] = statistics.median(a / b for a, b in pairs)
-    result["parameters"] = sum(p.numel() for p in engines["native"].module.parameters())
-    result["own_work"] = statistics.median(own_work)
-    stats = engines["meft"].meft_stats()
-    result |= {"bytes_down": stats["bytes_down_per_step"], "bytes_up": stats["bytes_up_per_step"]}
-    for engine in engines.values():
-        engine.destroy()
-    return result
+    return held
 
 
 def device_bytes_by_rows(options: argparse.Namespace) -> dict[int, tuple[int, int]]:
@@ -111,23 +130,18 @@ def device_bytes_by_rows(options: argparse.Namespace) -> dict[int, tuple[int, in
 def _engine(name: str, micro: int, gas: int, options: argparse.Namespace, adapter: dict[str, Any] | None = None) -> Any:
     import deepspeed
 
-    zero: dict[str, Any] = {"stage": 0}
-    if name == "zero_offload":
-        zero = {"stage": 2, "offload_optimizer": {"device": "cpu", "pin_memory": torch.cuda.is_available()}}
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": micro,
         "gradient_accumulation_steps": gas,
         "gradient_clipping": 1.0,
         "bf16": {"enabled": True},
-        "zero_optimization": zero,
         "optimizer": {"type": "AdamW", "params": {"lr": 1e-4, "weight_decay": 0.0}},
         "steps_per_print": 10**9,
+        **copy.deepcopy(CONTENDERS[name]),
     }
-    if name.startswith("meft"):
-        settings = adapter if adapter is not None else ({} if options.rows == "auto" else {"rows": int(options.rows)})
-        config["meft_offload"] = {"sparse_adapter": settings}
-        if name == "meft_serial":
-            config["meft_offload"]["schedule"] = {"mode": "serial"}
+    block = config.get("meft_offload", {})
+    if "sparse_adapter" in block:
+        block["sparse_adapter"] |= adapter or ({} if options.rows == "auto" else {"rows": int(options.rows)})
     model = _model(options.layers)
     return deepspeed.initialize(model=model, model_parameters=list(model.parameters()), config=config)[0]
 
@@ -160,9 +174,9 @@ def _timed_step(engine: Any, micro: int, gas: int, seed: int) -> float:
     return time.perf_counter() - start
 
 
-def _timed_turn(engine: Any, micro: int, gas: int, seed: int) -> float:
+def _timed_turn(engine: Any, micro: int, gas: int, first_seed: int) -> float:
     """Seconds per step over consecutive steps, with all that they left under way."""
-    seconds = sum(_timed_step(engine, micro, gas, STEPS_PER_TURN * seed + i) for i in range(STEPS_PER_TURN))
+    seconds = sum(_timed_step(engine, micro, gas, first_seed + i) for i in range(STEPS_PER_TURN))
     start = time.perf_counter()
     if hasattr(engine, "meft_flush"):
         engine.meft_flush()
@@ -179,7 +193,9 @@ def _profile(engine: Any, micro: int, gas: int) -> None:
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=5, help="timed steps of each contender and shape")
+    parser.add_argument("--only", nargs="+", choices=CONTENDERS, default=list(CONTENDERS), help="contenders to run")
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES), help="tokens per step x accum.")
+    parser.add_argument("--rounds", type=int, default=3, help="timed turns of each contender and shape")
     parser.add_argument("--warmup", type=int, default=1, help="steps before them")
     parser.add_argument("--layers", type=int, default=16, help="16 layers make about 60 M parameters")
     parser.add_argument("--rows", default="auto", help="r of the adapter; auto = the default of meft-ds")
