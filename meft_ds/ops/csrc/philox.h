@@ -29,6 +29,18 @@ inline VecWide multiply_low(VecWide a, uint64_t b) {
 #endif
 }
 
+// The high 32 bits of each lane, above which anything may stand: a shuffle, because shifts wait for the same unit as
+// products.
+inline VecWide high_words(VecWide a) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<VecWide>(_mm512_shuffle_epi32(reinterpret_cast<__m512i>(a), _MM_PERM_DDBB));
+#elif defined(__AVX2__)
+  return reinterpret_cast<VecWide>(_mm256_shuffle_epi32(reinterpret_cast<__m256i>(a), 0xF5));
+#else
+  return a >> 32;
+#endif
+}
+
 inline VecWide even_lanes() {
 #if defined(__AVX512F__)
   return VecWide{0, 2, 4, 6, 8, 10, 12, 14};
@@ -37,10 +49,15 @@ inline VecWide even_lanes() {
 #endif
 }
 
-// The 128 random halves of elements 128 * block ... 128 * block + 127, in the order of the elements. A counter sits in a
-// 64-bit lane, so that a product needs no taking apart: one vector holds the even ones, one the odd ones.
-inline void random_block(uint64_t block, uint64_t key, uint32_t step, uint16_t* halves) {
-  constexpr int kVectors = 32 / kLanes;
+// Random words of one block as vectors, in the order of their elements: the low halves of words [w][.] serve elements
+// 32 w ... 32 w + 15, the high halves the 16 that follow.
+constexpr int kWordVectors = 16 / kLanes;
+using RandomWords = VecBits[4][kWordVectors];
+
+// The words of elements 128 * block ... 128 * block + 127. A counter sits in a 64-bit lane, so that a product needs no
+// taking apart: one vector holds the even counters, one the odd ones.
+inline void random_block(uint64_t block, uint64_t key, uint32_t step, RandomWords& words) {
+  constexpr int kVectors = 2 * kWordVectors;
   const uint64_t first = block * 16;
   VecWide c[kVectors][4];
   for (int v = 0; v < kVectors; ++v) {
@@ -55,21 +72,24 @@ inline void random_block(uint64_t block, uint64_t key, uint32_t step, uint16_t* 
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) {
       const VecWide a = multiply_low(c[v][0], 0xD2511F53u), b = multiply_low(c[v][2], 0xCD9E8D57u);
-      c[v][0] = (b >> 32) ^ c[v][1] ^ k0;
+      c[v][0] = high_words(b) ^ c[v][1] ^ k0;
       c[v][1] = b;
-      c[v][2] = (a >> 32) ^ c[v][3] ^ k1;
+      c[v][2] = high_words(a) ^ c[v][3] ^ k1;
       c[v][3] = a;
     }
     k0 += 0x9E3779B9u;
     k1 += 0xBB67AE85u;
   }
   for (int word = 0; word < 4; ++word)
-    for (int v = 0; v < kVectors; v += 2) {
-      const VecWide both = (c[v][word] & 0xFFFFFFFFu) | (c[v + 1][word] << 32);
-      const VecBits bits = reinterpret_cast<VecBits>(both);
-      store_bits(halves + 32 * word + v / 2 * kLanes, bits & 0xFFFFu);
-      store_bits(halves + 32 * word + 16 + v / 2 * kLanes, bits >> 16);
-    }
+    for (int v = 0; v < kWordVectors; ++v)
+      words[word][v] =
+          reinterpret_cast<VecBits>((c[2 * v][word] & 0xFFFFFFFFu) | (c[2 * v + 1][word] << 32));
+}
+
+// The random halves of kLanes elements from `element` of the block on, a multiple of kLanes.
+inline VecBits random_halves(const RandomWords& words, int64_t element) {
+  const VecBits both = words[element / 32][element % 16 / kLanes];
+  return element % 32 < 16 ? both & 0xFFFFu : both >> 16;
 }
 
 // The bits of fp32 rounded to T: up (away from 0) if the fraction of a unit in the last place, in 2**-16, plus the random
@@ -87,8 +107,8 @@ inline VecBits round_bits(Vec v, VecBits half, Float16) {
   const Vec units = floats_of(choose(magnitude < 0x38800000u, magnitude, VecBits{})) * 0x1.0p+24f;
   const VecInt whole = __builtin_convertvector(units, VecInt);
   const Vec fraction = (units - __builtin_convertvector(whole, Vec)) * 65536.0f;
-  const VecBits tiny =
-      reinterpret_cast<VecBits>(whole) + ((reinterpret_cast<VecBits>(__builtin_convertvector(fraction, VecInt)) + half) >> 16);
+  const VecBits sum = reinterpret_cast<VecBits>(__builtin_convertvector(fraction, VecInt)) + half;
+  const VecBits tiny = reinterpret_cast<VecBits>(whole) + (sum >> 16);
   VecBits rounded = choose(magnitude < 0x38800000u, tiny, normal);
   rounded = choose(magnitude >= 0x47800000u || rounded > 0x7C00u, VecBits{} + 0x7C00u, rounded);
   rounded = choose(magnitude > 0x7F800000u, VecBits{} + 0x7E00u, rounded);

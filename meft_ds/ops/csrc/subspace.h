@@ -27,45 +27,107 @@ struct Update {
   uint32_t step;
 };
 
+// A row of alpha * P s: the rows of s that it is made of, and their factors.
+template <class S>
+struct RowSum {
+  std::vector<const typename S::raw*> rows;
+  std::vector<float> factors;
+
+  RowSum(const typename S::raw* s, int64_t columns, const Entry* entry, int64_t width, int64_t absent, float alpha) {
+    for (int64_t w = 0; w < width; ++w) {
+      if (entry[w].at == absent) continue;
+      rows.push_back(s + entry[w].at * columns);
+      factors.push_back(alpha * entry[w].factor);
+    }
+  }
+
+  // Columns from `at` on, `n` <= kVectors * kLanes of them; what lies behind them is not defined.
+  template <int kVectors>
+  void add_up(int64_t at, int64_t n, float* to) const {
+    Vec sums[kVectors] = {};
+    for (size_t w = 0; w < rows.size(); ++w) {
+      const Vec factor = Vec{} + factors[w];
+      const typename S::raw* row = rows[w] + at;
+      if (n == kVectors * kLanes) {
+#pragma GCC unroll 8
+        for (int v = 0; v < kVectors; ++v) sums[v] = multiply_add(load(row + v * kLanes, S()), factor, sums[v]);
+      } else {
+        for (int v = 0; v < kVectors && v * kLanes < n; ++v)
+          sums[v] = multiply_add(load_some<S>(row + v * kLanes, n - v * kLanes), factor, sums[v]);
+      }
+    }
+    for (int v = 0; v < kVectors; ++v) store_bits(to + v * kLanes, bits_of(sums[v]));
+  }
+};
+
 // Lines [columns] of kLanes rows of alpha * P s: line c holds column c of all rows. Rows beyond `count` repeat the last.
+// Stretches of a row are summed before they are turned: rows of s, often a power of two apart, would drive one another
+// out of the cache if all were read side by side.
 template <class S>
 void product_lines(const typename S::raw* s, int64_t columns, const Entry* p, int64_t width, int64_t absent,
                    int64_t count, float alpha, VecBits* lines) {
-  for (int64_t at = 0; at < columns; at += kLanes) {
-    const int64_t some = columns - at;
-    VecBits block[kLanes];
-    for (int64_t i = 0; i < kLanes; ++i) {
-      const Entry* entry = p + std::min(i, count - 1) * width;
-      Vec sum = {};
-      for (int64_t w = 0; w < width; ++w)
-        if (entry[w].at != absent)
-          sum = multiply_add(load_some<S>(s + entry[w].at * columns + at, some), Vec{} + alpha * entry[w].factor, sum);
-      block[i] = bits_of(sum);
+  constexpr int kVectors = 8, kStretch = kVectors * kLanes;
+  std::vector<RowSum<S>> sums;
+  for (int64_t i = 0; i < kLanes; ++i)
+    sums.emplace_back(s, columns, p + std::min(i, count - 1) * width, width, absent, alpha);
+  alignas(64) float stretch[kLanes][kStretch];
+  for (int64_t at = 0; at < columns; at += kStretch) {
+    for (int i = 0; i < kLanes; ++i)
+      sums[static_cast<size_t>(i)].template add_up<kVectors>(at, std::min<int64_t>(kStretch, columns - at), stretch[i]);
+    for (int64_t c = 0; c < kStretch && at + c < columns; c += kLanes) {
+      VecBits block[kLanes];
+      for (int i = 0; i < kLanes; ++i) block[i] = bits_of(load(stretch[i] + c, Float32()));
+      transpose(block);
+      for (int64_t i = 0; i < kLanes && at + c + i < columns; ++i) lines[at + c + i] = block[i];
     }
-    transpose(block);
-    for (int64_t i = 0; i < std::min<int64_t>(kLanes, some); ++i) lines[at + i] = block[i];
   }
 }
 
-// `n` weights in a row from `weight` on, `change` added. halves: their random bits, if R says that they are wanted.
+// The new bits of kLanes weights (or of the first n), which the residual, if there is one, makes up for.
+template <class W>
+VecBits rounded(Vec value, float* residual, int64_t n) {
+  const VecBits bits = put_bits(value, W());
+  if (residual != nullptr) {
+    typename W::raw kept[kLanes];
+    store_bits(kept, bits);
+    store_bits(residual, bits_of(value - load(kept, W())), n);
+  }
+  return bits;
+}
+
+// `n` weights in a row, of element number `element` on, with `change` added; n <= kUpdateColumns.
 template <class W, bool kRandom>
-void update_span(typename W::raw* weight, const float* change, const uint16_t* halves, float* residual, float decay,
+void update_span(typename W::raw* weight, const float* change, float* residual, int64_t element, const Update& u,
                  int64_t n) {
-  for (int64_t c = 0; c < n; c += kLanes) {
-    const int64_t some = n - c;
-    Vec value = load_some<W>(weight + c, some);
-    if (residual != nullptr) value += load_some<Float32>(residual + c, some);
-    value = value * decay + load(change + c, Float32());
-    VecBits bits;
-    if constexpr (kRandom)
-      bits = round_bits(value, load_halves(halves + c), W());
-    else
-      bits = put_bits(value, W());
-    store_bits(weight + c, bits, some);
-    if (residual != nullptr) {
-      const Vec kept = load_some<W>(weight + c, some);
-      store_bits(residual + c, bits_of(value - kept), some);
+  const auto value = [&](int64_t c) {
+    Vec v = load_some<W>(weight + c, n - c);
+    if (residual != nullptr) v += load_some<Float32>(residual + c, n - c);
+    return v * u.decay + load(change + c, Float32());
+  };
+  if constexpr (!kRandom) {
+    for (int64_t c = 0; c < n; c += kLanes)
+      store_bits(weight + c, rounded<W>(value(c), residual == nullptr ? nullptr : residual + c, n - c), n - c);
+  } else {
+    const int64_t into = element % kRandomBlock;
+    if (into == 0 && n % kRandomBlock == 0) {
+      for (int64_t start = 0; start < n; start += kRandomBlock) {
+        RandomWords words;
+        random_block(static_cast<uint64_t>((element + start) / kRandomBlock), u.key, u.step, words);
+#pragma GCC unroll 8
+        for (int64_t c = 0; c < kRandomBlock; c += kLanes)
+          store_bits(weight + start + c, round_bits(value(start + c), random_halves(words, c), W()));
+      }
+      return;
     }
+    // Rows that do not begin with a block: the halves are laid out first, to be read from any element on.
+    uint16_t halves[kUpdateColumns + 2 * kRandomBlock];
+    for (int64_t start = 0; start < into + n; start += kRandomBlock) {
+      RandomWords words;
+      random_block(static_cast<uint64_t>((element + start) / kRandomBlock), u.key, u.step, words);
+      for (int64_t c = 0; c < kRandomBlock; c += kLanes) store_bits(halves + start + c, random_halves(words, c));
+    }
+    for (int64_t c = 0; c < n; c += kLanes)
+      store_bits(weight + c, round_bits(value(c), load_halves(halves + into + c), W()), n - c);
   }
 }
 
@@ -76,7 +138,6 @@ void update_rows(typename W::raw* weight, int64_t m, int64_t n, const typename S
   Scratch<VecBits> lines(d2 + 1);
   lines[d2] = VecBits{};
   Scratch<float> change(kLanes * kUpdateColumns);
-  uint16_t halves[kUpdateColumns + 2 * kRandomBlock];
   for (int64_t tile = begin; tile < end; ++tile) {
     const int64_t first = tile * kLanes, count = std::min<int64_t>(kLanes, m - first);
     product_lines<S>(s, d2, p.data() + first * p_width, p_width, d1, count, u.alpha, lines.get());
@@ -84,6 +145,7 @@ void update_rows(typename W::raw* weight, int64_t m, int64_t n, const typename S
       const int64_t width = std::min(kUpdateColumns, n - start);
       const Entry* entry = q.data() + start * q_width;
       for (int64_t c = 0; c < width; c += kLanes) {
+        for (int64_t i = 0; i < count; ++i) __builtin_prefetch(weight + (first + i) * n + start + c, 1);
         VecBits block[kLanes];
         for (auto& one : block) {
           Vec sum = {};
@@ -91,17 +153,13 @@ void update_rows(typename W::raw* weight, int64_t m, int64_t n, const typename S
             sum = multiply_add(floats_of(lines[entry->at]), Vec{} + entry->factor, sum);
           one = bits_of(sum);
         }
-        for (int64_t i = 0; i < count; ++i) __builtin_prefetch(weight + (first + i) * n + start + c, 1);
         transpose(block);
         for (int i = 0; i < kLanes; ++i) store_bits(change.get() + i * kUpdateColumns + c, block[i]);
       }
       for (int64_t i = 0; i < count; ++i) {
-        const int64_t element = (first + i) * n + start, into = element % kRandomBlock;
-        if constexpr (kRandom)
-          for (int64_t b = 0; b * kRandomBlock < into + width; ++b)
-            random_block(static_cast<uint64_t>(element / kRandomBlock + b), u.key, u.step, halves + b * kRandomBlock);
-        update_span<W, kRandom>(weight + element, change.get() + i * kUpdateColumns, halves + into,
-                                residual == nullptr ? nullptr : residual + element, u.decay, width);
+        const int64_t element = (first + i) * n + start;
+        update_span<W, kRandom>(weight + element, change.get() + i * kUpdateColumns,
+                                residual == nullptr ? nullptr : residual + element, element, u, width);
       }
     }
   }

@@ -36,9 +36,7 @@ class Scratch {
 
 inline VecBits bits_of(Vec v) { return reinterpret_cast<VecBits>(v); }
 inline Vec floats_of(VecBits v) { return reinterpret_cast<Vec>(v); }
-inline VecBits choose(VecInt mask, VecBits yes, VecBits no) {
-  return (reinterpret_cast<VecBits>(mask) & yes) | (~reinterpret_cast<VecBits>(mask) & no);
-}
+inline VecBits choose(VecInt mask, VecBits yes, VecBits no) { return mask ? yes : no; }
 
 // Swaps, of two rows that lie S apart, the S x S blocks off the diagonal.
 template <int S, int... I>
