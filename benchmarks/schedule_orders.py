@@ -6,7 +6,7 @@ from __future__ import annotations
 import statistics
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -72,15 +72,12 @@ def run_layerwise(
     if mode == "eager":
         warmup += MEASURED_WINDOWS
     try:
-        for number in range(warmup + steps):
-            if number >= warmup:
-                run.begins.append(time.perf_counter())
+        for number in _steps(run, warmup, steps):
             result = _layerwise_step(pipeline, units, device, times)
             assert not result.overflow and result.grad_norm > CLIP
             if number >= warmup:
                 run.results.append(result)
                 run.spans += result.times.spans
-        run.begins.append(time.perf_counter())
         pipeline.flush()
         run.spans += pipeline.timeline.close_window().spans
     finally:
@@ -114,11 +111,8 @@ def run_after_backward(units: Sequence[Stages], bus: EmulatedBus, times: LayerTi
     failures: list[BaseException] = []
     lane = ThreadLane("down", failures.append, partial(enter, cores()[1]))
     try:
-        for number in range(warmup + steps):
-            if number >= warmup:
-                run.begins.append(time.perf_counter())
+        for number in _steps(run, warmup, steps):
             _after_backward_step(units, bus, device, times, lane, number + 1, run.spans, failures)
-        run.begins.append(time.perf_counter())
     finally:
         lane.close()
     run.spans += device.spans
@@ -152,6 +146,15 @@ def _after_backward_step(
     for unit in units:
         _timed(spans, "up", "fetch", unit.name, partial(unit.fetch, bus, Ranks()))
         unit.apply()
+
+
+def _steps(run: Run, warmup: int, steps: int) -> Iterator[int]:
+    """Numbers of all steps from 0; notes where those after the warm-up begin, and where the last one ends."""
+    for number in range(warmup + steps):
+        if number >= warmup:
+            run.begins.append(time.perf_counter())
+        yield number
+    run.begins.append(time.perf_counter())
 
 
 def _timed(spans: list[Span], lane: str, what: str, unit: str, work: Callable[[], None]) -> None:

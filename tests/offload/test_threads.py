@@ -20,7 +20,10 @@ from meft_ds.offload.threads import HostThreads, allowed_cpus, choose, cpu_quota
 
 T = TypeVar("T")
 EIGHT = tuple(range(8))
-linux_only = pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="no per-thread affinity here")
+linux_only = pytest.mark.skipif(
+    not hasattr(os, "sched_setaffinity"),
+    reason="threads are bound to CPUs with sched_setaffinity, which only Linux has",
+)
 
 
 def auto(
@@ -279,7 +282,7 @@ thread.join()
 
 
 @linux_only
-@pytest.mark.skipif(len(allowed_cpus()) < 2, reason="with one CPU bound and unbound look the same")
+@pytest.mark.skipif(len(allowed_cpus()) < 2, reason="with one CPU a bound thread and an unbound one look the same")
 def test_threads_that_torch_starts_for_the_whole_process_stay_unbound() -> None:
     done = subprocess.run([sys.executable, "-c", POOL_THREADS], capture_output=True, text=True, check=True)
     assert done.stdout == "True\n"

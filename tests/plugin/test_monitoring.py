@@ -195,7 +195,7 @@ def test_a_pytorch_profile_shows_the_lanes_of_the_workers() -> None:
     option = "profile_all_threads"
     experimental = torch._C._profiler._ExperimentalConfig
     if option not in (inspect.getdoc(experimental.__init__) or ""):
-        pytest.skip("this torch profiles the calling thread only")
+        pytest.skip("this torch cannot profile the lanes' threads: its profiler has no profile_all_threads option")
     engine = make_engine(config_for("exact"))
     train(engine, 2)
     with torch.profiler.profile(
