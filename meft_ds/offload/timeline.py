@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from torch.profiler import record_function
 
@@ -110,7 +110,8 @@ class Timeline:
         with self._adding:
             spans, self._spans = self._spans, []
         marks, self._marks = self._marks, []
-        forwards, backwards = _phases(marks)
+        found = [(what, _between(first, last)) for what, first, last in phases(marks)]
+        forwards, backwards = ([s for what, s in found if what == name] for name in ("forward", "backward"))
         total = {lane: sum(s.seconds for s in spans if s.lane == lane) for lane in ("down", "host", "up")}
         main = {what: sum(s.seconds for s in spans if s.lane == "main" and s.what == what) for what in _MAIN}
         step = next((at for what, at, _ in marks if what == "step"), marks[-1][1])
@@ -139,24 +140,28 @@ class Timeline:
 _MAIN = ("stall", "norm", "collect", "apply")
 
 
-def _phases(marks: Sequence[tuple[str, float, Any]]) -> tuple[list[float], list[float]]:
-    """Seconds of every forward and of every backward: from "forward" to "forward_end" to the last "backward_end"."""
-    forwards, backwards = [], []
+_Mark = TypeVar("_Mark", bound=tuple[Any, ...])
+
+
+def phases(marks: Sequence[_Mark]) -> Iterator[tuple[str, _Mark, _Mark]]:
+    """("forward" or "backward", first mark, last mark) of each; a mark's first item says what it marks.
+
+    A backward is from its forward's end to the last "backward_end" before the next forward or the step.
+    """
     begun = ended = backward_ended = None
-    for mark in [*marks, ("forward", 0.0, None)]:
+    for mark in marks:
         what = mark[0]
-        if what in ("forward", "step", "end"):
-            if ended is not None and backward_ended is not None:
-                backwards.append(_between(ended, backward_ended))
-                ended = backward_ended = None
-            if what == "forward":
-                begun = mark
-        elif what == "forward_end" and begun is not None:
-            forwards.append(_between(begun, mark))
-            begun, ended = None, mark
-        elif what == "backward_end":
+        if what == "backward_end":
             backward_ended = mark
-    return forwards, backwards
+        elif what == "forward_end":
+            if begun is not None:
+                yield "forward", begun, mark
+            begun, ended, backward_ended = None, mark, None
+        else:  # the next forward, the step, or the end
+            if ended is not None and backward_ended is not None:
+                yield "backward", ended, backward_ended
+                ended = backward_ended = None
+            begun = mark if what == "forward" else None
 
 
 def _between(first: tuple[str, float, Any], last: tuple[str, float, Any]) -> float:

@@ -13,11 +13,11 @@ import logging
 import os
 import tempfile
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from meft_ds.offload.timeline import WindowTimes
+from meft_ds.offload.timeline import WindowTimes, phases
 
 LANES = ("compute", "main", "down", "host", "up")
 """Rows from top to bottom; "compute" holds the model's forwards and backwards."""
@@ -86,7 +86,7 @@ def writable(path: str) -> str:
 
 
 def _events(times: WindowTimes, window: int, rank: int) -> Iterator[dict[str, Any]]:
-    for what, start, end in _phases(times.marks):
+    for what, (_, start), (_, end) in phases(times.marks):
         yield _event("compute", what, start, end, rank, {"window": window})
     for span in times.spans:
         about = {"unit": span.unit} if span.unit else {}
@@ -99,23 +99,6 @@ def _event(lane: str, name: str, start: float, end: float, rank: int, args: dict
     ts, until = round(start * 1e6), round(end * 1e6)
     place = {"pid": rank, "tid": LANES.index(lane)}
     return {"ph": "X", "name": name, "cat": lane, "ts": ts, "dur": until - ts, **place, "args": args}
-
-
-def _phases(marks: Sequence[tuple[str, float]]) -> Iterator[tuple[str, float, float]]:
-    """Every forward, and every backward: from the forward's end to the last "backward_end" before what comes next."""
-    begun = ended = backward_ended = None
-    for what, at in marks:
-        if what == "backward_end":
-            backward_ended = at
-        elif what == "forward_end":
-            if begun is not None:
-                yield "forward", begun, at
-            begun, ended, backward_ended = None, at, None
-        else:  # the next forward, the step, or the end
-            if ended is not None and backward_ended is not None:
-                yield "backward", ended, backward_ended
-                ended = backward_ended = None
-            begun = at if what == "forward" else None
 
 
 def _write(path: Path, events: list[dict[str, Any]], rank: int) -> None:

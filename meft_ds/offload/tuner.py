@@ -66,18 +66,16 @@ class Tuner:
             self._history.append(self._measure(times))
 
     def report(self) -> list[float]:
-        """This rank's measured medians, always as many numbers; nothing in modes that decide nothing."""
-        if self.mode not in ("eager", "auto"):
+        """This rank's measured medians, as many on every rank; nothing in windows that decide nothing."""
+        due = self._windows >= MEASURED_WINDOWS and (self._order is None or self._windows % _REFRESH == 0)
+        if self.mode not in ("eager", "auto") or not due:
             return []
-        if not self._history:
-            return [0.0] * (3 + 4 * len(self._names))
         keys = ("sums", "arrival", "o", "p", "u")
         return [statistics.median(window[key][i] for window in self._history) for key in keys for i in self._range(key)]
 
     def agreed(self, values: Sequence[float]) -> None:
         """The averages of all ranks' reports."""
-        due = self._windows >= MEASURED_WINDOWS and (self._order is None or self._windows % _REFRESH == 0)
-        if not values or not due:
+        if not values:
             return
         n = len(self._names)
         forward, backward, updates = values[:3]
