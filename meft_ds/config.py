@@ -6,14 +6,25 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, ValidationError, field_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from meft_ds.offload.config import ScheduleConfig
 from meft_ds.sparse_adapter.config import SparseAdapterConfig
+from meft_ds.subspace.config import SubspaceConfig
 
 BLOCK = "meft_offload"
+METHODS = ("sparse_adapter", "subspace")
 
 
 def _gib_or_auto(value: Any) -> float | str:
@@ -24,41 +35,60 @@ def _gib_or_auto(value: Any) -> float | str:
     return float(value)
 
 
+def _object(value: Any) -> Any:
+    if value is None:
+        raise ValueError(
+            "expected an object of settings (it may be empty: {}), got null; remove the key to turn it off"
+        )
+    return value
+
+
 class MeftConfig(BaseModel):
-    """The whole block. An empty block means: the sparse adapter with its defaults."""
+    """The whole block. A block that names no method means: the sparse adapter with its defaults."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
-    sparse_adapter: SparseAdapterConfig = Field(
-        default_factory=lambda: SparseAdapterConfig.model_validate({}),
-        description="MEFT: large sparse adapters whose rows live on the host.",
+    sparse_adapter: Annotated[SparseAdapterConfig | None, BeforeValidator(_object)] = Field(
+        None, description="MEFT: large sparse adapters whose rows live on the host."
+    )
+    subspace: Annotated[SubspaceConfig | None, BeforeValidator(_object)] = Field(
+        None, description="LSP-Offload: all linear layers train through gradients compressed by sparse projectors."
     )
     schedule: ScheduleConfig = Field(
         default_factory=lambda: ScheduleConfig.model_validate({}),
         description="How updates and transfers overlap with compute.",
     )
-    train: tuple[Annotated[str, StringConstraints(min_length=1)], ...] = Field(
-        (),
+    train: tuple[Annotated[str, StringConstraints(min_length=1)], ...] | None = Field(
+        None,
         strict=False,
-        description="Regular expressions over parameter names of the base model to train as well, through the `dense` "
-        "wire format; everything else in the base stays frozen. Default: none, as in the MEFT paper.",
+        description="Regular expressions over names of the base model's parameters: those that match train, all others "
+        "are frozen. Default: none of them under the sparse adapter alone (as in the MEFT paper); with a method that "
+        "trains the base itself, all that the program left trainable.",
     )
     moments_dtype: Literal["fp32", "bf16"] = Field(
         "fp32", description="Dtype of AdamW's two moments on the host. bf16 halves them. Default: fp32, as DeepSpeed."
     )
     grad_dtype: Literal["auto", "fp32"] = Field(
         "auto",
-        description="Dtype of row gradients on the bus: auto = the compute dtype, fp32 = twice the bytes in bf16.",
+        description="Dtype of compressed and row gradients on the bus: auto = the compute dtype, fp32 = twice the "
+        "bytes in bf16.",
     )
     host_memory_gb: Annotated[float | Literal["auto"], BeforeValidator(_gib_or_auto)] = Field(
         "auto",
         description="GiB of host memory per node that the offloaded state may take. auto = what is free at the start.",
     )
 
+    @model_validator(mode="before")
+    @classmethod
+    def _some_method(cls, block: Any) -> Any:
+        if isinstance(block, dict) and not any(block.get(method) is not None for method in METHODS):
+            return {**block, METHODS[0]: block.get(METHODS[0], {})}
+        return block
+
     @field_validator("train")
     @classmethod
-    def _train_compiles(cls, patterns: tuple[str, ...]) -> tuple[str, ...]:
-        for pattern in patterns:
+    def _train_compiles(cls, patterns: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        for pattern in patterns or ():
             try:
                 re.compile(pattern)
             except re.error as e:
@@ -134,18 +164,23 @@ def _key_path(loc: tuple[int | str, ...]) -> list[int | str]:
         elif model is not None:
             path.append(part)
             field = model.model_fields.get(part)
-            annotation = field.annotation if field else None
-            model = annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
+            model = _settings(field.annotation) if field else None
     return path
 
 
 def _model_at(path: list[int | str]) -> type[BaseModel]:
     model: type[BaseModel] = MeftConfig
     for part in path:
-        annotation = model.model_fields[str(part)].annotation
-        assert isinstance(annotation, type) and issubclass(annotation, BaseModel)
-        model = annotation
+        found = _settings(model.model_fields[str(part)].annotation)
+        assert found is not None
+        model = found
     return model
+
+
+def _settings(annotation: Any) -> type[BaseModel] | None:
+    """The model among a field's possible types."""
+    kinds = get_args(annotation) or (annotation,)
+    return next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)), None)
 
 
 def _drop(block: dict[str, Any], locations: list[tuple[int | str, ...]]) -> bool:

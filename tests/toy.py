@@ -148,7 +148,7 @@ def oracle_model(engine: Any) -> tuple[nn.Module, list[DenseOracle]]:
     """A frozen copy of the engine's base with dense oracles beside its FFNs, in the state the engine is in now."""
     from meft_ds.sparse_adapter.router import expert_starts
 
-    sizes = engine._meft_sizes
+    sizes = engine._meft_methods[0].sizes
     model = tiny_llama()
     model.load_state_dict(
         {k: t.clone().float() for k, t in engine.module.state_dict().items() if "meft_adapter" not in k}
@@ -159,7 +159,7 @@ def oracle_model(engine: Any) -> tuple[nn.Module, list[DenseOracle]]:
     model.register_forward_pre_hook(
         lambda module, args, kwargs: current.update(mask=kwargs.get("attention_mask")), with_kwargs=True
     )
-    for layer, adapter in zip(model.model.layers, engine._meft_adapters, strict=True):
+    for layer, adapter in zip(model.model.layers, engine._meft_methods[0].adapters, strict=True):
         rows = adapter.rows.master.clone().float()
         oracle = DenseOracle(
             rows[:, : sizes.d].clone(),

@@ -100,7 +100,8 @@ class FlatUnit(Unit):
 
     def take(self, index: int, p: Tensor) -> None:
         """A parameter's gradient is complete for this backward."""
-        assert p.grad is not None
+        if p.grad is None:
+            return  # autograd came by without a gradient: a tapped layer's weight
         self._begin()
         grad, p.grad = p.grad, None  # consumed: it must not be added a second time by the next micro-batch
         self.add_gradient(index, grad)

@@ -134,6 +134,14 @@ class Unit(ABC):
     def state_tensors(self) -> dict[str, Tensor]:
         """The slice of the state that this rank owns, by name; the tensors are live, not copies."""
 
+    def shared_tensors(self) -> dict[str, Tensor]:
+        """State that every rank holds whole, by name."""
+        return {}
+
+    def load_shared(self, tensors: dict[str, Tensor]) -> None:
+        """Take back what `shared_tensors` gave."""
+        assert not tensors, f"unit {self.name} shares no state"
+
     @abstractmethod
     def state_range(self) -> tuple[int, int, int]:
         """(lo, hi, total) of the owned slice along dim 0 of every state tensor."""

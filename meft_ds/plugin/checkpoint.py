@@ -16,7 +16,7 @@ from typing import Any
 
 import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from meft_ds.offload.partition import Ranks
@@ -48,6 +48,12 @@ def save(folder: Path, units: list[Unit], ranks: Ranks, *, counters: dict[str, A
         tensors = {key: t.contiguous() for key, t in unit.state_tensors().items()}
         _write(folder / name, lambda path, t=tensors: save_file(t, path))  # type: ignore[misc]
         files[name] = {"unit": unit.name, "lo": lo, "hi": hi, "total": total, **_fingerprint(folder / name)}
+    shared = {}
+    for unit in units if ranks.rank == 0 else ():
+        if tensors := {key: t.contiguous() for key, t in unit.shared_tensors().items()}:
+            name = f"{unit.name}.shared.safetensors"
+            _write(folder / name, lambda path, t=tensors: save_file(t, path))  # type: ignore[misc]
+            shared[name] = {"unit": unit.name, **_fingerprint(folder / name)}
     gathered = _all_gather(files, ranks)
     if ranks.rank == 0:
         manifest: dict[str, Any] = {
@@ -56,10 +62,11 @@ def save(folder: Path, units: list[Unit], ranks: Ranks, *, counters: dict[str, A
             "counters": counters,
             "units": {unit.name: {"wire": unit.wire, "scalars": unit.scalars()} for unit in units},
             "files": {name: entry for part in gathered for name, entry in part.items()},
+            "shared": shared,
         }
         write_json(folder / MANIFEST, manifest)
         for path in folder.glob("*.safetensors"):  # left by an earlier save of this tag with another world size
-            if path.name not in manifest["files"]:
+            if path.name not in manifest["files"] and path.name not in shared:
                 path.unlink()
     ranks.barrier()
 
@@ -98,6 +105,8 @@ def load(folder: Path, manifest: dict[str, Any], units: list[Unit], *, moments: 
             if entry["unit"] == unit.name and entry["lo"] < hi and lo < entry["hi"]:
                 _copy_overlap(folder / name, entry["lo"], entry["hi"], targets, lo, hi)
         if moments:
+            for name in _shared_files(manifest, unit):
+                unit.load_shared(_read_all(folder / name))
             unit.load_scalars(manifest["units"][unit.name]["scalars"])
         unit.after_load()
 
@@ -172,6 +181,19 @@ def _check_files(folder: Path, manifest: dict[str, Any], units: list[Unit]) -> N
         for name, entry in mine:
             if entry["lo"] < hi and lo < entry["hi"]:
                 _check_file(folder / name, entry)
+        for name in _shared_files(manifest, unit):
+            _check_file(folder / name, manifest["shared"][name])
+
+
+def _shared_files(manifest: dict[str, Any], unit: Unit) -> list[str]:
+    return [name for name, entry in manifest.get("shared", {}).items() if entry["unit"] == unit.name]
+
+
+def _read_all(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except SafetensorError as e:
+        raise ValueError(f"{path} cannot be read: {e}; load an earlier checkpoint") from None
 
 
 def _check_file(path: Path, entry: dict[str, Any]) -> None:

@@ -22,23 +22,20 @@ from meft_ds.config import BLOCK, MeftConfig, parse_config
 from meft_ds.monitor import WindowMonitor
 from meft_ds.offload.at_exit import call_at_exit
 from meft_ds.offload.bus import Bus
+from meft_ds.offload.method import Method, Run
 from meft_ds.offload.partition import Ranks
 from meft_ds.offload.trace import Trace
 from meft_ds.offload.window import StepResult
-from meft_ds.plugin import checkpoint, checks, export, setup
+from meft_ds.plugin import checkpoint, checks, export, methods, setup
 from meft_ds.plugin.optimizer import MeftOptimizer, adamw_from_config, check_client_optimizer
 from meft_ds.plugin.stats import Stats
-from meft_ds.sparse_adapter.attach import attach, find_ffns
-from meft_ds.sparse_adapter.config import ResolvedSparseAdapter
-from meft_ds.sparse_adapter.module import SparseAdapter
 
 
 class MeftEngine(DeepSpeedEngine):
     """What `deepspeed.initialize` returns for a config with a "meft_offload" block."""
 
     _meft_config: MeftConfig
-    _meft_sizes: ResolvedSparseAdapter
-    _meft_adapters: list[SparseAdapter]
+    _meft_methods: list[Method]
     _meft_ranks: Ranks
     _meft_stats: Stats
     _meft_monitor: WindowMonitor
@@ -74,18 +71,13 @@ class MeftEngine(DeepSpeedEngine):
 
     def _configure_distributed_model(self, model: nn.Module) -> None:
         """Adapters must be in the model before DeepSpeed casts, moves and broadcasts it."""
-        config = self._meft_config
-        compute = self._compute_dtype()
-        sites = find_ffns(model, config.sparse_adapter.target_modules)
-        sizes = config.sparse_adapter.resolve(sites[0].d, _initializer_range(model))
-        self._meft_sizes = sizes
-        adapters = attach(model, sizes, sites)
-        self._meft_adapters = adapters
-        for adapter in adapters:
-            adapter.router.requires_grad_(sizes.gate)  # without the gate the router only picks experts
-        setup.freeze_base(model, config.train, {id(p) for adapter in adapters for p in adapter.parameters()})
+        self._meft_methods = methods.chosen(self._meft_config)
+        for method in self._meft_methods:
+            method.prepare(model)
+        own = {id(p) for method in self._meft_methods for p in method.own_parameters()}
+        if all(method.freezes_base for method in self._meft_methods) or self._meft_config.train is not None:
+            setup.freeze_base(model, self._meft_config.train or (), own)
         super()._configure_distributed_model(model)
-        assert all(p.dtype == compute for adapter in adapters for p in adapter.parameters())
 
     def _configure_optimizer(self, client_optimizer: Any, model_parameters: list[Any]) -> None:
         """The pipeline takes the place of the optimizer; the user's own one only holds the hyperparameters."""
@@ -98,7 +90,18 @@ class MeftEngine(DeepSpeedEngine):
         ranks = setup.single_node_ranks(self.seq_data_parallel_group, self.seq_dp_world_size, self.device)
         self._meft_ranks = ranks
         bus = Bus(torch.device(self.device))
-        units, plan = self._build_units(bus)
+        config = self._meft_config
+        run = Run(
+            model=self.module,
+            groups=self.basic_optimizer.param_groups,
+            bus=bus,
+            ranks=ranks,
+            dtype=self._compute_dtype(),
+            moments_dtype=setup.DTYPES[config.moments_dtype],
+            grad_dtype=setup.grad_dtype(config, self._compute_dtype()),
+        )
+        claimed = {p for method in self._meft_methods for p in method.claim(run)}
+        units, plan = setup.build_units(run, self._meft_methods, config, claimed)
         engine = weakref.ref(self)
         pipeline = setup.pipeline(
             units,
@@ -126,7 +129,7 @@ class MeftEngine(DeepSpeedEngine):
         ):  # DeepSpeed 0.18 makes these two in this method
             self.compression_scheduler = self._configure_compression_scheduler()
             self.quantizer = self._configure_quantization()
-        self._meft_stats = Stats(pipeline=pipeline, adapters=self._meft_adapters, plan=plan)
+        self._meft_stats = Stats(pipeline=pipeline, methods=self._meft_methods, plan=plan)
         self._meft_monitor = WindowMonitor(self.monitor, bus)
         schedule = self._meft_config.schedule
         self._meft_trace = (
@@ -135,9 +138,10 @@ class MeftEngine(DeepSpeedEngine):
             else Trace(schedule.trace_file, schedule.trace_windows, rank=self.global_rank)
         )
         call_at_exit(self._at_meft_exit)
-        self._set_balance_scale()
+        self._open_meft_window()
         self.module.meft_stats = lambda: e.meft_stats() if (e := engine()) is not None else {}
-        export.save_adapter_with_model(self.module)
+        if self._meft_config.sparse_adapter is not None:
+            export.save_adapter_with_model(self.module)
         if self.global_rank == 0:
             announce(self._first_line(plan))
 
@@ -229,41 +233,16 @@ class MeftEngine(DeepSpeedEngine):
 
     # -- helpers -----------------------------------------------------------------------------------------------------
 
-    def _build_units(self, bus: Bus) -> tuple[list[Any], setup.Plan]:
-        config, sizes, ranks = self._meft_config, self._meft_sizes, self._meft_ranks
-        adapters, dtype = self._meft_adapters, self._compute_dtype()
-        groups = self.basic_optimizer.param_groups
-        dense = setup.dense_units(self.module, groups, len(adapters), ranks, setup.DTYPES[config.moments_dtype])
-        specs = setup.row_specs(len(adapters), sizes, dtype)
-        row_footprints = setup.rows_plan(len(adapters), sizes, config, dtype, ranks)
-        footprints = [*row_footprints, *(unit.footprint() for unit in dense)]
-        host = setup.preflight(footprints, specs, config, bus, ranks)
-        for unit in dense:
-            unit.allocate()
-        rows = setup.row_units(adapters, sizes, config, dtype, bus, ranks, specs)
-        plan = setup.Plan(
-            host=host,
-            device=sum(f.device for f in footprints),
-            down=sum(f.down for f in footprints),
-            up=sum(f.up for f in footprints),
-            row_parameters=len(adapters) * sizes.rows * 2 * sizes.d,
-            dense_parameters=sum(unit.numel for unit in dense),
-            layers=len(adapters),
-        )
-        return setup.in_layer_order(rows, dense), plan
-
     def _closes_window(self) -> bool:
         return not self.inside_no_sync_ctxt and self.is_gradient_accumulation_boundary()
 
     def _after_meft_step(self, result: StepResult) -> None:
-        for adapter in self._meft_adapters:
-            adapter.end_window()
         # the step has applied what the one before it left under way, and DeepSpeed has not counted its samples yet
         self._meft_monitor.write(self.global_samples)
         self._meft_monitor.note(self._meft_stats.close_window(result.times), result)
         if self._meft_trace is not None:
             self._meft_trace.add(result.times)
-        self._set_balance_scale()
+        self._open_meft_window()
 
     def _at_meft_exit(self) -> None:
         self.optimizer.pipeline.finish_at_exit()
@@ -278,34 +257,29 @@ class MeftEngine(DeepSpeedEngine):
             return
         self._meft_monitor.write(self.global_samples)
 
-    def _set_balance_scale(self) -> None:
-        # the balance loss enters as a gradient, so it needs the factors that the real loss gets on its way
-        for adapter in self._meft_adapters:
-            adapter.aux_scale = self.optimizer.cur_scale / self.gradient_accumulation_steps()
+    def _open_meft_window(self) -> None:
+        for method in self._meft_methods:
+            method.end_window(self.optimizer.cur_scale / self.gradient_accumulation_steps())
 
     def _compute_dtype(self) -> torch.dtype:
         return torch.float16 if self.fp16_enabled() else torch.bfloat16 if self.bfloat16_enabled() else torch.float32
 
     def _about(self) -> dict[str, Any]:
         """What a checkpoint's state belongs to: everything that shapes the function or the state's layout."""
-        sizes: ResolvedSparseAdapter = self._meft_sizes
-        shaping = ("d", "rows", "experts", "experts_per_token", "keys_per_token", "gate", "scope", "optimizer")
-        return {
-            "method": "sparse_adapter",
+        about = {
+            "method": "+".join(method.name for method in self._meft_methods),
             "model": type(self.module).__name__,
-            "layers": len(self._meft_adapters),
             "param_groups": len(self.optimizer.param_groups),
-            **{key: getattr(sizes, key) for key in shaping},
         }
+        for method in self._meft_methods:
+            about |= method.about()
+        return about
 
     def _first_line(self, plan: setup.Plan) -> str:
-        sizes = self._meft_sizes
         gib = 2**30
         return (
-            f"meft-ds {__version__}: sparse_adapter on {plan.layers} layers (r={sizes.rows}, N={sizes.experts}, "
-            f"E={sizes.experts_per_token}, K={sizes.keys_per_token}, {sizes.selection} selection, {sizes.optimizer} "
-            f"AdamW); "
-            f"trains {plan.row_parameters:,} row parameters and {plan.dense_parameters:,} dense ones; "
+            f"meft-ds {__version__}: {' and '.join(method.summary() for method in self._meft_methods)}, and "
+            f"{plan.dense_parameters:,} dense ones train; "
             f"per step at most {plan.down / gib:.3f} GiB down, {plan.up / gib:.3f} GiB up; "
             f"device {plan.device / gib:.3f} GiB at most, host {plan.host / gib:.3f} GiB"
         )
@@ -339,11 +313,6 @@ def _alive(engine: weakref.ref[MeftEngine]) -> MeftEngine:
     found = engine()
     assert found is not None, "the pipeline outlived its engine"
     return found
-
-
-def _initializer_range(model: nn.Module) -> float | None:
-    config = getattr(model, "config", None)
-    return getattr(config, "initializer_range", None)
 
 
 def _latest_tag(load_dir: str) -> str | None:

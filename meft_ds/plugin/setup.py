@@ -22,17 +22,14 @@ from meft_ds.offload.config import ScheduleConfig
 from meft_ds.offload.dense import DenseUnit
 from meft_ds.offload.flat import FlatUnit
 from meft_ds.offload.host_memory import check_host_memory, check_shared_memory, free_host_bytes, free_shared_bytes
-from meft_ds.offload.partition import LaneRanks, Ranks, all_reduce_sum, owned_range
+from meft_ds.offload.layers import layer_of
+from meft_ds.offload.method import Method, Run
+from meft_ds.offload.partition import LaneRanks, Ranks, all_reduce_sum
 from meft_ds.offload.pipeline import Pipeline
 from meft_ds.offload.threads import HostThreads, host_threads
 from meft_ds.offload.threads import enter as enter_threads
 from meft_ds.offload.window import StepSettings
 from meft_ds.offload.wire import Footprint, Unit
-from meft_ds.sparse_adapter.config import ResolvedSparseAdapter
-from meft_ds.sparse_adapter.module import SparseAdapter
-from meft_ds.sparse_adapter.router import init_keys
-from meft_ds.sparse_adapter.store import HostRows, initialise_rows, store_specs
-from meft_ds.sparse_adapter.unit import RowsUnit, rows_footprint
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -45,9 +42,7 @@ class Plan:
     device: int
     down: int
     up: int
-    row_parameters: int
     dense_parameters: int
-    layers: int
 
 
 def single_node_ranks(group: dist.ProcessGroup | None, world: int, device: torch.device) -> Ranks:
@@ -98,56 +93,26 @@ def freeze_base(model: nn.Module, train: Iterable[str], own: set[int]) -> list[s
     return trained
 
 
-def dense_units(
-    model: nn.Module, groups: list[dict[str, list[nn.Parameter]]], layers: int, ranks: Ranks, moments_dtype: torch.dtype
-) -> list[DenseUnit]:
-    """Units for every trainable parameter of the model, one per layer, parameter group and dtype; not yet allocated.
+def dense_units(run: Run, layers: int, elsewhere: set[int]) -> list[DenseUnit]:
+    """Units for every trainable parameter of the model whose id is not in `elsewhere`, one per layer, parameter group
+    and dtype; not yet allocated.
 
     Parameters that no group names (routers, and base tensors the program did not hand to its optimizer) follow group 0.
     """
-    group_of = {id(p): index for index, group in enumerate(groups) for p in group["params"]}
+    group_of = {id(p): index for index, group in enumerate(run.groups) for p in group["params"]}
     sorted_in: dict[tuple[int, int, torch.dtype], list[tuple[str, nn.Parameter]]] = {}
-    last_layer = 0
-    for name, p in model.named_parameters():
-        number = next((int(part) for part in name.split(".") if part.isdigit()), None)
-        last_layer = min(number, layers - 1) if number is not None else last_layer
-        if p.requires_grad:
-            key = (last_layer, group_of.get(id(p), 0), p.dtype)
+    layer = layer_of(run.model, layers)
+    for name, p in run.model.named_parameters():
+        if p.requires_grad and id(p) not in elsewhere:
+            key = (layer[name], group_of.get(id(p), 0), p.dtype)
             sorted_in.setdefault(key, []).append((name, p))
     units = []
-    for (layer, group, dtype), params in sorted(sorted_in.items(), key=lambda item: (item[0][:2], str(item[0][2]))):
-        name = f"layer{layer}.dense.g{group}.{str(dtype).removeprefix('torch.')}"
+    for (at, group, dtype), params in sorted(sorted_in.items(), key=lambda item: (item[0][:2], str(item[0][2]))):
+        name = f"layer{at}.dense.g{group}.{str(dtype).removeprefix('torch.')}"
         units.append(
-            DenseUnit(name=name, layer=layer, params=params, group=group, ranks=ranks, moments_dtype=moments_dtype)
+            DenseUnit(name=name, layer=at, params=params, group=group, ranks=run.ranks, moments_dtype=run.moments_dtype)
         )
     return units
-
-
-def row_specs(layers: int, sizes: ResolvedSparseAdapter, dtype: torch.dtype) -> Specs:
-    """Host tensors of all layers' stores."""
-    specs: Specs = {}
-    for layer in range(layers):
-        specs |= store_specs(f"layer{layer}", sizes.rows, sizes.d, dtype)
-    return specs
-
-
-def rows_plan(
-    layers: int, sizes: ResolvedSparseAdapter, config: MeftConfig, dtype: torch.dtype, ranks: Ranks
-) -> list[Footprint]:
-    """Footprint of every layer's rows, before anything is allocated."""
-    lo, hi = owned_range(sizes.rows, ranks)
-    one = rows_footprint(
-        r=sizes.rows,
-        d=sizes.d,
-        own=hi - lo,
-        capacity=sizes.cache_rows,
-        dtype=dtype,
-        moments_dtype=DTYPES[config.moments_dtype],
-        grad_dtype=grad_dtype(config, dtype),
-        selection=sizes.selection,
-        mode=sizes.optimizer,
-    )
-    return [one] * layers
 
 
 def preflight(footprints: list[Footprint], specs: Specs, config: MeftConfig, bus: Bus, ranks: Ranks) -> int:
@@ -170,41 +135,34 @@ def preflight(footprints: list[Footprint], specs: Specs, config: MeftConfig, bus
     return needed
 
 
-def row_units(
-    adapters: list[SparseAdapter],
-    sizes: ResolvedSparseAdapter,
-    config: MeftConfig,
-    dtype: torch.dtype,
-    bus: Bus,
-    ranks: Ranks,
-    specs: Specs,
-) -> list[RowsUnit]:
-    """Allocate the stores, give every adapter its rows, and return the units that move them."""
-    pinned = {name for name in specs if name.endswith("replica")} if bus.device.type != "cpu" else set()
-    memory = allocate(specs, ranks, pinned=pinned)
-    units = []
-    for layer, adapter in enumerate(adapters):
-        master = memory[f"layer{layer}.master"]
-        replica = memory.get(f"layer{layer}.replica", master)
-        rows = HostRows(master=master, replica=replica, capacity=sizes.cache_rows, bus=bus, selection=sizes.selection)
-        keys = init_keys(sizes.rows, sizes.d, sizes.init_std, sizes.seed, layer)
-        initialise_rows(master, replica, keys, *owned_range(sizes.rows, ranks))
-        rows.is_training = _mode_of(adapter)
-        adapter.rows = rows
-        units.append(
-            RowsUnit(
-                name=f"layer{layer}.rows",
-                layer=layer,
-                rows=rows,
-                group=0,
-                ranks=ranks,
-                mode=sizes.optimizer,
-                moments_dtype=DTYPES[config.moments_dtype],
-                grad_dtype=grad_dtype(config, dtype),
-            )
-        )
-    ranks.barrier()  # every rank wrote its slice before anybody fetches
-    return units
+def build_units(
+    run: Run, methods: list[Method], config: MeftConfig, trained_elsewhere: set[int]
+) -> tuple[list[Unit], Plan]:
+    """All units, shallowest layer first, with everything planned and checked before anything is allocated. Collective.
+
+    Raises:
+        ValueError: when the plan does not fit the memory, or nothing is left to train.
+    """
+    layers = max(method.layers for method in methods)
+    dense = dense_units(run, layers, trained_elsewhere)
+    footprints = [*(f for method in methods for f in method.footprints(run)), *(unit.footprint() for unit in dense)]
+    specs: Specs = {}
+    for method in methods:
+        specs |= method.specs(run)
+    host = preflight(footprints, specs, config, run.bus, run.ranks)
+    for unit in dense:
+        unit.allocate()
+    pinned = {name for name in specs if name.endswith("replica")} if run.bus.device.type != "cpu" else set()
+    memory = allocate(specs, run.ranks, pinned=pinned) if specs else {}
+    units: list[Unit] = [*dense, *(unit for method in methods for unit in method.build(run, memory))]
+    plan = Plan(
+        host=host,
+        device=sum(f.device for f in footprints),
+        down=sum(f.down for f in footprints),
+        up=sum(f.up for f in footprints),
+        dense_parameters=sum(unit.numel for unit in dense),
+    )
+    return sorted(units, key=lambda unit: (unit.layer, unit.name)), plan
 
 
 def pipeline(
@@ -243,18 +201,9 @@ def install_gates(model: nn.Module, pipe: Pipeline) -> None:
     gates.install(model, [unit for unit in pipe.units if isinstance(unit, FlatUnit)], pipe)
 
 
-def in_layer_order(rows: list[RowsUnit], dense: list[DenseUnit]) -> list[Unit]:
-    """All units, shallowest layer first."""
-    return sorted([*dense, *rows], key=lambda unit: (unit.layer, unit.name))
-
-
 def grad_dtype(config: MeftConfig, compute: torch.dtype) -> torch.dtype:
     """Dtype of row gradients on the bus."""
     return compute if config.grad_dtype == "auto" else torch.float32
-
-
-def _mode_of(adapter: SparseAdapter):  # type: ignore[no-untyped-def]
-    return lambda: adapter.training
 
 
 def _boot_id() -> str:

@@ -8,21 +8,18 @@ from typing import Any
 
 from meft_ds.offload.bus import training_bytes
 from meft_ds.offload.dense import DenseUnit
+from meft_ds.offload.method import Method
 from meft_ds.offload.pipeline import Pipeline
 from meft_ds.offload.timeline import WindowTimes
 from meft_ds.plugin.setup import Plan
-from meft_ds.sparse_adapter.module import SparseAdapter
-from meft_ds.sparse_adapter.unit import RowsUnit
 
 
 class Stats:
     """Keeps the counters of the last closed window."""
 
-    def __init__(self, *, pipeline: Pipeline, adapters: list[SparseAdapter], plan: Plan) -> None:
-        self._pipeline, self._adapters, self._plan = pipeline, adapters, plan
-        units = pipeline.units
-        self._rows = [unit.rows for unit in units if isinstance(unit, RowsUnit)]
-        self._dense = [unit for unit in units if isinstance(unit, DenseUnit)]
+    def __init__(self, *, pipeline: Pipeline, methods: list[Method], plan: Plan) -> None:
+        self._pipeline, self._methods, self._plan = pipeline, methods, plan
+        self._dense = [unit for unit in pipeline.units if isinstance(unit, DenseUnit)]
         self._closed: int | None = None
         self._times: WindowTimes | None = None
         self._steps = 0
@@ -39,23 +36,17 @@ class Stats:
         self._pipeline.flush()  # the window's last bytes go up only then
         counts = {} if self._closed is None else self._pipeline.bus.counts_of(self._closed)
         down, up = training_bytes(counts)
-        routers = sum(p.numel() * p.element_size() for a in self._adapters for p in a.parameters())
+        of_methods = {method.name: method.stats() for method in self._methods}
+        on_device = sum(stats.pop("device_bytes") for stats in of_methods.values())
         return {
             "steps": self._steps,
             "bytes_down_per_step": down,
             "bytes_up_per_step": up,
             "bytes": counts,
-            "device_bytes": sum(rows.device_bytes() for rows in self._rows)
-            + routers
-            + sum(unit.footprint().device for unit in self._dense),
+            "device_bytes": on_device + sum(unit.footprint().device for unit in self._dense),
             "host_bytes": self._plan.host,
-            "rows_total": sum(rows.r for rows in self._rows),
-            "active_rows": [rows.window_rows for rows in self._rows],
-            "expert_load": [
-                None if load is None else load.tolist() for load in (r.last_expert_load for r in self._rows)
-            ],
-            "dead_rows": sum(rows.dead_rows() for rows in self._rows),
-            "spills": sum(rows.spills for rows in self._rows),
+            **of_methods.pop("sparse_adapter", {}),  # at the top level since before there were other methods
+            **of_methods,
             **self._schedule(),
         }
 

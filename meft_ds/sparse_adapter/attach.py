@@ -11,9 +11,9 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
+from meft_ds.offload.checkpointing import feed_checkpoints
 from meft_ds.sparse_adapter.config import ResolvedSparseAdapter
 from meft_ds.sparse_adapter.discover import Site, find_ffns
 from meft_ds.sparse_adapter.module import SparseAdapter
@@ -75,9 +75,9 @@ def place(model: nn.Module, sites: Sequence[Site], adapters: Sequence[SparseAdap
             handles.append(_child(site.module, "fc2").register_forward_hook(beside.after))
         else:
             handles.append(site.module.register_forward_hook(_Beside(mask), with_kwargs=True))
-    embeddings = _input_embeddings(model)
-    if embeddings is not None:
-        handles.append(embeddings.register_forward_hook(_FeedCheckpoints(model)))
+    feeder = feed_checkpoints(model)
+    if feeder is not None:
+        handles.append(feeder)
     setattr(model, _STATE_NAME, (handles, [site.module for site in sites]))
 
 
@@ -185,31 +185,7 @@ class _BesidePair:
         return output + self.adapter(x, self.mask.of(x))
 
 
-class _FeedCheckpoints:
-    """Reentrant checkpointing cuts the graph when no input requires grad, as under a frozen embedding."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
-
-    def __call__(self, embeddings: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if not (isinstance(output, Tensor) and self.model.training and torch.is_grad_enabled()):
-            return
-        if not output.requires_grad and any(getattr(m, "gradient_checkpointing", False) for m in self.model.modules()):
-            output.requires_grad_(True)
-
-
 def _child(module: nn.Module, name: str) -> nn.Module:
     child = getattr(module, name)
     assert isinstance(child, nn.Module)
     return child
-
-
-def _input_embeddings(model: nn.Module) -> nn.Module | None:
-    getter = getattr(model, "get_input_embeddings", None)
-    if getter is None:
-        return None
-    try:
-        found = getter()
-    except NotImplementedError:
-        return None
-    return found if isinstance(found, nn.Module) else None

@@ -4,11 +4,13 @@
 from __future__ import annotations
 
 import math
-import re
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+from meft_ds.fields import not_negative, patterns, positive, positive_int, positive_int_or_auto
+from meft_ds.fields import seed as check_seed
 
 __all__ = ["PAPER_ROUTER_SCALE", "ResolvedSparseAdapter", "SparseAdapterConfig"]
 
@@ -16,57 +18,8 @@ PAPER_ROUTER_SCALE = 50.0
 """What the authors of MEFT multiply the mean key of an expert by (their training code)."""
 
 
-def _positive_int(value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"expected a whole number of at least 1, got {value!r}")
-    return value
-
-
-def _positive_int_or_auto(value: Any) -> int | str:
-    if value == "auto":
-        return "auto"
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f'expected a whole number of at least 1 or "auto", got {value!r}')
-    return value
-
-
-def _seed(value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**31:
-        raise ValueError(f"expected a whole number from 0 to 2**31 - 1, got {value!r}")
-    return value
-
-
-def _not_negative(value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value < 0:
-        raise ValueError(f"expected a finite number of at least 0, got {value!r}")
-    return float(value)
-
-
-def _positive(value: Any, words: tuple[str, ...]) -> float | str:
-    if isinstance(value, str) and value in words:
-        return value
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value <= 0:
-        named = " or ".join(f'"{word}"' for word in words)
-        raise ValueError(f"expected a finite number above 0 or {named}, got {value!r}")
-    return float(value)
-
-
-def _patterns(value: Any) -> tuple[str, ...] | None:
-    if value is None:
-        return None
-    listed = [value] if isinstance(value, str) else value
-    if not isinstance(listed, list | tuple) or not listed or not all(isinstance(p, str) and p for p in listed):
-        raise ValueError(f"expected null, a regular expression or a list of them, got {value!r}")
-    for pattern in listed:
-        try:
-            re.compile(pattern)
-        except re.error as fault:
-            raise ValueError(f"{pattern!r} is not a regular expression: {fault}") from None
-    return tuple(listed)
-
-
 _Auto = Literal["auto"]
-_IntOrAuto = Annotated[int | _Auto, BeforeValidator(_positive_int_or_auto)]
+_IntOrAuto = Annotated[int | _Auto, BeforeValidator(positive_int_or_auto)]
 
 
 class SparseAdapterConfig(BaseModel):
@@ -86,10 +39,10 @@ class SparseAdapterConfig(BaseModel):
         description="N, experts per layer; each owns a contiguous slice of r/N rows (sizes differ by at most one). "
         "auto = round(4 sqrt(r)), the paper's rule, at least experts_per_token and at most rows.",
     )
-    experts_per_token: Annotated[int, BeforeValidator(_positive_int)] = Field(
+    experts_per_token: Annotated[int, BeforeValidator(positive_int)] = Field(
         8, description="E, experts whose keys a token looks at. Default from the paper."
     )
-    keys_per_token: Annotated[int, BeforeValidator(_positive_int)] = Field(
+    keys_per_token: Annotated[int, BeforeValidator(positive_int)] = Field(
         64, description="K, most rows that a token uses. Default from the paper."
     )
     gate: bool = Field(
@@ -123,27 +76,27 @@ class SparseAdapterConfig(BaseModel):
         description="Most rows per layer held on the device at once (rows of 2 d values). auto = min(r, 4096). A "
         "micro-batch that needs more is computed in several passes; nothing is dropped.",
     )
-    balance_loss: Annotated[float, BeforeValidator(_not_negative)] = Field(
+    balance_loss: Annotated[float, BeforeValidator(not_negative)] = Field(
         0.0,
         description="Weight of a Switch-style load-balance loss on the router (arXiv 2101.03961, eq. 4), added to the "
         "gradient only. Default 0 as in the MEFT paper.",
     )
     router_scale: Annotated[
-        float | Literal["unit", "paper"], BeforeValidator(lambda v: _positive(v, ("unit", "paper")))
+        float | Literal["unit", "paper"], BeforeValidator(lambda v: positive(v, ("unit", "paper")))
     ] = Field(
         "unit",
         description='Factor on the router\'s first value (mean key of the expert). "unit": selected gates start at '
         'order 1 (see router.unit_router_scale). "paper": 50, gates near 31 at d = 4,096, overflows fp16 easily.',
     )
-    init_std: Annotated[float | _Auto, BeforeValidator(lambda v: _positive(v, ("auto",)))] = Field(
+    init_std: Annotated[float | _Auto, BeforeValidator(lambda v: positive(v, ("auto",)))] = Field(
         "auto",
         description="Standard deviation of new keys (values start at 0). auto = the model's initializer_range or 0.02.",
     )
-    target_modules: Annotated[tuple[str, ...] | None, BeforeValidator(_patterns)] = Field(
+    target_modules: Annotated[tuple[str, ...] | None, BeforeValidator(patterns)] = Field(
         None,
         description="Regular expression(s) for whole module names that get an adapter. null = find the FFNs.",
     )
-    seed: Annotated[int, BeforeValidator(_seed)] = Field(
+    seed: Annotated[int, BeforeValidator(check_seed)] = Field(
         0, description="Seed of keys and router; independent of the global random state."
     )
 

@@ -94,7 +94,12 @@ class Projector:
     def with_values(self, values: Tensor) -> Projector:
         """The same positions with values fp32 [m, k], scaled so that columns have length 1 (empty ones stay 0)."""
         value = normalised(values, self.positions, self.dim).half()
-        return Projector(self.row_index, value.contiguous(), self.dim, self._slots())
+        # what fp16 cannot hold stays present: a zero would hide an infinite gradient from the overflow check
+        return self.holding(torch.where(value == 0, torch.full_like(value, 2.0**-24), value).contiguous())
+
+    def holding(self, value: Tensor) -> Projector:
+        """The same positions with these values, float16 [m, k]."""
+        return Projector(self.row_index, value, self.dim, self._slots())
 
     def gram(self) -> Tensor:
         """P^T P, float64 [d, d]."""

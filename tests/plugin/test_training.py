@@ -41,7 +41,7 @@ def test_fifty_steps_of_dense_mode_equal_torch_adamw_on_the_dense_module(selecti
     got = train(engine, 50, distinct=4)
     assert expected[-1] < expected[0]
     torch.testing.assert_close(torch.tensor(got), torch.tensor(expected), atol=1e-5, rtol=1e-5)
-    for adapter, oracle in zip(engine._meft_adapters, oracles, strict=True):
+    for adapter, oracle in zip(engine._meft_methods[0].adapters, oracles, strict=True):
         reference = torch.cat([oracle.keys, oracle.values], dim=1)
         torch.testing.assert_close(adapter.rows.master, reference.detach(), atol=1e-5, rtol=1e-4)
         torch.testing.assert_close(adapter.router.weight, oracle.router, atol=1e-5, rtol=1e-4)

@@ -1,0 +1,144 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The sparse adapter in an engine: adapters into the model, stores into shared memory, one unit per layer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from meft_ds.offload.arena import Specs
+from meft_ds.offload.method import Method, Run
+from meft_ds.offload.partition import owned_range
+from meft_ds.offload.wire import Footprint, Unit
+from meft_ds.sparse_adapter.attach import attach, find_ffns
+from meft_ds.sparse_adapter.config import ResolvedSparseAdapter, SparseAdapterConfig
+from meft_ds.sparse_adapter.module import SparseAdapter
+from meft_ds.sparse_adapter.router import init_keys
+from meft_ds.sparse_adapter.store import HostRows, initialise_rows, store_specs
+from meft_ds.sparse_adapter.unit import RowsUnit, rows_footprint
+
+_SHAPING = ("d", "rows", "experts", "experts_per_token", "keys_per_token", "gate", "scope", "optimizer")
+
+
+class SparseAdapterMethod(Method):
+    """See `Method`.
+
+    Attributes:
+        adapters: in layer order, after `prepare`.
+        sizes: the settings as numbers, after `prepare`.
+    """
+
+    name = "sparse_adapter"
+    freezes_base = True
+
+    def __init__(self, config: SparseAdapterConfig) -> None:
+        self._config = config
+        self.adapters: list[SparseAdapter] = []
+        self.sizes: ResolvedSparseAdapter
+        self._rows: list[HostRows] = []
+
+    def prepare(self, model: nn.Module) -> None:
+        sites = find_ffns(model, self._config.target_modules)
+        self.sizes = self._config.resolve(sites[0].d, _initializer_range(model))
+        self.adapters = attach(model, self.sizes, sites)
+        for adapter in self.adapters:
+            adapter.router.requires_grad_(self.sizes.gate)  # without the gate the router only picks experts
+
+    @property
+    def layers(self) -> int:
+        return len(self.adapters)
+
+    def own_parameters(self) -> list[nn.Parameter]:
+        return [p for adapter in self.adapters for p in adapter.parameters()]
+
+    def footprints(self, run: Run) -> list[Footprint]:
+        assert all(p.dtype == run.dtype for p in self.own_parameters())
+        sizes = self.sizes
+        lo, hi = owned_range(sizes.rows, run.ranks)
+        one = rows_footprint(
+            r=sizes.rows,
+            d=sizes.d,
+            own=hi - lo,
+            capacity=sizes.cache_rows,
+            dtype=run.dtype,
+            moments_dtype=run.moments_dtype,
+            grad_dtype=run.grad_dtype,
+            selection=sizes.selection,
+            mode=sizes.optimizer,
+        )
+        return [one] * self.layers
+
+    def specs(self, run: Run) -> Specs:
+        specs: Specs = {}
+        for layer in range(self.layers):
+            specs |= store_specs(f"layer{layer}", self.sizes.rows, self.sizes.d, run.dtype)
+        return specs
+
+    def build(self, run: Run, memory: Mapping[str, Tensor]) -> list[Unit]:
+        sizes, units = self.sizes, []
+        for layer, adapter in enumerate(self.adapters):
+            master = memory[f"layer{layer}.master"]
+            replica = memory.get(f"layer{layer}.replica", master)
+            rows = HostRows(
+                master=master, replica=replica, capacity=sizes.cache_rows, bus=run.bus, selection=sizes.selection
+            )
+            keys = init_keys(sizes.rows, sizes.d, sizes.init_std, sizes.seed, layer)
+            initialise_rows(master, replica, keys, *owned_range(sizes.rows, run.ranks))
+            rows.is_training = _mode_of(adapter)
+            adapter.rows = rows
+            self._rows.append(rows)
+            units.append(
+                RowsUnit(
+                    name=f"layer{layer}.rows",
+                    layer=layer,
+                    rows=rows,
+                    group=0,
+                    ranks=run.ranks,
+                    mode=sizes.optimizer,
+                    moments_dtype=run.moments_dtype,
+                    grad_dtype=run.grad_dtype,
+                )
+            )
+        run.ranks.barrier()  # every rank wrote its slice before anybody fetches
+        return list(units)
+
+    def end_window(self, loss_factor: float) -> None:
+        for adapter in self.adapters:
+            adapter.end_window()
+            # the balance loss enters as a gradient, so it needs the factors that the real loss gets on its way
+            adapter.aux_scale = loss_factor
+
+    def about(self) -> dict[str, Any]:
+        return {"method": self.name, "layers": self.layers, **{key: getattr(self.sizes, key) for key in _SHAPING}}
+
+    def summary(self) -> str:
+        sizes = self.sizes
+        return (
+            f"sparse_adapter on {self.layers} layers (r={sizes.rows}, N={sizes.experts}, E={sizes.experts_per_token}, "
+            f"K={sizes.keys_per_token}, {sizes.selection} selection, {sizes.optimizer} AdamW), "
+            f"{self.layers * sizes.rows * 2 * sizes.d:,} row parameters"
+        )
+
+    def stats(self) -> dict[str, Any]:
+        rows = self._rows
+        routers = sum(p.numel() * p.element_size() for p in self.own_parameters())
+        loads = [r.last_expert_load for r in rows]
+        return {
+            "device_bytes": sum(r.device_bytes() for r in rows) + routers,
+            "rows_total": sum(r.r for r in rows),
+            "active_rows": [r.window_rows for r in rows],
+            "expert_load": [None if load is None else load.tolist() for load in loads],
+            "dead_rows": sum(r.dead_rows() for r in rows),
+            "spills": sum(r.spills for r in rows),
+        }
+
+
+def _mode_of(adapter: SparseAdapter) -> Callable[[], bool]:
+    return lambda: adapter.training
+
+
+def _initializer_range(model: nn.Module) -> float | None:
+    value = getattr(getattr(model, "config", None), "initializer_range", None)
+    return float(value) if isinstance(value, int | float) else None

@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The ``subspace`` settings of the ``meft_offload`` block."""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+from meft_ds.fields import not_negative, patterns, positive, positive_int, seed, whole
+
+
+def _dim(value: Any) -> int | float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0 or not math.isfinite(value):
+        raise ValueError(f"expected a whole number of at least 1, or a fraction below 1, got {value!r}")
+    if isinstance(value, float) and value >= 1:
+        raise ValueError(f"expected a fraction below 1 or a whole number without a decimal point, got {value!r}")
+    return value
+
+
+class SubspaceConfig(BaseModel):
+    """Settings of learned subspace projectors (LSP-Offload, arXiv 2406.10181). Letters: W is m x n, S is d x d."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    dim: Annotated[int | float, BeforeValidator(_dim)] = Field(
+        0.5,
+        description="d, the side of the compressed gradient: a whole number, or a fraction of a matrix's smaller side. "
+        "Matrices that d would not make smaller train uncompressed. Default: half (the paper's 2,048 of 4,096).",
+    )
+    nonzeros: Annotated[int, BeforeValidator(positive_int)] = Field(
+        4, description="k, nonzeros in each row of a projector. The paper: 4 to 16."
+    )
+    gradient_side: Literal["activation", "weight"] = Field(
+        "activation",
+        description='Where S comes from. "activation": from sketches of the layer\'s input and output gradient; no '
+        'm x n gradient is ever computed. "weight": from the gradient that autograd computed. Same S up to rounding.',
+    )
+    projectors: Literal["learned", "random"] = Field(
+        "learned",
+        description="learned: fitted to gradients, as in the paper. random: only drawn (and drawn anew every "
+        "refit_interval steps).",
+    )
+    refit_interval: Annotated[int, BeforeValidator(whole)] = Field(
+        500,
+        description="Optimizer steps between checks of the projectors; 0 = only the first fit. The paper: 100 to "
+        "1,000.",
+    )
+    refit_threshold: Annotated[float, BeforeValidator(not_negative)] = Field(
+        0.3,
+        description="A check keeps projectors whose relative bias on fresh gradients is at most this. The paper: 0.3.",
+    )
+    fit_steps: Annotated[int, BeforeValidator(whole)] = Field(
+        50, description="Most Adam steps of one matrix's fit. The paper: up to 100."
+    )
+    fit_lr: Annotated[float, BeforeValidator(positive)] = Field(
+        0.5,
+        description="Learning rate of the fit, relative to the RMS of the values. Default measured (docs/subspace.md).",
+    )
+    fit_seconds: Annotated[float, BeforeValidator(not_negative)] = Field(
+        600.0,
+        description="Most seconds that one check of all matrices may spend on fitting; those left then keep what they "
+        "have. A fit cut short depends on the clock and is warned of.",
+    )
+    scale: Annotated[float | Literal["adam"], BeforeValidator(lambda v: positive(v, ("adam",)))] = Field(
+        "adam",
+        description='Factor on every update. "adam": sqrt(m n) / d, so that a step moves W by about as much as AdamW '
+        "with the same learning rate would.",
+    )
+    rounding: Literal["stochastic", "residual"] = Field(
+        "stochastic",
+        description="How updates reach bf16 and fp16 weights. stochastic: rounded up or down at random, right on "
+        "average. residual: to nearest, with what is lost kept in fp32 on the device (4 bytes per parameter).",
+    )
+    state_device: Literal["auto", "cpu", "accelerator"] = Field(
+        "auto",
+        description="Where the moments of S live. auto = on the accelerator when they take at most a twentieth of its "
+        "memory, else on the host.",
+    )
+    target_modules: Annotated[tuple[str, ...] | None, BeforeValidator(patterns)] = Field(
+        None,
+        description="Regular expression(s) for whole names of the modules to compress. null = all linear layers and "
+        "expert tensors except embeddings, the output head, tied weights and matrices too small to gain.",
+    )
+    seed: Annotated[int, BeforeValidator(seed)] = Field(
+        0, description="Seed of positions, signs and rounding; independent of the global random state."
+    )
+
+    def dim_of(self, m: int, n: int) -> int:
+        """d for an m x n matrix; 0 when compressing it would not pay."""
+        d = self.dim if isinstance(self.dim, int) else round(self.dim * min(m, n))
+        return d if self.nonzeros <= d < min(m, n) else 0

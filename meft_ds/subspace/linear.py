@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Linear layers whose weight gradient nobody computes: their input and output gradient go to the unit instead.
+
+The layer's product is autograd's own with the weight detached, so inputs, biases, autocast and gradient checkpointing
+are as before; an identity on its output hands (X, dY) over when backward comes by.
+"""
+
+from __future__ import annotations
+
+import copy
+import weakref
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class Receiver(Protocol):
+    """Who gets the activations of a backward."""
+
+    def tapped(self, index: int, x: Tensor, dy: Tensor) -> None:
+        """Weight `index` was used on x [..., in], and dy [..., out] is the gradient of the output."""
+
+
+def tap(module: nn.Module, receiver: Receiver, index: int) -> None:
+    """Make an nn.Linear or Conv1D hand its activations to `receiver`, which is held weakly."""
+    module.forward = Tapped(module, weakref.ref(receiver), index)  # type: ignore[assignment]
+
+
+def untap(module: nn.Module) -> None:
+    """Undo `tap`."""
+    if isinstance(module.__dict__.get("forward"), Tapped):
+        del module.forward
+
+
+class Tapped:
+    """A module's forward. Copies of the module (deepcopy, pickle) get one that hands nothing over."""
+
+    def __init__(self, module: nn.Module, find: Any = None, index: int = 0) -> None:
+        self.module, self.find, self.index = module, find, index
+
+    def __call__(self, x: Tensor) -> Tensor:
+        module = self.module
+        receiver = None if self.find is None else self.find()
+        weight = module.weight
+        assert isinstance(weight, Tensor)
+        if receiver is None or not (torch.is_grad_enabled() and weight.requires_grad):
+            return type(module).forward(module, x)  # type: ignore[call-arg]
+        if isinstance(module, nn.Linear):
+            return _Tap.apply(F.linear(x, weight.detach(), module.bias), x, weight, receiver, self.index)
+        bias = module.bias
+        assert isinstance(bias, Tensor)
+        flat = torch.addmm(bias, x.reshape(-1, x.shape[-1]), weight.detach())
+        tapped = _Tap.apply(flat, x, weight, receiver, self.index)
+        return tapped.view(*x.shape[:-1], weight.shape[1])
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tapped:
+        return Tapped(copy.deepcopy(self.module, memo))
+
+    def __reduce__(self) -> Any:
+        return Tapped, (self.module,)
+
+
+class _Tap(torch.autograd.Function):
+    """Identity on y. `weight` is an input so that the output needs a gradient whenever the weight trains."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, x: Tensor, weight: Tensor, receiver: Receiver, index: int) -> Tensor:
+        ctx.mark_dirty(y)  # the same tensor, not a view of it: what follows may change it in place
+        ctx.save_for_backward(x)
+        ctx.receiver, ctx.index = receiver, index
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> Any:  # type: ignore[override]
+        (x,) = ctx.saved_tensors
+        with torch.no_grad():
+            ctx.receiver.tapped(ctx.index, x, dy)
+        return dy, None, None, None, None

@@ -1,0 +1,164 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Learned subspace projectors in an engine: which matrices, their first projectors, and one unit per layer."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from meft_ds.offload.checkpointing import feed_checkpoints
+from meft_ds.offload.layers import count_layers, layer_of
+from meft_ds.offload.method import Method, Run
+from meft_ds.offload.wire import Footprint, Unit
+from meft_ds.subspace.config import SubspaceConfig
+from meft_ds.subspace.discover import Site, find_matrices
+from meft_ds.subspace.refit import Refit, first_draw
+from meft_ds.subspace.unit import Matrix, Side, SubspaceUnit
+
+_logger = logging.getLogger("meft_ds")
+_ON_DEVICE = 0.05  # share of the accelerator's memory that moments may take by themselves
+
+
+class SubspaceMethod(Method):
+    """See `Method`."""
+
+    name = "subspace"
+    freezes_base = False
+
+    def __init__(self, config: SubspaceConfig) -> None:
+        self._config = config
+        self._layers = 1
+        self._units: list[SubspaceUnit] = []
+        self._refit: Refit
+
+    def prepare(self, model: nn.Module) -> None:
+        find_matrices(model, self._config)
+        self._layers = count_layers(model)
+        feed_checkpoints(model)
+
+    @property
+    def layers(self) -> int:
+        return self._layers
+
+    def claim(self, run: Run) -> set[int]:
+        sites, excluded = find_matrices(run.model, self._config)
+        if excluded and run.ranks.rank == 0:
+            more = f" and {len(excluded) - 8} more" if len(excluded) > 8 else ""
+            _logger.info("meft-ds: subspace leaves uncompressed: %s%s", "; ".join(excluded[:8]), more)
+        self._refit = Refit(self._config, run.ranks)
+        self._units = self._make_units(run, sites)
+        return {id(site.weight) for site in sites}
+
+    def footprints(self, run: Run) -> list[Footprint]:
+        return [unit.footprint() for unit in self._units]
+
+    def build(self, run: Run, memory: Mapping[str, Tensor]) -> list[Unit]:
+        for unit in self._units:
+            unit.allocate()
+        return list(self._units)
+
+    def about(self) -> dict[str, Any]:
+        shaping = ("dim", "nonzeros", "projectors", "rounding", "seed")
+        return {
+            "subspace.matrices": sum(len(unit.matrices) for unit in self._units),
+            **{f"subspace.{key}": getattr(self._config, key) for key in shaping},
+        }
+
+    def summary(self) -> str:
+        matrices = [m for unit in self._units for m in unit.matrices]
+        whole = sum(m.left.projector.m * m.right.projector.m for m in matrices)
+        where = "accelerator" if self._units[0].on_device else "host"
+        return (
+            f"subspace on {len(matrices)} matrices (d={self._config.dim}, k={self._config.nonzeros}, "
+            f"{self._config.projectors} projectors, moments on the {where}), {whole:,} parameters through "
+            f"{sum(m.numel for m in matrices):,} compressed values"
+        )
+
+    def stats(self) -> dict[str, Any]:
+        matrices = [m for unit in self._units for m in unit.matrices]
+        held_out = [m.bias["held_out"] for m in matrices if "held_out" in m.bias]
+        finite = [b for b in held_out if math.isfinite(b)]
+        return {
+            "device_bytes": sum(unit.footprint().device for unit in self._units),
+            "bias": {m.name: m.bias for m in matrices},
+            "held_out_bias_mean": sum(finite) / len(finite) if finite else None,
+            "held_out_bias_max": max(finite, default=None),
+            "checks": self._refit.checks,
+            "check_s": self._refit.seconds,
+        }
+
+    # -- units ---------------------------------------------------------------------------------------------------------
+
+    def _make_units(self, run: Run, sites: list[Site]) -> list[SubspaceUnit]:
+        config = self._config
+        layer = layer_of(run.model, self._layers)
+        group_of = {id(p): index for index, group in enumerate(run.groups) for p in group["params"]}
+        sorted_in: dict[tuple[int, int, torch.dtype], list[Site]] = {}
+        for site in sites:
+            key = (layer[site.name], group_of.get(id(site.weight), 0), site.weight.dtype)
+            sorted_in.setdefault(key, []).append(site)
+        values = sum(site.d**2 * (site.weight.shape[0] if site.weight.dim() == 3 else 1) for site in sites)
+        on_device = self._on_device(run.bus.device, values * 2 * run.moments_dtype.itemsize // run.ranks.world)
+        units = []
+        for (at, group, dtype), found in sorted(sorted_in.items(), key=lambda item: (item[0][:2], str(item[0][2]))):
+            matrices = self._matrices(found)
+            units.append(
+                SubspaceUnit(
+                    name=f"layer{at}.subspace.g{group}.{str(dtype).removeprefix('torch.')}",
+                    layer=at,
+                    params=[(site.name, site.weight) for site in found],
+                    matrices=matrices,
+                    modules=[site.module if site.tapped else None for site in found],
+                    group=group,
+                    ranks=run.ranks,
+                    wire_dtype=run.grad_dtype,
+                    moments_dtype=run.moments_dtype,
+                    on_device=on_device,
+                    scale=config.scale,
+                    residual=config.rounding == "residual",
+                    seed=config.seed,
+                    calibrator=self._refit,
+                )
+            )
+        return units
+
+    def _matrices(self, sites: list[Site]) -> list[Matrix]:
+        sides: dict[str, Side] = {}
+
+        def side(name: str, m: int, site: Site) -> Side:
+            if name not in sides:
+                sides[name] = Side(name, first_draw(self._config, name, m, site.d, 0, site.weight.device))
+            sides[name].users += 1
+            return sides[name]
+
+        matrices: list[Matrix] = []
+        offset = 0
+        for index, site in enumerate(sites):
+            m, n = site.weight.shape[-2:]
+            for expert in range(site.weight.shape[0]) if site.weight.dim() == 3 else (None,):
+                name = site.name if expert is None else f"{site.name}.{expert}"
+                shares = site.shares if expert is None else name
+                matrices.append(
+                    Matrix(
+                        name=name,
+                        param=index,
+                        left=side(f"{name}.left", m, site),
+                        right=side(f"{shares}.right", n, site),
+                        offset=offset,
+                        input_first=site.input_first,
+                        expert=expert,
+                    )
+                )
+                offset += matrices[-1].numel
+        return matrices
+
+    def _on_device(self, device: torch.device, nbytes: int) -> bool:
+        if self._config.state_device != "auto" or device.type == "cpu":
+            return self._config.state_device == "accelerator"
+        total = torch.get_device_module(device).get_device_properties(device).total_memory
+        return bool(nbytes <= _ON_DEVICE * total)

@@ -1,0 +1,201 @@
+# SPDX-License-Identifier: Apache-2.0
+"""When projectors change: a check every `refit_interval` updates, in the first backward of a window.
+
+A checked unit keeps what its gradients are made of until its layer is done, then takes one matrix
+after another: build the gradient, sum it over ranks, measure the bias, decide, and compute S from it. Only one matrix's
+gradient is dense at a time (with `gradient_side: "weight"`, those that autograd made of one layer). The first half of
+the tokens is what a fit sees, the other half is held out; a new pair is taken only if it does better there.
+
+Collectives run in an order that is the same on every rank even if a rank's backward does not reach some modules (an
+expert without tokens): units from the deepest up, matrices as in the model, zeros for what a rank has not seen.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from meft_ds.offload.partition import Ranks
+from meft_ds.subspace.config import SubspaceConfig
+from meft_ds.subspace.fit import bias_of, fit
+from meft_ds.subspace.projector import Projector, compress, seed_of
+from meft_ds.subspace.unit import Matrix, Side, SubspaceUnit
+
+_logger = logging.getLogger("meft_ds")
+
+
+def first_draw(config: SubspaceConfig, name: str, m: int, d: int, step: int, device: torch.device) -> Projector:
+    """The projector that side `name` starts from in the window after `step` updates; a function of its arguments."""
+    return Projector.draw(m, d, config.nonzeros, seed_of(config.seed, name, step), device)
+
+
+class Refit:
+    """The calibrator of one engine's units (see `Calibrator`).
+
+    Attributes:
+        checks: checks so far.
+        seconds: spent in them.
+    """
+
+    def __init__(self, config: SubspaceConfig, ranks: Ranks) -> None:
+        self._config, self._ranks = config, ranks
+        self._open: list[SubspaceUnit] = []  # of this window, in the order they are taken in
+        self._complete: set[int] = set()
+        self._step = 0
+        self._settled: set[int] = set()  # sides that this check has decided on
+        self._spent, self._gave_up, self._overflow = 0.0, False, False
+        self.checks, self.seconds = 0, 0.0
+
+    # -- order ---------------------------------------------------------------------------------------------------------
+
+    def due(self, step: int) -> bool:
+        interval = self._config.refit_interval
+        if step == 0:
+            return self._config.projectors == "learned"
+        return interval > 0 and step % interval == 0
+
+    def begin(self, unit: SubspaceUnit) -> None:
+        if not self._open or self._step != unit.step:
+            self._open, self._step = [], unit.step
+            self._complete.clear()
+            self._settled.clear()
+            self._spent, self._gave_up, self._overflow = 0.0, False, False
+            self.checks += 1
+        self._open.append(unit)
+        self._open.sort(key=lambda u: (-u.layer, u.name))
+
+    def arriving(self, unit: SubspaceUnit) -> None:
+        while self._open and self._open[0].layer > unit.layer:
+            self._take(self._open[0])
+
+    def received(self, unit: SubspaceUnit) -> None:
+        self._complete.add(id(unit))
+        while self._open and id(self._open[0]) in self._complete:
+            self._take(self._open[0])
+
+    def force(self, unit: SubspaceUnit) -> None:
+        while unit in self._open:
+            self._take(self._open[0])
+
+    def _take(self, unit: SubspaceUnit) -> None:
+        self._open.remove(unit)
+        start = time.monotonic()
+        for matrix in unit.matrices:
+            self._calibrate(unit, matrix)
+        if self._ranks.world > 1:
+            self._compare(unit)
+        self._spent += time.monotonic() - start
+        self.seconds += time.monotonic() - start
+        unit.calibrated(complete=id(unit) in self._complete)
+
+    # -- one matrix ----------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def _calibrate(self, unit: SubspaceUnit, matrix: Matrix) -> None:
+        fitted, held = unit.gradients(matrix)
+        self._sum(fitted)
+        if held is not None:
+            self._sum(held)
+        verdict = self._decide(matrix, fitted, held) if self._ranks.rank == 0 else None
+        self._share(matrix, verdict)
+        if self._ranks.rank == 0:
+            # of the summed gradient, so only once: ranks sum S later
+            whole = fitted if held is None else fitted.add_(held)
+            unit.add(matrix, compress(whole, matrix.left.projector, matrix.right.projector))
+
+    def _decide(self, matrix: Matrix, g: Tensor, held: Tensor | None) -> tuple[bool, bool]:
+        """Let the matrix have new projectors or keep them; returns which sides (left, right) changed."""
+        config, fresh = self._config, g if held is None else held
+        left, right = matrix.left, matrix.right
+        before = bias_of(fresh, left.projector, right.projector)
+        if not math.isfinite(before):
+            self._overflow = True  # the step will be skipped, and the check comes again
+        followed = left.before is not None or right.before is not None  # the side it shares has just changed
+        matrix.bias = {"step": self._step, "before": before, "held_out": before}
+        if self._overflow or (matrix.fitted and not followed and before <= config.refit_threshold):
+            return False, False
+        free = id(right) not in self._settled  # a right side that a sibling has settled stays, and P is fitted to it
+        deadline = time.monotonic() + config.fit_seconds - self._spent
+        if config.projectors == "learned" and config.fit_seconds <= self._spent:
+            self._warn_of_time(matrix)
+            return False, False
+        p, q = self._redrawn(left), self._redrawn(right) if free else right.projector
+        if config.projectors == "learned":
+            found = fit(g, p, q, steps=config.fit_steps, lr=config.fit_lr, fix_q=not free, deadline=deadline)
+            if found.timed_out:
+                self._warn_of_time(matrix)
+            after = bias_of(fresh, found.p, found.q)
+            matrix.bias |= {"fit": found.bias, "held_out": min(after, before)}
+            if not after < before:
+                self._settled.add(id(right))
+                return False, False
+            p, q = found.p, found.q
+        else:
+            matrix.bias["held_out"] = bias_of(fresh, p, q)
+        _switch(left, p)
+        if free:
+            _switch(right, q)
+        self._settled.add(id(right))
+        return True, free
+
+    def _redrawn(self, side: Side) -> Projector:
+        if self._step == 0:
+            return side.projector  # drawn for this step when the unit was made
+        current = side.projector
+        return first_draw(self._config, side.name, current.m, current.dim, self._step, current.row_value.device)
+
+    def _warn_of_time(self, matrix: Matrix) -> None:
+        if not self._gave_up:
+            _logger.warning(
+                "meft-ds: fitting projectors reached subspace.fit_seconds = %g at %s; matrices left keep what they "
+                "have, and this run cannot be repeated bit for bit. Raise fit_seconds or lower fit_steps",
+                self._config.fit_seconds,
+                matrix.name,
+            )
+            self._gave_up = True
+
+    # -- ranks ---------------------------------------------------------------------------------------------------------
+
+    def _sum(self, g: Tensor) -> None:
+        if self._ranks.world > 1:
+            dist.all_reduce(g, group=self._ranks.group)
+
+    def _share(self, matrix: Matrix, verdict: tuple[bool, bool] | None) -> None:
+        """Rank 0's verdict and values become everybody's. Positions are drawn by each rank itself."""
+        if self._ranks.world == 1:
+            return
+        group = self._ranks.group
+        source = dist.get_global_rank(group, 0) if group is not None else 0
+        message: list[object] = [(verdict, matrix.bias, self._overflow)]
+        dist.broadcast_object_list(message, src=source, group=group)
+        changed: tuple[bool, bool]
+        changed, matrix.bias, self._overflow = message[0]  # type: ignore[misc]
+        for side, did in zip((matrix.left, matrix.right), changed, strict=True):
+            if not did:
+                continue
+            if self._ranks.rank == 0:
+                value = side.projector.row_value
+            else:
+                drawn = self._redrawn(side)
+                value = torch.empty_like(drawn.row_value)
+            dist.broadcast(value.view(torch.uint8), src=source, group=group)
+            if self._ranks.rank != 0:
+                _switch(side, drawn.holding(value))
+
+    def _compare(self, unit: SubspaceUnit) -> None:
+        mine = [side.projector.digest() for side in unit.sides]
+        everyone: list[Sequence[str]] = [[] for _ in range(self._ranks.world)]
+        dist.all_gather_object(everyone, mine, group=self._ranks.group)
+        if any(theirs != mine for theirs in everyone):
+            raise RuntimeError(f"meft-ds: ranks disagree on the projectors of {unit.name}; resume from a checkpoint")
+
+
+def _switch(side: Side, new: Projector) -> None:
+    side.before = side.before or side.projector
+    side.projector = new

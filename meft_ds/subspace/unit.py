@@ -1,0 +1,450 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The `subspace` wire format: S = P^T G Q of a layer's matrices goes down, Adam's direction dS comes up, and the device
+applies W <- W - lr * scale * P dS Q^T, weight decay in the same pass (LSP-Offload, section 3).
+
+Each rank holds the moments of its 1/N of the layer's S, flattened one after another. The clipping norm is that of S.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from meft_ds import ops
+from meft_ds.offload.bus import Bus
+from meft_ds.offload.flat import FlatUnit
+from meft_ds.offload.partition import Ranks
+from meft_ds.offload.wire import AdamHyper, Footprint
+from meft_ds.subspace.fit import transport
+from meft_ds.subspace.linear import tap, untap
+from meft_ds.subspace.projector import Projector, compress, seed_of
+
+
+@dataclass(eq=False)
+class Side:
+    """One side of one or more matrices: the projector in use, and while a window is undecided the one before it."""
+
+    name: str
+    projector: Projector
+    before: Projector | None = None
+    users: int = 0
+
+
+@dataclass(eq=False)
+class Matrix:
+    """One m x n matrix W and where its S lies.
+
+    `left` is P, over W's first dimension, `right` is Q, over its second; with `input_first` W is [in, out], so that P
+    sketches the input, else Q does. `expert` selects from a 3-D parameter.
+    """
+
+    name: str
+    param: int
+    left: Side
+    right: Side
+    offset: int
+    input_first: bool = False
+    expert: int | None = None
+    fitted: bool = False
+    bias: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Of S."""
+        return self.left.projector.dim, self.right.projector.dim
+
+    @property
+    def input(self) -> Side:
+        return self.left if self.input_first else self.right
+
+    @property
+    def output(self) -> Side:
+        return self.right if self.input_first else self.left
+
+    @property
+    def numel(self) -> int:
+        """Elements of S."""
+        return self.left.projector.dim * self.right.projector.dim
+
+    def part(self, flat: Tensor) -> Tensor:
+        """The matrix's S in a flat vector over the unit."""
+        return flat[self.offset : self.offset + self.numel].view(self.shape)
+
+    def adam_scale(self) -> float:
+        """sqrt(m n) / d: P dS Q^T has the RMS of dS times the inverse of this, when columns have length 1."""
+        (m, n), (d1, d2) = (self.left.projector.m, self.right.projector.m), self.shape
+        return math.sqrt(m * n / (d1 * d2))
+
+
+class Calibrator(Protocol):
+    """Decides when and how projectors change."""
+
+    def due(self, step: int) -> bool:
+        """Whether the window after `step` updates calibrates."""
+
+    def begin(self, unit: SubspaceUnit) -> None:
+        """`unit` begins such a window."""
+
+    def arriving(self, unit: SubspaceUnit) -> None:
+        """A gradient of `unit` is about to be added."""
+
+    def received(self, unit: SubspaceUnit) -> None:
+        """`unit` has all gradients of the backward that runs."""
+
+    def force(self, unit: SubspaceUnit) -> None:
+        """`unit` cannot wait for more gradients."""
+
+
+class SubspaceUnit(FlatUnit):
+    """One layer's compressed matrices of one parameter group.
+
+    Args:
+        name, layer, params, group, ranks, wire_dtype: as in `FlatUnit`.
+        matrices: with their places in `params` and in the flat vector.
+        modules: by index in `params`, those whose activations give S; None where the gradient does.
+        moments_dtype: float32 or bfloat16.
+        on_device: keep and update the moments where the model is; then nothing uses the bus.
+        scale: factor on updates, or "adam" for `Matrix.adam_scale`.
+        residual: keep what rounding loses (bf16, fp16), instead of rounding stochastically.
+        seed: of stochastic rounding.
+        calibrator: who changes projectors.
+    """
+
+    wire = "subspace"
+
+    def __init__(
+        self,
+        *,
+        name: str,
+        layer: int,
+        params: list[tuple[str, nn.Parameter]],
+        matrices: list[Matrix],
+        modules: list[nn.Module | None],
+        group: int,
+        ranks: Ranks,
+        wire_dtype: torch.dtype,
+        moments_dtype: torch.dtype,
+        on_device: bool,
+        scale: float | str,
+        residual: bool,
+        seed: int,
+        calibrator: Calibrator,
+    ) -> None:
+        super().__init__(
+            name=name,
+            layer=layer,
+            params=params,
+            group=group,
+            ranks=ranks,
+            numel=sum(matrix.numel for matrix in matrices),
+            wire_dtype=wire_dtype,
+            state_bytes=2 * moments_dtype.itemsize,
+        )
+        self.matrices, self._modules = matrices, modules
+        self._of_param = [[m for m in matrices if m.param == index] for index in range(len(params))]
+        self.sides = list({id(side): side for m in matrices for side in (m.left, m.right)}.values())
+        self._moments_dtype, self.on_device, self._scale, self._seed = moments_dtype, on_device, scale, seed
+        self._keep_residual = residual and self._dtype != torch.float32
+        self._residuals: list[Tensor] = []
+        self._calibrator = calibrator
+        self.step, self.calibrating = 0, False
+        self.captured: dict[int, list[tuple[Tensor, Tensor | None]]] = {}
+        self._sketched: dict[int, tuple[Tensor, Tensor]] = {}
+        self._update: tuple[AdamHyper, int, float] | None = None
+        self._norm: Tensor | None = None
+
+    def allocate(self) -> None:
+        """Also take the moments, and start listening to the modules."""
+        super().allocate()
+        where = self._device if self.on_device else torch.device("cpu")
+        self.exp_avg = torch.zeros(self._hi - self._lo, dtype=self._moments_dtype, device=where)
+        self.exp_avg_sq = torch.zeros_like(self.exp_avg)
+        if self._keep_residual:
+            self._residuals = [torch.zeros(p.shape, device=self._device) for _, p in self.params]
+        if self.on_device and self._replies is not None:
+            self._reply = self._replies[-1][: self._hi - self._lo]
+        for index, module in enumerate(self._modules):
+            if module is not None:
+                tap(module, self, index)
+
+    def release(self) -> None:
+        super().release()
+        for module in self._modules:
+            if module is not None:
+                untap(module)
+
+    def footprint(self) -> Footprint:
+        plain = super().footprint()
+        residual = 4 * sum(p.numel() for _, p in self.params) if self._keep_residual else 0
+        device = plain.device + residual + sum(side.projector.nbytes() for side in self.sides)
+        if self.on_device:
+            return Footprint(device=device + (self._hi - self._lo) * self._state_bytes)
+        return Footprint(
+            host_private=plain.host_private, payload=plain.payload, device=device, down=plain.down, up=plain.up
+        )
+
+    # -- gradients -----------------------------------------------------------------------------------------------------
+
+    def begin_window(self, step: int) -> bool:
+        self.step = step
+        self.captured.clear()
+        self.calibrating = self._calibrator.due(step)
+        if self.calibrating:
+            self._calibrator.begin(self)
+        return self.calibrating
+
+    def tapped(self, index: int, x: Tensor, dy: Tensor) -> None:
+        """A backward came by a linear layer: x [..., in], dy [..., out]."""
+        self._begin()
+        x, dy = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
+        if self.calibrating:
+            self.captured.setdefault(index, []).append((x, dy))
+        else:
+            (matrix,) = self._of_param[index]
+            self._add_product(matrix, self._input_sketch(matrix, x), dy)
+        self._received(index)
+
+    def add_gradient(self, index: int, grad: Tensor) -> None:
+        if self.calibrating:
+            self.captured.setdefault(index, []).append((grad, None))
+            return
+        for matrix in self._of_param[index]:
+            g = grad if matrix.expert is None else grad[matrix.expert]
+            self.add(matrix, compress(g, matrix.left.projector, matrix.right.projector))
+
+    def add(self, matrix: Matrix, s: Tensor) -> None:
+        """Add S [d, d] of one matrix to the window's sum."""
+        matrix.part(self._acc).add_(s)
+
+    def gradients(self, matrix: Matrix) -> tuple[Tensor, Tensor | None]:
+        """What a calibrating backward captured of a matrix, float32 [m, n]: the gradient of the first half of the
+        tokens, and that of the others; or the whole and None where autograd made it. Zeros if this rank saw nothing.
+
+        For a matrix of its own the captured tensors are given up.
+        """
+        own = matrix.expert is None
+        captured = self.captured.pop(matrix.param, []) if own else self.captured.get(matrix.param, [])
+        shape = matrix.left.projector.m, matrix.right.projector.m
+        first = torch.zeros(shape, device=self._device)
+        second: Tensor | None = None
+        for given, dy in captured:
+            if dy is None:
+                first += given if own else given[matrix.expert]
+                continue
+            second = torch.zeros_like(first) if second is None else second
+            a, b = (given, dy) if matrix.input_first else (dy, given)
+            half = (len(a) + 1) // 2
+            first += a[:half].t() @ b[:half].to(a.dtype)
+            second += a[half:].t() @ b[half:].to(a.dtype)
+        if second is None and self._modules[matrix.param] is not None:
+            second = torch.zeros_like(first)  # other ranks have two parts
+        return first, second
+
+    def calibrated(self, *, complete: bool) -> None:
+        """All matrices have their projectors and S of what was captured."""
+        self.calibrating = False
+        self.captured.clear()
+        if complete:
+            super()._all_received()
+
+    def _begin(self) -> None:
+        self._calibrator.arriving(self)
+        super()._begin()
+
+    def _all_received(self) -> None:
+        self._sketched.clear()
+        if self.calibrating:
+            self._calibrator.received(self)
+        else:
+            super()._all_received()
+
+    def _input_sketch(self, matrix: Matrix, x: Tensor) -> Tensor:
+        """X Q; siblings that read the same tensor find it made."""
+        side = matrix.input
+        known = self._sketched.get(id(side))
+        if known is not None and _same(known[0], x):
+            return known[1]
+        sketch = ops.sketch(x.contiguous(), *side.projector.columns)
+        if side.users > 1:
+            self._sketched[id(side)] = x, sketch
+        return sketch
+
+    def _add_product(self, matrix: Matrix, xq: Tensor, dy: Tensor) -> None:
+        dyp = ops.sketch(dy.contiguous(), *matrix.output.projector.columns)
+        first, second = (xq, dyp) if matrix.input_first else (dyp, xq)
+        part = matrix.part(self._acc)
+        if first.dtype == second.dtype == torch.float32:
+            part.addmm_(first.t(), second)
+        else:
+            part.add_(first.t() @ second.to(first.dtype))
+
+    # -- stages --------------------------------------------------------------------------------------------------------
+
+    def collect(self) -> None:
+        if self.calibrating:
+            self._calibrator.force(self)
+        super().collect()
+
+    def send(self, bus: Bus) -> None:
+        if not self.on_device:
+            super().send(bus)
+            return
+        self._host_payload, self._payload = self._payload, None
+        assert self._host_payload is not None
+        self._norm = torch.linalg.vector_norm(self._host_payload, dtype=torch.float64).square()
+
+    def sq_norm(self) -> float:
+        if not self.on_device:
+            return super().sq_norm()
+        assert self._norm is not None
+        return float(self._norm)
+
+    def host_step(self, hyper: AdamHyper, *, step: int, grad_scale: float) -> None:
+        self._update = hyper, step, grad_scale
+        if not self.on_device:
+            self._move(self._reply)
+
+    def fetch(self, bus: Bus, ranks: Ranks) -> None:
+        if not self.on_device:
+            super().fetch(bus, ranks)
+        elif self._update is not None:
+            # here and not in `host_step`, because this runs on the stream that `apply` waits for
+            self._move(self._reply)
+            if self._ranks.world > 1:
+                assert self._replies is not None
+                *everyone, mine = self._replies.unbind(0)
+                dist.all_gather(everyone, mine, group=ranks.group)
+
+    def _move(self, out: Tensor) -> None:
+        assert self._update is not None and self._host_payload is not None
+        hyper, step, grad_scale = self._update
+        ops.adam_direction_(
+            self.exp_avg,
+            self.exp_avg_sq,
+            self._host_payload,
+            out,
+            beta1=hyper.beta1,
+            beta2=hyper.beta2,
+            eps=hyper.eps,
+            step=step,
+            grad_scale=grad_scale,
+        )
+
+    def change(self, reply: Tensor) -> None:
+        if self._update is None:
+            return  # state that was just loaded; the weights came with the model
+        hyper, step, _ = self._update
+        for matrix in self.matrices:
+            p = self.params[matrix.param][1].detach()
+            residual = self._residuals[matrix.param] if self._residuals else None
+            if matrix.expert is not None:
+                p, residual = p[matrix.expert], None if residual is None else residual[matrix.expert]
+            ops.subspace_apply_(
+                p,
+                matrix.part(reply),
+                matrix.left.projector.rows,
+                matrix.right.projector.rows,
+                alpha=-hyper.lr * (matrix.adam_scale() if self._scale == "adam" else float(self._scale)),
+                decay=1.0 - hyper.lr * hyper.weight_decay,
+                key=seed_of(self._seed, matrix.name),
+                step=step,
+                residual=residual,
+            )
+        self._update = None
+
+    def settle(self, ranks: Ranks) -> None:
+        """Carry the moments over to the projectors that this window switched to."""
+        changed = [m for m in self.matrices if m.left.before is not None or m.right.before is not None]
+        if changed and self.step > 0:  # moments of the first window are zero
+            exp_avg, exp_avg_sq = self._gathered(ranks)
+            for m in changed:
+                p, q = m.left, m.right
+                first, second = transport(
+                    m.part(exp_avg).to(self._device),
+                    m.part(exp_avg_sq).to(self._device),
+                    p.before or p.projector,
+                    p.projector,
+                    q.before or q.projector,
+                    q.projector,
+                )
+                m.part(exp_avg).copy_(first)
+                m.part(exp_avg_sq).copy_(second)
+            self.exp_avg.copy_(exp_avg[self._lo : self._hi])
+            self.exp_avg_sq.copy_(exp_avg_sq[self._lo : self._hi])
+        for matrix in changed:
+            matrix.fitted = True
+        for side in self.sides:
+            side.before = None
+
+    def _gathered(self, ranks: Ranks) -> tuple[Tensor, Tensor]:
+        """Both moments of the whole layer, float32 [numel], on every rank."""
+        own = torch.stack((self.exp_avg, self.exp_avg_sq)).float()
+        if ranks.world == 1:
+            return own[0], own[1]
+        slices = self._slices()
+        longest = max(hi - lo for lo, hi in slices)
+        mine = torch.zeros(2, longest, device=self._device)
+        mine[:, : own.shape[1]] = own
+        everyone = [torch.empty_like(mine) for _ in slices]
+        dist.all_gather(everyone, mine, group=ranks.group)
+        whole = torch.cat([part[:, : hi - lo] for part, (lo, hi) in zip(everyone, slices, strict=True)], dim=1)
+        return whole[0], whole[1]
+
+    def discard(self) -> None:
+        for side in self.sides:
+            if side.before is not None:
+                side.projector, side.before = side.before, None
+        super().discard()
+
+    def _open_window(self) -> None:
+        self._sketched.clear()
+        super()._open_window()
+
+    # -- state ---------------------------------------------------------------------------------------------------------
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        return {"exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq}
+
+    def shared_tensors(self) -> dict[str, Tensor]:
+        tensors = {}
+        for side in self.sides:
+            tensors[f"{side.name}.index"], tensors[f"{side.name}.value"] = side.projector.rows
+        for (name, _), residual in zip(self.params, self._residuals, strict=False):
+            tensors[f"{name}.residual"] = residual
+        return tensors
+
+    def load_shared(self, tensors: dict[str, Tensor]) -> None:
+        for side in self.sides:
+            index = tensors[f"{side.name}.index"].to(self._device)
+            side.projector = Projector(index, tensors[f"{side.name}.value"].to(self._device), side.projector.dim)
+            side.before = None
+        for (name, _), residual in zip(self.params, self._residuals, strict=False):
+            residual.copy_(tensors[f"{name}.residual"])
+
+    def scalars(self) -> dict[str, Any]:
+        return {"matrices": {m.name: {"fitted": m.fitted, "bias": m.bias} for m in self.matrices}}
+
+    def load_scalars(self, scalars: dict[str, Any]) -> None:
+        for matrix in self.matrices:
+            saved = scalars["matrices"][matrix.name]
+            matrix.fitted, matrix.bias = bool(saved["fitted"]), dict(saved["bias"])
+
+    def after_load(self) -> None:
+        self._update = None
+        self._reply.zero_()
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors are one; the first is kept alive, so its memory cannot have been given away."""
+    return (
+        a.data_ptr() == b.data_ptr()
+        and a.shape == b.shape
+        and a.stride() == b.stride()
+        and a.dtype == b.dtype
+        and a._version == b._version
+    )
