@@ -97,7 +97,7 @@ inline void sketch(const void* x, int dtype, int64_t T, int64_t n, const ListVie
       const int64_t tiles = (T + Line<From>::kTokens - 1) / Line<From>::kTokens;
       const int team = team_for(T * std::max(n, list.outputs * list.width), threads);
       // Few pieces, since each needs memory for a tile; more than threads, since one may be delayed.
-      split(tiles, (tiles + 4 * team - 1) / (4 * team), team, [&](int64_t begin, int64_t end) {
+      split(tiles, tiles / (4 * team) + 1, team, [&](int64_t begin, int64_t end) {
         sketch_tiles<From, To>(static_cast<const typename From::raw*>(x), T, n, entries, list.width, list.outputs,
                                static_cast<typename To::raw*>(out), begin, end);
       });

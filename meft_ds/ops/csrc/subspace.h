@@ -177,7 +177,7 @@ inline void subspace_apply(void* weight, int dtype, int64_t m, int64_t n, const 
       using W = decltype(weight_type);
       using S = decltype(s_type);
       const auto run = residual == nullptr && dtype != kFloat32 ? update_rows<W, S, true> : update_rows<W, S, false>;
-      split(tiles, (tiles + 8 * team - 1) / (8 * team), team, [&](int64_t begin, int64_t end) {
+      split(tiles, tiles / (8 * team) + 1, team, [&](int64_t begin, int64_t end) {
         run(static_cast<typename W::raw*>(weight), m, n, static_cast<const typename S::raw*>(s), d1, d2, p_entries,
             p.width, q_entries, q.width, u, residual, begin, end);
       });
