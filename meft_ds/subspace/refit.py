@@ -22,9 +22,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from meft_ds.offload.partition import Ranks
+from meft_ds.offload.projector import Projector, compress, seed_of
 from meft_ds.subspace.config import SubspaceConfig
 from meft_ds.subspace.fit import bias_of, fit
-from meft_ds.subspace.projector import Projector, compress, seed_of
 from meft_ds.subspace.unit import Matrix, Side, SubspaceUnit
 
 _logger = logging.getLogger("meft_ds")

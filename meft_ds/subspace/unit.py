@@ -19,10 +19,10 @@ from meft_ds import ops
 from meft_ds.offload.bus import Bus
 from meft_ds.offload.flat import FlatUnit
 from meft_ds.offload.partition import Ranks
+from meft_ds.offload.projector import Projector, compress, seed_of
 from meft_ds.offload.wire import AdamHyper, Footprint
 from meft_ds.subspace.fit import transport
 from meft_ds.subspace.linear import tap, untap
-from meft_ds.subspace.projector import Projector, compress, seed_of
 
 
 @dataclass(eq=False)
