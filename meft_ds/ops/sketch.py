@@ -6,11 +6,17 @@ gathering, unlike scattering, has one writer per result and so one order of summ
 columns a row touches) and the *column view* [d, w] (which rows a column gathers; short ones are padded with value 0).
 index is int32, or int16 holding uint16 bits; value is float16. All tensors of a call lie on one device.
 
-On the host these are C++ kernels, on a GPU Triton kernels, and plain torch where neither can be had.
+An entry of value 0 is absent: it adds nothing even where it names an infinity. Positions are checked on the host;
+elsewhere they are trusted, since looking would wait for the device.
+
+On the host these are C++ kernels, on a GPU Triton kernels (not yet run on one), and plain torch where neither can be
+had; MEFT_DS_OPS=torch chooses plain torch.
 """
 
 from __future__ import annotations
 
+import functools
+import os
 from typing import Any
 
 import torch
@@ -38,7 +44,7 @@ def sketch(x: Tensor, index: Tensor, value: Tensor, out_dtype: torch.dtype | Non
     cpp = _kernels(x)
     if cpp is None:
         _check_range("index", index, x.shape[1])
-        return torch_sketch.sketch(x, index, value, out_dtype)
+        return _module(x).sketch(x, index, value, out_dtype)
     out = torch.empty(x.shape[0], index.shape[0], dtype=out_dtype)
     codes = DTYPE_CODES[x.dtype], DTYPE_CODES[out_dtype]
     at = (x.data_ptr(), codes[0], *x.shape, _view(cpp, index, value), out.data_ptr(), codes[1])
@@ -58,7 +64,7 @@ def combine(z: Tensor, index: Tensor, value: Tensor) -> Tensor:
     cpp = _kernels(z)
     if cpp is None:
         _check_range("index", index, z.shape[0])
-        return torch_sketch.combine(z, index, value)
+        return _module(z).combine(z, index, value)
     out = torch.empty(index.shape[0], z.shape[1])
     at = (z.data_ptr(), DTYPE_CODES[z.dtype], *z.shape, _view(cpp, index, value), out.data_ptr())
     cpp.combine(*at, torch.get_num_threads())
@@ -96,7 +102,8 @@ def subspace_apply_(
     if cpp is None:
         _check_range("p_index", p[0], s.shape[0])
         _check_range("q_index", q[0], s.shape[1])
-        torch_sketch.subspace_apply(weight, s, p, q, alpha=alpha, decay=decay, key=key, step=step, residual=residual)
+        hyper = dict(alpha=alpha, decay=decay, key=key, step=step)
+        _module(weight).subspace_apply(weight, s, p, q, residual=residual, **hyper)
     else:
         cpp.subspace_apply(
             weight.data_ptr(),
@@ -140,7 +147,7 @@ def adam_direction_(
     cpp = _kernels(grad)
     if cpp is None:
         hyper = dict(beta1=beta1, beta2=beta2, eps=eps, grad_scale=grad_scale)
-        torch_sketch.adam_direction(exp_avg, exp_avg_sq, grad, out, step=step, **hyper)
+        _module(grad).adam_direction(exp_avg, exp_avg_sq, grad, out, step=step, **hyper)
         return
     cpp.adam_direction(
         grad.data_ptr(),
@@ -159,6 +166,20 @@ def adam_direction_(
 
 def _kernels(t: Tensor) -> Any | None:
     return kernels() if t.device.type == "cpu" else None
+
+
+def _module(t: Tensor) -> Any:
+    on_gpu = t.device.type == "cuda" and os.environ.get("MEFT_DS_OPS", "").lower() != "torch"
+    return (_triton_sketch() if on_gpu else None) or torch_sketch
+
+
+@functools.cache
+def _triton_sketch() -> Any | None:
+    try:
+        from meft_ds.ops import triton_sketch
+    except ImportError:
+        return None
+    return triton_sketch
 
 
 def _view(cpp: Any, index: Tensor, value: Tensor) -> Any:
