@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Seconds per optimizer step on this machine's CPU: DeepSpeed full fine-tuning ("native"), ZeRO-2 offload, and meft
-in its default schedule (exact, overlapping) and in serial order.
+"""Seconds per optimizer step on this machine's CPU: DeepSpeed full fine-tuning ("native"), ZeRO-2 offload, meft in its
+default schedule (exact, overlapping) and in serial order, and lsp (subspace projectors, d = n/2, k = 4).
 
     python benchmarks/step_time.py                                   # about 6 minutes on 2 idle cores
     python benchmarks/step_time.py --only meft meft_serial --shapes 256x1
@@ -39,6 +39,7 @@ CONTENDERS: dict[str, dict[str, Any]] = {
         }
     },
     "meft": {"meft_offload": {"sparse_adapter": {}}},
+    "lsp": {"meft_offload": {"subspace": {}}},
     "meft_serial": {"meft_offload": {"sparse_adapter": {}, "schedule": {"mode": "serial"}}},
 }
 # (tokens per step, accumulation): sentences of 256 tokens, divided among the micro-batches
@@ -64,6 +65,12 @@ def main() -> None:
         line["own_work"] = first["own_work"]
         print(f"meft's own work in the training thread: {first['own_work']:.2%} of a step ({options.shapes[0]})")
         line["device_bytes"] = _report_device_bytes(options)
+    if "lsp" in options.only:
+        print(
+            f"lsp: {first['lsp_bus_bytes_per_parameter']:.2f} bytes on the bus per compressed parameter and step, both "
+            f"ways (ZeRO-2 offload: {first['zero_offload_bus_bytes_per_parameter']:.0f}, by its design); the first fit "
+            f"took {first['lsp_check_s']:.1f} s, before the timed steps"
+        )
     line |= {"shapes": results, "machine": _machine(), "rounds": options.rounds}
     print(json.dumps(line))
 
@@ -97,9 +104,23 @@ def measure(tokens: int, gas: int, options: argparse.Namespace) -> dict[str, flo
         stats = engines["meft"].meft_stats()
         result["own_work"] = statistics.median(own_work)
         result |= {"bytes_down": stats["bytes_down_per_step"], "bytes_up": stats["bytes_up_per_step"]}
+    if "lsp" in engines:
+        result |= _bus_per_parameter(engines["lsp"])
     for engine in engines.values():
         engine.destroy()
     return result
+
+
+def _bus_per_parameter(engine: Any) -> dict[str, float]:
+    """Bytes both ways per compressed parameter and step; the other parameters of the model go whole, as with ZeRO."""
+    stats = engine.meft_stats()
+    moved = stats["bytes"]["subspace"]
+    return {
+        "lsp_bus_bytes_per_parameter": (moved["down"] + moved["up"]) / stats["subspace"]["parameters"],
+        # what ZeRO-Offload's paper counts: gradients down and weights up, 2 bytes each
+        "zero_offload_bus_bytes_per_parameter": 4.0,
+        "lsp_check_s": stats["subspace"]["check_s"],
+    }
 
 
 def _report_device_bytes(options: argparse.Namespace) -> dict[int, tuple[int, int]]:

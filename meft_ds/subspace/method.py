@@ -85,6 +85,8 @@ class SubspaceMethod(Method):
         finite = [b for b in held_out if math.isfinite(b)]
         return {
             "device_bytes": sum(unit.footprint().device for unit in self._units),
+            "parameters": sum(m.left.projector.m * m.right.projector.m for m in matrices),
+            "compressed": sum(m.numel for m in matrices),
             "bias": {m.name: m.bias for m in matrices},
             "held_out_bias_mean": sum(finite) / len(finite) if finite else None,
             "held_out_bias_max": max(finite, default=None),
