@@ -24,6 +24,15 @@ def positive_int_or_auto(value: Any) -> int | str:
     return value
 
 
+def size_or_fraction(value: Any) -> int | float:
+    """A whole number from 1, or a fraction above 0 and below 1."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0 or not math.isfinite(value):
+        raise ValueError(f"expected a whole number of at least 1, or a fraction below 1, got {value!r}")
+    if isinstance(value, float) and value >= 1:
+        raise ValueError(f"expected a fraction below 1 or a whole number without a decimal point, got {value!r}")
+    return value
+
+
 def whole(value: Any) -> int:
     """A whole number from 0."""
     if isinstance(value, bool) or not isinstance(value, int) or value < 0:

@@ -3,20 +3,11 @@
 
 from __future__ import annotations
 
-import math
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
-from meft_ds.fields import not_negative, patterns, positive, positive_int, seed, whole
-
-
-def _dim(value: Any) -> int | float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0 or not math.isfinite(value):
-        raise ValueError(f"expected a whole number of at least 1, or a fraction below 1, got {value!r}")
-    if isinstance(value, float) and value >= 1:
-        raise ValueError(f"expected a fraction below 1 or a whole number without a decimal point, got {value!r}")
-    return value
+from meft_ds.fields import not_negative, patterns, positive, positive_int, seed, size_or_fraction, whole
 
 
 class SubspaceConfig(BaseModel):
@@ -24,7 +15,7 @@ class SubspaceConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
-    dim: Annotated[int | float, BeforeValidator(_dim)] = Field(
+    dim: Annotated[int | float, BeforeValidator(size_or_fraction)] = Field(
         0.5,
         description="d, the side of the compressed gradient: a whole number, or a fraction of a matrix's smaller side. "
         "Matrices that d would not make smaller train uncompressed. Default: half (the paper's 2,048 of 4,096).",
