@@ -93,13 +93,26 @@ class Projector:
 
     def with_values(self, values: Tensor) -> Projector:
         """The same positions with values fp32 [m, k], scaled so that columns have length 1 (empty ones stay 0)."""
-        value = normalised(values, self.positions, self.dim).half()
+        value = self.normalised(values).half()
         # what fp16 cannot hold stays present: a zero would hide an infinite gradient from the overflow check
-        return self.holding(torch.where(value == 0, torch.full_like(value, 2.0**-24), value).contiguous())
+        lost = (value == 0) & (values != 0)
+        return self.holding(torch.where(lost, torch.full_like(value, 2.0**-24), value).contiguous())
 
     def holding(self, value: Tensor) -> Projector:
         """The same positions with these values, float16 [m, k]."""
         return Projector(self.row_index, value, self.dim, self._slots())
+
+    def normalised(self, values: Tensor) -> Tensor:
+        """values fp32 [m, k], each divided by the length of its column."""
+        length = self.column_sums(values.square()).sqrt()
+        return values / torch.where(length > 0, length, torch.ones_like(length))[self.positions]
+
+    def column_sums(self, values: Tensor) -> Tensor:
+        """Sums over each column, fp32 [d], of values fp32 [m, k] at the nonzeros; the same bits on every run."""
+        slots, index = self._slots()
+        padded = torch.zeros(index.numel(), device=values.device)
+        padded[slots] = values.reshape(-1)
+        return padded.view(index.shape).sum(1)
 
     def gram(self) -> Tensor:
         """P^T P, float64 [d, d]."""
@@ -137,23 +150,16 @@ class Projector:
         return slots, _narrow(index.view(d, width), m)
 
 
-def normalised(values: Tensor, positions: Tensor, d: int) -> Tensor:
-    """values fp32 [m, k] at int64 positions, divided by the length of their column; differentiable."""
-    square = torch.zeros(d, dtype=values.dtype, device=values.device)
-    length = square.index_add(0, positions.view(-1), values.square().view(-1)).sqrt()
-    safe = torch.where(length > 0, length, torch.ones_like(length))
-    return values / safe[positions]
-
-
 def overlap(a: Projector, b: Projector) -> Tensor:
-    """A^T B, float64 [d_a, d_b]; both have m rows."""
-    out = torch.zeros(a.dim * b.dim, dtype=torch.float64, device=a.row_value.device)
-    left, right = a.positions, b.positions
-    va, vb = a.row_value.double(), b.row_value.double()
-    for i in range(a.k):
-        for j in range(b.k):
-            out.index_add_(0, left[:, i] * b.dim + right[:, j], va[:, i] * vb[:, j])
-    return out.view(a.dim, b.dim)
+    """A^T B, float64 [d_a, d_b]; both have m rows. Summed in float32, by one writer per element."""
+    return ops.combine(b.dense(), *a.columns).double()
+
+
+def block_diagonal(a: Projector, b: Projector) -> Projector:
+    """[[A, 0], [0, B]]: one product for two halves that lie side by side. Both have k nonzeros in a row."""
+    dim = a.dim + b.dim
+    at = torch.cat([a.positions, b.positions + a.dim])
+    return Projector(_narrow(at, dim), torch.cat([a.row_value, b.row_value]), dim)
 
 
 def compress(g: Tensor, p: Projector, q: Projector) -> Tensor:

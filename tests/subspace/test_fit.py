@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from meft_ds import ops
-from meft_ds.offload.projector import Projector, compress, expand, normalised
+from meft_ds.offload.projector import Projector, compress, expand
 from meft_ds.subspace import fit as fitting
 from meft_ds.subspace.fit import bias_of, fit, relative_bias, transport
 
@@ -99,7 +99,7 @@ def test_gradients_of_the_squared_bias_equal_autograds(shape: tuple[int, int, in
 def test_steps_follow_the_gradient_through_the_normalisation() -> None:
     p, _ = pair(24, 24, 10, 10, 3)
     values, towards = p.row_value.float().requires_grad_(), torch.randn(24, 3)
-    (normalised(values, p.positions, p.dim) * towards).sum().backward()
+    (p.normalised(values) * towards).sum().backward()
     learned = fitting._Values(p)
     learned.step(towards, 0.1, 1)
     torch.testing.assert_close(learned.mean, (1 - fitting._BETAS[0]) * values.grad, atol=2e-4, rtol=2e-3)
