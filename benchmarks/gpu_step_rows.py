@@ -170,11 +170,21 @@ def _zenflow(model: Any, spec: dict[str, Any]) -> Any:
 
 
 def _meft(model: Any, spec: dict[str, Any]) -> Any:
-    import meft_ds  # noqa: F401  (arms the hook also where PyTorch's autoload is off)
-
     config = _shipped("meft")
     if spec["meft_block"] is not None:
         config["meft_offload"] = spec["meft_block"]
+    return _with_block(model, config, spec)
+
+
+def _lsp(model: Any, spec: dict[str, Any]) -> Any:
+    # no fit: the time of a first fit is no step's, and a step costs the same with any values
+    block = {"subspace": {"projectors": "random", "refit_interval": 0}}
+    return _with_block(model, {**_shipped("meft"), "meft_offload": block}, spec)
+
+
+def _with_block(model: Any, config: dict[str, Any], spec: dict[str, Any]) -> Any:
+    import meft_ds  # noqa: F401  (arms the hook also where PyTorch's autoload is off)
+
     engine = _initialize(model, config, spec)
     if not hasattr(engine, "meft_stats"):
         raise RuntimeError("DeepSpeed's own engine was built: the plugin did not take over, see the log above")
@@ -187,6 +197,7 @@ ROWS: dict[str, Callable[[Any, dict[str, Any]], Any]] = {
     "zenflow": _zenflow,
     "lora": _lora,
     "meft": _meft,
+    "lsp": _lsp,
 }
 
 
