@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 _CGROUP_V2 = Path("/sys/fs/cgroup")
@@ -24,7 +25,7 @@ def free_shared_bytes(directory: Path = SHM_DIR) -> int:
     return stat.f_bavail * stat.f_frsize
 
 
-def check_host_memory(needed: int, free: int, *, limit_gb: float | None, detail: str) -> None:
+def check_host_memory(needed: int, free: int, *, limit_gb: float | None, detail: str, knobs: Sequence[str]) -> None:
     """Stop before allocating when the plan does not fit.
 
     Args:
@@ -32,23 +33,22 @@ def check_host_memory(needed: int, free: int, *, limit_gb: float | None, detail:
         free: bytes free on this node now.
         limit_gb: the user's own limit (`meft_offload.host_memory_gb`), in GiB, or None.
         detail: what makes up `needed`, for the message.
+        knobs: what the methods in use can be told to take less by.
 
     Raises:
         ValueError: with both numbers and the keys to turn.
     """
-    knobs = (
-        'lower "sparse_adapter.rows", set "moments_dtype": "bf16" (halves the moments), '
-        'or train fewer base tensors ("train")'
-    )
+    turn = ", ".join([*knobs, 'set "moments_dtype": "bf16" (halves the moments)'])
+    turn += ', or train fewer base tensors ("train")'
     if limit_gb is not None and needed > limit_gb * 2**30:
         raise ValueError(
             f"meft_offload needs {_gib(needed)} of host memory ({detail}) but meft_offload.host_memory_gb allows "
-            f"{limit_gb:.2f} GiB. Raise host_memory_gb, {knobs}."
+            f"{limit_gb:.2f} GiB. Raise host_memory_gb, {turn}."
         )
     if needed > free:
         raise ValueError(
             f"meft_offload needs {_gib(needed)} of host memory ({detail}) but only {_gib(free)} are free on this node "
-            f"(container limits included). Free memory, or {knobs}."
+            f"(container limits included). Free memory, or {turn}."
         )
 
 

@@ -42,6 +42,7 @@ class Method(ABC):
     """One method at work in one engine."""
 
     name: str
+    knob: str  # how a user makes it take less host memory
     freezes_base: bool  # whether the base trains only where the block's "train" says so
 
     @abstractmethod

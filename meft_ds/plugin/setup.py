@@ -115,21 +115,21 @@ def dense_units(run: Run, layers: int, elsewhere: set[int]) -> list[DenseUnit]:
     return units
 
 
-def preflight(footprints: list[Footprint], specs: Specs, config: MeftConfig, bus: Bus, ranks: Ranks) -> int:
+def preflight(run: Run, methods: list[Method], footprints: list[Footprint], specs: Specs, config: MeftConfig) -> int:
     """Check the plan against the memory that is free on this node; returns the host bytes of the whole node.
 
     Raises:
         ValueError: the same on every rank.
     """
-    shared = arena_bytes(specs)
+    bus, ranks, shared = run.bus, run.ranks, arena_bytes(specs)
     (private,) = all_reduce_sum([float(sum(f.host_private for f in footprints))], bus.device, ranks)
     needed = shared + int(private)
     limit = None if config.host_memory_gb == "auto" else config.host_memory_gb
     # what one rank sees as free is what all must decide by, or some would wait for the others for ever
     frees = [float(free_host_bytes()) if k == ranks.rank else 0.0 for k in range(ranks.world)]
     free = int(min(all_reduce_sum(frees, bus.device, ranks)))
-    detail = f"{shared / 2**30:.2f} GiB rows, {private / 2**30:.2f} GiB moments and buffers"
-    check_host_memory(needed, free, limit_gb=limit, detail=detail)
+    detail = f"{shared / 2**30:.2f} GiB shared, {private / 2**30:.2f} GiB moments and buffers"
+    check_host_memory(needed, free, limit_gb=limit, detail=detail, knobs=[method.knob for method in methods])
     if ranks.world > 1:
         check_shared_memory(shared, free_shared_bytes())
     return needed
@@ -149,7 +149,7 @@ def build_units(
     specs: Specs = {}
     for method in methods:
         specs |= method.specs(run)
-    host = preflight(footprints, specs, config, run.bus, run.ranks)
+    host = preflight(run, methods, footprints, specs, config)
     for unit in dense:
         unit.allocate()
     pinned = {name for name in specs if name.endswith("replica")} if run.bus.device.type != "cpu" else set()

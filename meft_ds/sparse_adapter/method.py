@@ -13,7 +13,8 @@ from meft_ds.offload.method import Method, Run
 from meft_ds.offload.partition import owned_range
 from meft_ds.offload.wire import Footprint, Unit
 from meft_ds.sparse_adapter.attach import attach, find_ffns
-from meft_ds.sparse_adapter.config import ResolvedSparseAdapter, SparseAdapterConfig
+from meft_ds.sparse_adapter.compress import RowCompression
+from meft_ds.sparse_adapter.config import ResolvedCompress, ResolvedSparseAdapter, SparseAdapterConfig
 from meft_ds.sparse_adapter.module import SparseAdapter
 from meft_ds.sparse_adapter.router import init_keys
 from meft_ds.sparse_adapter.store import HostRows, initialise_rows, store_specs
@@ -31,17 +32,22 @@ class SparseAdapterMethod(Method):
     """
 
     name = "sparse_adapter"
+    knob = 'lower "sparse_adapter.rows"'
     freezes_base = True
 
     def __init__(self, config: SparseAdapterConfig) -> None:
         self._config = config
         self.adapters: list[SparseAdapter] = []
         self.sizes: ResolvedSparseAdapter
+        self._compress: ResolvedCompress | None = None
+        self._compressions: list[RowCompression] = []
         self._rows: list[HostRows] = []
 
     def prepare(self, model: nn.Module) -> None:
         sites = find_ffns(model, self._config.target_modules)
         self.sizes = self._config.resolve(sites[0].d, _initializer_range(model))
+        if self._config.compress is not None:
+            self._compress = self._config.compress.resolve(self.sizes.d)
         self.adapters = attach(model, self.sizes, sites)
         for adapter in self.adapters:
             adapter.router.requires_grad_(self.sizes.gate)  # without the gate the router only picks experts
@@ -67,6 +73,7 @@ class SparseAdapterMethod(Method):
             grad_dtype=run.grad_dtype,
             selection=sizes.selection,
             mode=sizes.optimizer,
+            compress=self._compress,
         )
         return [one] * self.layers
 
@@ -89,6 +96,10 @@ class SparseAdapterMethod(Method):
             rows.is_training = _mode_of(adapter)
             adapter.rows = rows
             self._rows.append(rows)
+            compression = None
+            if self._compress is not None:
+                compression = RowCompression.draw(self._compress, sizes.d, sizes.seed, layer, run.bus.device)
+                self._compressions.append(compression)
             units.append(
                 RowsUnit(
                     name=f"layer{layer}.rows",
@@ -99,6 +110,7 @@ class SparseAdapterMethod(Method):
                     mode=sizes.optimizer,
                     moments_dtype=run.moments_dtype,
                     grad_dtype=run.grad_dtype,
+                    compression=compression,
                 )
             )
         run.ranks.barrier()  # every rank wrote its slice before anybody fetches
@@ -111,22 +123,28 @@ class SparseAdapterMethod(Method):
             adapter.aux_scale = loss_factor
 
     def about(self) -> dict[str, Any]:
-        return {"method": self.name, "layers": self.layers, **{key: getattr(self.sizes, key) for key in _SHAPING}}
+        about = {"method": self.name, "layers": self.layers, **{key: getattr(self.sizes, key) for key in _SHAPING}}
+        if self._compress is not None:  # moments mean nothing under another Q
+            about |= {"compress.dim": self._compress.dim, "compress.nonzeros": self._compress.nonzeros}
+            about["compress.seed"] = self.sizes.seed
+        return about
 
     def summary(self) -> str:
-        sizes = self.sizes
+        sizes, compress = self.sizes, self._compress
+        through = "" if compress is None else f", gradients compressed from d={sizes.d} to {compress.dim}"
         return (
             f"sparse_adapter on {self.layers} layers (r={sizes.rows}, N={sizes.experts}, E={sizes.experts_per_token}, "
-            f"K={sizes.keys_per_token}, {sizes.selection} selection, {sizes.optimizer} AdamW), "
+            f"K={sizes.keys_per_token}, {sizes.selection} selection, {sizes.optimizer} AdamW{through}), "
             f"{self.layers * sizes.rows * 2 * sizes.d:,} row parameters"
         )
 
     def stats(self) -> dict[str, Any]:
         rows = self._rows
         routers = sum(p.numel() * p.element_size() for p in self.own_parameters())
+        projectors = sum(compression.device_bytes() for compression in self._compressions)
         loads = [r.last_expert_load for r in rows]
         return {
-            "device_bytes": sum(r.device_bytes() for r in rows) + routers,
+            "device_bytes": sum(r.device_bytes() for r in rows) + routers + projectors,
             "rows_total": sum(r.r for r in rows),
             "active_rows": [r.window_rows for r in rows],
             "expert_load": [None if load is None else load.tolist() for load in loads],

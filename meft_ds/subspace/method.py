@@ -28,6 +28,7 @@ class SubspaceMethod(Method):
     """See `Method`."""
 
     name = "subspace"
+    knob = 'lower "subspace.dim"'
     freezes_base = False
 
     def __init__(self, config: SubspaceConfig) -> None:

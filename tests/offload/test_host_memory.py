@@ -7,19 +7,20 @@ from meft_ds.offload import host_memory
 from meft_ds.offload.host_memory import check_host_memory, check_shared_memory, free_host_bytes
 
 GIB = 2**30
+KNOBS = ('lower "sparse_adapter.rows"',)
 
 
 def test_too_little_memory_names_needed_free_and_the_knobs() -> None:
     with pytest.raises(
         ValueError, match=r"needs 8\.00 GiB .*only 2\.00 GiB are free.*sparse_adapter\.rows.*moments_dtype"
     ):
-        check_host_memory(8 * GIB, 2 * GIB, limit_gb=None, detail="rows")
+        check_host_memory(8 * GIB, 2 * GIB, limit_gb=None, detail="rows", knobs=KNOBS)
 
 
 def test_the_users_own_limit_counts_even_when_more_is_free() -> None:
     with pytest.raises(ValueError, match=r"needs 8\.00 GiB.*host_memory_gb allows 4\.00 GiB"):
-        check_host_memory(8 * GIB, 64 * GIB, limit_gb=4.0, detail="rows")
-    check_host_memory(8 * GIB, 64 * GIB, limit_gb=8.0, detail="rows")
+        check_host_memory(8 * GIB, 64 * GIB, limit_gb=4.0, detail="rows", knobs=KNOBS)
+    check_host_memory(8 * GIB, 64 * GIB, limit_gb=8.0, detail="rows", knobs=KNOBS)
 
 
 def test_small_shared_memory_file_system_is_an_error_with_the_fix() -> None:
