@@ -7,7 +7,8 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
-from meft_ds.fields import not_negative, patterns, positive, positive_int, seed, size_or_fraction, whole
+from meft_ds.fields import not_negative, patterns, positive, positive_int, size_or_fraction, whole
+from meft_ds.fields import seed as check_seed
 
 
 class SubspaceConfig(BaseModel):
@@ -74,7 +75,7 @@ class SubspaceConfig(BaseModel):
         description="Regular expression(s) for whole names of the modules to compress. null = all linear layers and "
         "expert tensors except embeddings, the output head, tied weights and matrices too small to gain.",
     )
-    seed: Annotated[int, BeforeValidator(seed)] = Field(
+    seed: Annotated[int, BeforeValidator(check_seed)] = Field(
         0, description="Seed of positions, signs and rounding; independent of the global random state."
     )
 
