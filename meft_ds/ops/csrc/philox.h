@@ -49,15 +49,23 @@ inline VecWide even_lanes() {
 #endif
 }
 
-// Random words of one block as vectors, in the order of their elements: the low halves of words [w][.] serve elements
-// 32 w ... 32 w + 15, the high halves the 16 that follow.
-constexpr int kWordVectors = 16 / kLanes;
-using RandomWords = VecBits[4][kWordVectors];
+// Of the words of 16 counters, the low halves serve 16 elements, the high halves the 16 that follow.
+inline void store_halves(VecBits words, uint16_t* halves) {
+#if defined(__AVX512BW__)
+  typedef uint16_t Order __attribute__((vector_size(64)));
+  const Order order = {0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30,
+                       1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31};
+  _mm512_storeu_si512(halves, _mm512_permutexvar_epi16(reinterpret_cast<__m512i>(order), reinterpret_cast<__m512i>(words)));
+#else
+  store_bits(halves, words & 0xFFFFu);
+  store_bits(halves + 16, words >> 16);
+#endif
+}
 
-// The words of elements 128 * block ... 128 * block + 127. A counter sits in a 64-bit lane, so that a product needs no
-// taking apart: one vector holds the even counters, one the odd ones.
-inline void random_block(uint64_t block, uint64_t key, uint32_t step, RandomWords& words) {
-  constexpr int kVectors = 2 * kWordVectors;
+// The random halves of elements 128 * block ... 128 * block + 127, in their order. A counter sits in a 64-bit lane, so
+// that a product needs no taking apart: one vector holds the even counters, one the odd ones.
+inline void random_block(uint64_t block, uint64_t key, uint32_t step, uint16_t* halves) {
+  constexpr int kVectors = 32 / kLanes;
   const uint64_t first = block * 16;
   VecWide c[kVectors][4];
   for (int v = 0; v < kVectors; ++v) {
@@ -81,22 +89,16 @@ inline void random_block(uint64_t block, uint64_t key, uint32_t step, RandomWord
     k1 += 0xBB67AE85u;
   }
   for (int word = 0; word < 4; ++word)
-    for (int v = 0; v < kWordVectors; ++v)
-      words[word][v] =
-          reinterpret_cast<VecBits>((c[2 * v][word] & 0xFFFFFFFFu) | (c[2 * v + 1][word] << 32));
-}
-
-// The random halves of kLanes elements from `element` of the block on, a multiple of kLanes.
-inline VecBits random_halves(const RandomWords& words, int64_t element) {
-  const VecBits both = words[element / 32][element % 16 / kLanes];
-  return element % 32 < 16 ? both & 0xFFFFu : both >> 16;
+    for (int v = 0; v < kVectors; v += 2)
+      store_halves(reinterpret_cast<VecBits>((c[v][word] & 0xFFFFFFFFu) | (c[v + 1][word] << 32)),
+                   halves + 32 * word + v / 2 * kLanes);
 }
 
 // The bits of fp32 rounded to T: up (away from 0) if the fraction of a unit in the last place, in 2**-16, plus the random
 // half reaches 2**16. Infinity and NaN stay. Equal to round_stochastically in torch_sketch.py bit for bit.
 inline VecBits round_bits(Vec v, VecBits half, BFloat16) {
   const VecBits bits = bits_of(v);
-  return choose((bits & 0x7FFFFFFFu) > 0x7F800000u, bits | (1u << 22), bits + half) >> 16;
+  return choose(v != v, bits | (1u << 22), bits + half) >> 16;
 }
 
 inline VecBits round_bits(Vec v, VecBits half, Float16) {
@@ -115,7 +117,24 @@ inline VecBits round_bits(Vec v, VecBits half, Float16) {
   return rounded | ((bits >> 16) & 0x8000u);
 }
 
-// Where nothing is left to round.
-inline VecBits round_bits(Vec v, VecBits, Float32) { return bits_of(v); }
+// Loads of 2 kLanes halves, and stores of as many rounded values, in the order of Two.
+inline void load_two_halves(const uint16_t* halves, VecBits& a, VecBits& b, Float16) {
+  a = load_halves(halves);
+  b = load_halves(halves + kLanes);
+}
+inline void load_two_halves(const uint16_t* halves, VecBits& a, VecBits& b, BFloat16) {
+  VecBits words;
+  std::memcpy(&words, halves, sizeof words);
+  a = words & 0xFFFFu;
+  b = words >> 16;
+}
+inline void store_two_bits(uint16_t* to, VecBits a, VecBits b, Float16) {
+  store_bits(to, a);
+  store_bits(to + kLanes, b);
+}
+inline void store_two_bits(uint16_t* to, VecBits a, VecBits b, BFloat16) {
+  const VecBits words = a | (b << 16);
+  std::memcpy(to, &words, sizeof words);
+}
 
 }  // namespace meft

@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <type_traits>
 #include <vector>
 
 #include "adam.h"
@@ -27,107 +28,135 @@ struct Update {
   uint32_t step;
 };
 
-// A row of alpha * P s: the rows of s that it is made of, and their factors.
+// The rows of alpha * P s that a tile needs: of which rows of s each is made, with which factors.
 template <class S>
-struct RowSum {
-  std::vector<const typename S::raw*> rows;
-  std::vector<float> factors;
+class TileRows {
+ public:
+  using Raw = typename S::raw;
+  static constexpr int kVectors = 8, kStretch = kVectors * kLanes;
 
-  RowSum(const typename S::raw* s, int64_t columns, const Entry* entry, int64_t width, int64_t absent, float alpha) {
-    for (int64_t w = 0; w < width; ++w) {
-      if (entry[w].at == absent) continue;
-      rows.push_back(s + entry[w].at * columns);
-      factors.push_back(alpha * entry[w].factor);
-    }
-  }
+  TileRows(const Raw* s, int64_t columns, int64_t width, int64_t absent, float alpha)
+      : s_(s), columns_(columns), width_(width), absent_(absent), alpha_(alpha),
+        rows_(static_cast<size_t>(kLanes * width)), factors_(static_cast<size_t>(kLanes * width)) {}
 
-  // Columns from `at` on, `n` <= kVectors * kLanes of them; what lies behind them is not defined.
-  template <int kVectors>
-  void add_up(int64_t at, int64_t n, float* to) const {
-    Vec sums[kVectors] = {};
-    for (size_t w = 0; w < rows.size(); ++w) {
-      const Vec factor = Vec{} + factors[w];
-      const typename S::raw* row = rows[w] + at;
-      if (n == kVectors * kLanes) {
-#pragma GCC unroll 8
-        for (int v = 0; v < kVectors; ++v) sums[v] = multiply_add(load(row + v * kLanes, S()), factor, sums[v]);
-      } else {
-        for (int v = 0; v < kVectors && v * kLanes < n; ++v)
-          sums[v] = multiply_add(load_some<S>(row + v * kLanes, n - v * kLanes), factor, sums[v]);
+  // Rows beyond `count` repeat the last.
+  void set(const Entry* entries, int64_t count) {
+    for (int64_t i = 0; i < kLanes; ++i) {
+      held_[i] = 0;
+      for (int64_t w = 0; w < width_; ++w) {
+        const Entry& entry = entries[std::min(i, count - 1) * width_ + w];
+        if (entry.at == absent_) continue;
+        const auto place = static_cast<size_t>(i * width_ + held_[i]++);
+        rows_[place] = s_ + entry.at * columns_;
+        factors_[place] = alpha_ * entry.factor;
       }
     }
-    for (int v = 0; v < kVectors; ++v) store_bits(to + v * kLanes, bits_of(sums[v]));
   }
+
+  // lines [columns]: line c holds column c of all rows. Stretches of a row are summed before they are turned: rows of s,
+  // often a power of two apart, would drive one another out of the cache if all were read side by side.
+  void lines(VecBits* lines) const {
+    VecBits stretch[kLanes][kVectors];
+    for (int64_t at = 0; at < columns_; at += kStretch) {
+      for (int i = 0; i < kLanes; ++i) add_up(i, at, stretch[i]);
+      for (int v = 0; v < kVectors; ++v) {
+        VecBits block[kLanes];
+        for (int i = 0; i < kLanes; ++i) block[i] = stretch[i][v];
+        transpose(block);
+        for (int i = 0; i < kLanes; ++i) {
+          const int64_t c = at + v / 2 * (2 * kLanes) + (v % 2 == 0 ? Two<S>::place_a(i) : Two<S>::place_b(i));
+          if (c < columns_) lines[c] = block[i];
+        }
+      }
+    }
+  }
+
+ private:
+  void add_up(int64_t i, int64_t at, VecBits* to) const {
+    Vec sums[kVectors] = {};
+    const int64_t there = columns_ - at;
+    for (int64_t w = i * width_; w < i * width_ + held_[i]; ++w) {
+      const Vec factor = Vec{} + factors_[static_cast<size_t>(w)];
+      const Raw* row = rows_[static_cast<size_t>(w)] + at;
+      Raw part[kStretch];
+      if (there < kStretch) {
+        std::fill_n(part, kStretch, Raw{});
+        row = std::copy_n(row, there, part) - there;
+      }
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; v += 2) {
+        Vec a, b;
+        Two<S>::load_two(row + v * kLanes, a, b);
+        sums[v] = multiply_add(a, factor, sums[v]);
+        sums[v + 1] = multiply_add(b, factor, sums[v + 1]);
+      }
+    }
+    for (int v = 0; v < kVectors; ++v) to[v] = bits_of(sums[v]);
+  }
+
+  const Raw* s_;
+  int64_t columns_, width_, absent_;
+  float alpha_;
+  std::vector<const Raw*> rows_;
+  std::vector<float> factors_;
+  int64_t held_[kLanes] = {};
 };
 
-// Lines [columns] of kLanes rows of alpha * P s: line c holds column c of all rows. Rows beyond `count` repeat the last.
-// Stretches of a row are summed before they are turned: rows of s, often a power of two apart, would drive one another
-// out of the cache if all were read side by side.
-template <class S>
-void product_lines(const typename S::raw* s, int64_t columns, const Entry* p, int64_t width, int64_t absent,
-                   int64_t count, float alpha, VecBits* lines) {
-  constexpr int kVectors = 8, kStretch = kVectors * kLanes;
-  std::vector<RowSum<S>> sums;
-  for (int64_t i = 0; i < kLanes; ++i)
-    sums.emplace_back(s, columns, p + std::min(i, count - 1) * width, width, absent, alpha);
-  alignas(64) float stretch[kLanes][kStretch];
-  for (int64_t at = 0; at < columns; at += kStretch) {
-    for (int i = 0; i < kLanes; ++i)
-      sums[static_cast<size_t>(i)].template add_up<kVectors>(at, std::min<int64_t>(kStretch, columns - at), stretch[i]);
-    for (int64_t c = 0; c < kStretch && at + c < columns; c += kLanes) {
-      VecBits block[kLanes];
-      for (int i = 0; i < kLanes; ++i) block[i] = bits_of(load(stretch[i] + c, Float32()));
-      transpose(block);
-      for (int64_t i = 0; i < kLanes && at + c + i < columns; ++i) lines[at + c + i] = block[i];
-    }
-  }
-}
-
-// The new bits of kLanes weights (or of the first n), which the residual, if there is one, makes up for.
+// `n` weights in a row, `change` added, rounded to nearest; what that loses goes into the residual, if there is one.
 template <class W>
-VecBits rounded(Vec value, float* residual, int64_t n) {
-  const VecBits bits = put_bits(value, W());
-  if (residual != nullptr) {
+void update_nearest(typename W::raw* weight, const float* change, float* residual, float decay, int64_t n) {
+  for (int64_t c = 0; c < n; c += kLanes) {
+    Vec value = load_some<W>(weight + c, n - c);
+    if (residual != nullptr) value += load_some<Float32>(residual + c, n - c);
+    value = multiply_add(value, Vec{} + decay, load(change + c, Float32()));
+    const VecBits bits = put_bits(value, W());
+    store_bits(weight + c, bits, n - c);
+    if (residual == nullptr) continue;
     typename W::raw kept[kLanes];
     store_bits(kept, bits);
-    store_bits(residual, bits_of(value - load(kept, W())), n);
+    store_bits(residual + c, bits_of(value - load(kept, W())), n - c);
   }
-  return bits;
 }
 
-// `n` weights in a row, of element number `element` on, with `change` added; n <= kUpdateColumns.
-template <class W, bool kRandom>
-void update_span(typename W::raw* weight, const float* change, float* residual, int64_t element, const Update& u,
-                 int64_t n) {
-  const auto value = [&](int64_t c) {
-    Vec v = load_some<W>(weight + c, n - c);
-    if (residual != nullptr) v += load_some<Float32>(residual + c, n - c);
-    return v * u.decay + load(change + c, Float32());
-  };
-  if constexpr (!kRandom) {
-    for (int64_t c = 0; c < n; c += kLanes)
-      store_bits(weight + c, rounded<W>(value(c), residual == nullptr ? nullptr : residual + c, n - c), n - c);
-  } else {
-    const int64_t into = element % kRandomBlock;
-    if (into == 0 && n % kRandomBlock == 0) {
-      for (int64_t start = 0; start < n; start += kRandomBlock) {
-        RandomWords words;
-        random_block(static_cast<uint64_t>((element + start) / kRandomBlock), u.key, u.step, words);
-#pragma GCC unroll 8
-        for (int64_t c = 0; c < kRandomBlock; c += kLanes)
-          store_bits(weight + start + c, round_bits(value(start + c), random_halves(words, c), W()));
-      }
-      return;
+// The same with stochastic rounding; `change` in the order of Two. element: the number of the first one; n <=
+// kUpdateColumns.
+template <class W>
+void update_random(typename W::raw* weight, const float* change, int64_t element, const Update& u, int64_t n) {
+  constexpr int64_t kTwo = 2 * kLanes;
+  const int64_t into = element % kRandomBlock;
+  uint16_t halves[kUpdateColumns + 2 * kRandomBlock];
+  for (int64_t start = 0; start < into + n; start += kRandomBlock)
+    random_block(static_cast<uint64_t>((element + start) / kRandomBlock), u.key, u.step, halves + start);
+  for (int64_t c = 0; c < n; c += kTwo) {
+    typename W::raw part[kTwo] = {};
+    const bool whole = n - c >= kTwo;
+    if (!whole) std::copy_n(weight + c, n - c, part);
+    typename W::raw* at = whole ? weight + c : part;
+    Vec a, b;
+    VecBits half_a, half_b;
+    Two<W>::load_two(at, a, b);
+    load_two_halves(halves + into + c, half_a, half_b, W());
+    a = multiply_add(a, Vec{} + u.decay, load(change + c, Float32()));
+    b = multiply_add(b, Vec{} + u.decay, load(change + c + kLanes, Float32()));
+    store_two_bits(at, round_bits(a, half_a, W()), round_bits(b, half_b, W()), W());
+    if (!whole) std::copy_n(part, n - c, weight + c);
+  }
+}
+
+// Sums of 2 kLanes columns from `entry` on, in the order of Two<Order>, for the rows of a tile: change [kLanes][...].
+template <class Order>
+void change_of_columns(const VecBits* lines, const Entry* entry, int64_t width, float* change) {
+  for (int half = 0; half < 2; ++half) {
+    VecBits block[kLanes];
+    for (int i = 0; i < kLanes; ++i) {
+      const Entry* own = entry + width * (half == 0 ? Two<Order>::place_a(i) : Two<Order>::place_b(i));
+      Vec sum = {};
+      for (int64_t w = 0; w < width; ++w)
+        sum = multiply_add(floats_of(lines[own[w].at]), Vec{} + own[w].factor, sum);
+      block[i] = bits_of(sum);
     }
-    // Rows that do not begin with a block: the halves are laid out first, to be read from any element on.
-    uint16_t halves[kUpdateColumns + 2 * kRandomBlock];
-    for (int64_t start = 0; start < into + n; start += kRandomBlock) {
-      RandomWords words;
-      random_block(static_cast<uint64_t>((element + start) / kRandomBlock), u.key, u.step, words);
-      for (int64_t c = 0; c < kRandomBlock; c += kLanes) store_bits(halves + start + c, random_halves(words, c));
-    }
-    for (int64_t c = 0; c < n; c += kLanes)
-      store_bits(weight + c, round_bits(value(c), load_halves(halves + into + c), W()), n - c);
+    transpose(block);
+    for (int i = 0; i < kLanes; ++i) store_bits(change + i * kUpdateColumns + half * kLanes, block[i]);
   }
 }
 
@@ -135,31 +164,28 @@ template <class W, class S, bool kRandom>
 void update_rows(typename W::raw* weight, int64_t m, int64_t n, const typename S::raw* s, int64_t d1, int64_t d2,
                  const std::vector<Entry>& p, int64_t p_width, const std::vector<Entry>& q, int64_t q_width,
                  const Update& u, float* residual, int64_t begin, int64_t end) {
+  using Order = std::conditional_t<kRandom, W, Float32>;
   Scratch<VecBits> lines(d2 + 1);
   lines[d2] = VecBits{};
+  TileRows<S> products(s, d2, p_width, d1, u.alpha);
   Scratch<float> change(kLanes * kUpdateColumns);
   for (int64_t tile = begin; tile < end; ++tile) {
     const int64_t first = tile * kLanes, count = std::min<int64_t>(kLanes, m - first);
-    product_lines<S>(s, d2, p.data() + first * p_width, p_width, d1, count, u.alpha, lines.get());
+    products.set(p.data() + first * p_width, count);
+    products.lines(lines.get());
     for (int64_t start = 0; start < n; start += kUpdateColumns) {
       const int64_t width = std::min(kUpdateColumns, n - start);
-      const Entry* entry = q.data() + start * q_width;
-      for (int64_t c = 0; c < width; c += kLanes) {
+      for (int64_t c = 0; c < width; c += 2 * kLanes) {
         for (int64_t i = 0; i < count; ++i) __builtin_prefetch(weight + (first + i) * n + start + c, 1);
-        VecBits block[kLanes];
-        for (auto& one : block) {
-          Vec sum = {};
-          for (int64_t w = 0; w < q_width; ++w, ++entry)
-            sum = multiply_add(floats_of(lines[entry->at]), Vec{} + entry->factor, sum);
-          one = bits_of(sum);
-        }
-        transpose(block);
-        for (int i = 0; i < kLanes; ++i) store_bits(change.get() + i * kUpdateColumns + c, block[i]);
+        change_of_columns<Order>(lines.get(), q.data() + (start + c) * q_width, q_width, change.get() + c);
       }
       for (int64_t i = 0; i < count; ++i) {
         const int64_t element = (first + i) * n + start;
-        update_span<W, kRandom>(weight + element, change.get() + i * kUpdateColumns,
-                                residual == nullptr ? nullptr : residual + element, element, u, width);
+        const float* own = change.get() + i * kUpdateColumns;
+        if constexpr (kRandom)
+          update_random<W>(weight + element, own, element, u, width);
+        else
+          update_nearest<W>(weight + element, own, residual == nullptr ? nullptr : residual + element, u.decay, width);
       }
     }
   }
@@ -176,7 +202,9 @@ inline void subspace_apply(void* weight, int dtype, int64_t m, int64_t n, const 
     with_dtype(s_dtype, [&](auto s_type) {
       using W = decltype(weight_type);
       using S = decltype(s_type);
-      const auto run = residual == nullptr && dtype != kFloat32 ? update_rows<W, S, true> : update_rows<W, S, false>;
+      auto run = update_rows<W, S, false>;
+      if constexpr (!std::is_same_v<W, Float32>)
+        if (residual == nullptr) run = update_rows<W, S, true>;
       split(tiles, tiles / (8 * team) + 1, team, [&](int64_t begin, int64_t end) {
         run(static_cast<typename W::raw*>(weight), m, n, static_cast<const typename S::raw*>(s), d1, d2, p_entries,
             p.width, q_entries, q.width, u, residual, begin, end);
