@@ -208,7 +208,7 @@ class Pipeline:
         """Called before the model's forward: nothing under way may be left to an evaluation or a quiet window."""
         self._check()
         quiet = False
-        if training and not self._window.begun:
+        if torch.is_grad_enabled() and not self._window.begun:  # some programs train in eval mode
             self._window.begun = True
             for entry in self._entries:
                 entry.quiet = entry.unit.begin_window(entry.steps)
@@ -217,10 +217,14 @@ class Pipeline:
             self.flush()
 
     def publish(self) -> None:
-        """Show the model host state that was just loaded. Collective; nothing may be under way."""
+        """Show the model host state that was just loaded, and open a window. Collective; no update may be under way."""
+        self._wait_for([entry for entry in self._entries if entry.sent], "measured")
         for unit in self.units:
             unit.fetch(self.bus, self._ranks_of.up)
             unit.apply()
+        for entry in self._entries:
+            entry.open_window()
+        self._window = Window(self._send_order())
 
     def state(self) -> dict[str, Any]:
         """What resuming needs beside the units' own state, as JSON."""

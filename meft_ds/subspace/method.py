@@ -101,19 +101,23 @@ class SubspaceMethod(Method):
         config = self._config
         layer = layer_of(run.model, self._layers)
         group_of = {id(p): index for index, group in enumerate(run.groups) for p in group["params"]}
-        sorted_in: dict[tuple[int, int, torch.dtype], list[Site]] = {}
+        stacks: dict[str, int] = {}
+        sorted_in: dict[tuple[int, int, int, torch.dtype], list[Site]] = {}
         for site in sites:
-            key = (layer[site.name], group_of.get(id(site.weight), 0), site.weight.dtype)
+            stack = stacks.setdefault(_stack_of(site.name), len(stacks))
+            key = (layer[site.name], stack, group_of.get(id(site.weight), 0), site.weight.dtype)
             sorted_in.setdefault(key, []).append(site)
         values = sum(site.d**2 * (site.weight.shape[0] if site.weight.dim() == 3 else 1) for site in sites)
         on_device = self._on_device(run.bus.device, values * 2 * run.moments_dtype.itemsize // run.ranks.world)
         units = []
-        for (at, group, dtype), found in sorted(sorted_in.items(), key=lambda item: (item[0][:2], str(item[0][2]))):
+        for (at, stack, group, dtype), found in sorted(sorted_in.items(), key=lambda i: (i[0][:3], str(i[0][3]))):
             matrices = self._matrices(found)
+            of_stack = f".s{stack}" if stack else ""
             units.append(
                 SubspaceUnit(
-                    name=f"layer{at}.subspace.g{group}.{str(dtype).removeprefix('torch.')}",
+                    name=f"layer{at}.subspace{of_stack}.g{group}.{str(dtype).removeprefix('torch.')}",
                     layer=at,
+                    stack=stack,
                     params=[(site.name, site.weight) for site in found],
                     matrices=matrices,
                     modules=[site.module if site.tapped else None for site in found],
@@ -165,3 +169,10 @@ class SubspaceMethod(Method):
             return self._config.state_device == "accelerator"
         total = torch.get_device_module(device).get_device_properties(device).total_memory
         return bool(nbytes <= _ON_DEVICE * total)
+
+
+def _stack_of(name: str) -> str:
+    """What stands before the number of a parameter's block: models with several lists of blocks run one after another
+    (encoder and decoder, vision tower and language model) have as many stacks. Outside blocks: ""."""
+    parts = name.split(".")
+    return next((".".join(parts[:i]) for i, part in enumerate(parts) if part.isdigit()), "")

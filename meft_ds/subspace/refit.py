@@ -47,7 +47,7 @@ class Refit:
         self._config, self._ranks = config, ranks
         self._open: list[SubspaceUnit] = []  # of this window, in the order they are taken in
         self._complete: set[int] = set()
-        self._step = 0
+        self._step = 0  # updates so far of the unit that is taken
         self._settled: set[int] = set()  # sides that this check has decided on
         self._spent, self._gave_up, self._overflow = 0.0, False, False
         self.checks, self.seconds = 0, 0.0
@@ -61,17 +61,17 @@ class Refit:
         return interval > 0 and step % interval == 0
 
     def begin(self, unit: SubspaceUnit) -> None:
-        if not self._open or self._step != unit.step:
-            self._open, self._step = [], unit.step
+        if not self._open:
             self._complete.clear()
             self._settled.clear()
             self._spent, self._gave_up, self._overflow = 0.0, False, False
             self.checks += 1
         self._open.append(unit)
-        self._open.sort(key=lambda u: (-u.layer, u.name))
+        self._open.sort(key=lambda u: ([-x for x in u.depth], u.name))
 
     def arriving(self, unit: SubspaceUnit) -> None:
-        while self._open and self._open[0].layer > unit.layer:
+        # a deeper one that has seen nothing is not done: `unit` holds something that runs late but is named early
+        while self._open and self._open[0].depth > unit.depth and self._open[0].captured:
             self._take(self._open[0])
 
     def received(self, unit: SubspaceUnit) -> None:
@@ -83,8 +83,13 @@ class Refit:
         while unit in self._open:
             self._take(self._open[0])
 
+    def forget(self, unit: SubspaceUnit) -> None:
+        if unit in self._open:
+            self._open.remove(unit)
+
     def _take(self, unit: SubspaceUnit) -> None:
         self._open.remove(unit)
+        self._step = unit.step
         start = time.monotonic()
         for matrix in unit.matrices:
             self._calibrate(unit, matrix)
@@ -116,9 +121,13 @@ class Refit:
         before = bias_of(fresh, left.projector, right.projector)
         if not math.isfinite(before):
             self._overflow = True  # the step will be skipped, and the check comes again
+        if before == 0.0:  # no gradient: nothing to measure or to fit
+            self._settled.add(id(right))
+            return False, False
         followed = left.before is not None or right.before is not None  # the side it shares has just changed
         matrix.bias = {"step": self._step, "before": before, "held_out": before}
         if self._overflow or (matrix.fitted and not followed and before <= config.refit_threshold):
+            self._settled.add(id(right))  # its S is of this Q, so siblings that come later must not change it
             return False, False
         free = id(right) not in self._settled  # a right side that a sibling has settled stays, and P is fitted to it
         deadline = time.monotonic() + config.fit_seconds - self._spent

@@ -99,12 +99,16 @@ class Calibrator(Protocol):
     def force(self, unit: SubspaceUnit) -> None:
         """`unit` cannot wait for more gradients."""
 
+    def forget(self, unit: SubspaceUnit) -> None:
+        """`unit` gives its window up."""
+
 
 class SubspaceUnit(FlatUnit):
     """One layer's compressed matrices of one parameter group.
 
     Args:
         name, layer, params, group, ranks, wire_dtype: as in `FlatUnit`.
+        stack: which of the model's lists of blocks the layer is in; the later, the deeper.
         matrices: with their places in `params` and in the flat vector.
         modules: by index in `params`, those whose activations give S; None where the gradient does.
         moments_dtype: float32 or bfloat16.
@@ -134,6 +138,7 @@ class SubspaceUnit(FlatUnit):
         residual: bool,
         seed: int,
         calibrator: Calibrator,
+        stack: int = 0,
     ) -> None:
         super().__init__(
             name=name,
@@ -145,7 +150,7 @@ class SubspaceUnit(FlatUnit):
             wire_dtype=wire_dtype,
             state_bytes=2 * moments_dtype.itemsize,
         )
-        self.matrices, self._modules = matrices, modules
+        self.matrices, self._modules, self.depth = matrices, modules, (stack, layer)
         self._of_param = [[m for m in matrices if m.param == index] for index in range(len(params))]
         self.sides = list({id(side): side for m in matrices for side in (m.left, m.right)}.values())
         self._moments_dtype, self.on_device, self._scale, self._seed = moments_dtype, on_device, scale, seed
@@ -153,6 +158,7 @@ class SubspaceUnit(FlatUnit):
         self._residuals: list[Tensor] = []
         self._calibrator = calibrator
         self.step, self.calibrating = 0, False
+        self._bias_before: list[dict[str, float]] = [{} for _ in matrices]
         self.captured: dict[int, list[tuple[Tensor, Tensor | None]]] = {}
         self._sketched: dict[int, tuple[Tensor, Tensor]] = {}
         self._update: tuple[AdamHyper, int, float] | None = None
@@ -192,8 +198,8 @@ class SubspaceUnit(FlatUnit):
 
     def begin_window(self, step: int) -> bool:
         self.step = step
-        self.captured.clear()
         self.calibrating = self._calibrator.due(step)
+        self._bias_before = [matrix.bias for matrix in self.matrices]
         if self.calibrating:
             self._calibrator.begin(self)
         return self.calibrating
@@ -396,12 +402,17 @@ class SubspaceUnit(FlatUnit):
         return whole[0], whole[1]
 
     def discard(self) -> None:
-        for side in self.sides:
-            if side.before is not None:
-                side.projector, side.before = side.before, None
+        for matrix, bias in zip(self.matrices, self._bias_before, strict=True):
+            matrix.bias = bias
         super().discard()
 
     def _open_window(self) -> None:
+        for side in self.sides:  # a window that ends without an update gives back what it switched to
+            if side.before is not None:
+                side.projector, side.before = side.before, None
+        self._calibrator.forget(self)
+        self.calibrating = False
+        self.captured.clear()
         self._sketched.clear()
         super()._open_window()
 
