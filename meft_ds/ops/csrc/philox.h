@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Random bits that depend on (key, step, element) only, and rounding with them. Philox4x32 with 7 rounds (Salmon et al.,
-// SC 2011); which element takes which bits is described at random_halves in meft_ds/ops/torch_sketch.py.
+// Random bits that depend on (key, step, element) only, and rounding with them. Philox4x32 with 7 rounds (Salmon et
+// al., SC 2011); which element takes which bits is described at random_halves in meft_ds/ops/torch_sketch.py.
 #pragma once
 
 #include <cstdint>
@@ -53,9 +53,10 @@ inline VecWide even_lanes() {
 inline void store_halves(VecBits words, uint16_t* halves) {
 #if defined(__AVX512BW__)
   typedef uint16_t Order __attribute__((vector_size(64)));
-  const Order order = {0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30,
-                       1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31};
-  _mm512_storeu_si512(halves, _mm512_permutexvar_epi16(reinterpret_cast<__m512i>(order), reinterpret_cast<__m512i>(words)));
+  const Order low_then_high = {0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30,
+                               1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31};
+  const auto order = reinterpret_cast<__m512i>(low_then_high);
+  _mm512_storeu_si512(halves, _mm512_permutexvar_epi16(order, reinterpret_cast<__m512i>(words)));
 #else
   store_bits(halves, words & 0xFFFFu);
   store_bits(halves + 16, words >> 16);
@@ -94,8 +95,8 @@ inline void random_block(uint64_t block, uint64_t key, uint32_t step, uint16_t* 
                    halves + 32 * word + v / 2 * kLanes);
 }
 
-// The bits of fp32 rounded to T: up (away from 0) if the fraction of a unit in the last place, in 2**-16, plus the random
-// half reaches 2**16. Infinity and NaN stay. Equal to round_stochastically in torch_sketch.py bit for bit.
+// The bits of fp32 rounded to T: up (away from 0) if the fraction of a unit in the last place, in 2**-16, plus the
+// random half reaches 2**16. Infinity and NaN stay. Equal to round_stochastically in torch_sketch.py bit for bit.
 inline VecBits round_bits(Vec v, VecBits half, BFloat16) {
   const VecBits bits = bits_of(v);
   return choose(v != v, bits | (1u << 22), bits + half) >> 16;

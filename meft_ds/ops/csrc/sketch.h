@@ -16,7 +16,7 @@
 
 namespace meft {
 
-// A gather list as Python hands it over: index [outputs, width] of 2 (unsigned) or 4 bytes, value [outputs, width] fp16.
+// A gather list as Python hands it over: index [outputs, width] of 2 (unsigned) or 4 bytes, value fp16 alike.
 struct ListView {
   const void* index;
   int index_bytes;
@@ -33,11 +33,12 @@ struct Entry {
   float factor;
 };
 
-// The list ready for kernels: checked once, factors in fp32, outputs rounded up to pairs of vectors. An entry of value 0 is
-// absent: it points at position `n`, which kernels keep at zero, so that padding spreads no infinity of position 0 and
-// every output still takes the same number of entries, without a branch.
+// The list ready for kernels: checked once, factors in fp32, outputs rounded up to pairs of vectors. An entry of value
+// 0 is absent: it points at position `n`, which kernels keep at zero, so that padding spreads no infinity of position 0
+// and every output still takes the same number of entries, without a branch.
 inline std::vector<Entry> entries_of(const ListView& list, int64_t n, const char* name) {
-  const int64_t rounded = (list.outputs + 2 * kLanes - 1) / (2 * kLanes) * (2 * kLanes);
+  constexpr int64_t kTwo = 2 * kLanes;
+  const int64_t rounded = (list.outputs + kTwo - 1) / kTwo * kTwo;
   std::vector<Entry> entries(static_cast<size_t>(rounded * list.width), Entry{static_cast<int32_t>(n), 0.0f});
   for (int64_t i = 0; i < list.outputs * list.width; ++i) {
     const int64_t at = list.index_at(i);

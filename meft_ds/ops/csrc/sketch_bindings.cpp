@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Python face of the sketches and of the subspace update; conventions as in bindings.cpp. A file of its own, so that the
-// two are compiled side by side.
+// Python face of the sketches and of the subspace update; conventions as in bindings.cpp. A file of its own, so that
+// the two are compiled side by side.
 #include <pybind11/pybind11.h>
 
 #include <cstdint>

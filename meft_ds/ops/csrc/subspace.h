@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The subspace update of a weight, W <- round(decay * W + alpha * P s Q^T), without any temporary of W's size: W is read
-// and written once. And the direction of Adam that s is.
+// The subspace update of a weight, W <- round(decay * W + alpha * P s Q^T), without any temporary of W's size: W is
+// read and written once. And the direction of Adam that s is.
 #pragma once
 
 #include <algorithm>
@@ -19,7 +19,7 @@
 
 namespace meft {
 
-// Columns worked on at a time: a kLanes-row block of the update stays in the first-level cache, beside what it is read by.
+// Columns worked on at a time: their change, for kLanes rows, stays in the first-level cache.
 constexpr int64_t kUpdateColumns = 256;
 
 struct Update {
@@ -53,8 +53,8 @@ class TileRows {
     }
   }
 
-  // lines [columns]: line c holds column c of all rows. Stretches of a row are summed before they are turned: rows of s,
-  // often a power of two apart, would drive one another out of the cache if all were read side by side.
+  // lines [columns]: line c holds column c of all rows. Stretches of a row are summed before they are turned: rows of
+  // s, often a power of two apart, would drive one another out of the cache if all were read side by side.
   void lines(VecBits* lines) const {
     VecBits stretch[kLanes][kVectors];
     for (int64_t at = 0; at < columns_; at += kStretch) {

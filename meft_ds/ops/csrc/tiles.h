@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Tiles of kLanes rows turned on their side, so that one vector holds one column: what a sparse product needs to work on
-// neighbouring rows at once without gathers. Also the vector forms of rounding fp32 to what is stored.
+// Tiles of kLanes rows turned on their side, so that one vector holds one column: what a sparse product needs to work
+// on neighbouring rows at once without gathers. Also the vector forms of rounding fp32 to what is stored.
 #pragma once
 
 #include <cstddef>
@@ -102,8 +102,8 @@ Vec load_some(const typename T::raw* x, int64_t n) {
   return n >= kLanes ? load(x, T()) : load_part<T>(x, n);
 }
 
-// How kLanes or 2 kLanes tokens of one column lie in a line of a tile. fp16 becomes fp32 once, on the way in; of bf16, a
-// 32-bit word holds two tokens (t below, t + kLanes above), which a shift and a mask take apart: half the memory.
+// How kLanes or 2 kLanes tokens of one column lie in a line of a tile. fp16 becomes fp32 once, on the way in; of bf16,
+// a 32-bit word holds two tokens (t below, t + kLanes above), which a shift and a mask take apart: half the memory.
 template <class T>
 struct Line {
   static constexpr int kTokens = kLanes;
@@ -119,7 +119,8 @@ struct Line<BFloat16> {
   static constexpr int kTokens = 2 * kLanes;
   using Sums = Vec[2];
   static VecBits pack(const uint16_t* const* rows, int64_t at, int64_t n, int i) {
-    return (bits_of(load_some<BFloat16>(rows[i] + at, n)) >> 16) | bits_of(load_some<BFloat16>(rows[i + kLanes] + at, n));
+    const Vec below = load_some<BFloat16>(rows[i] + at, n), above = load_some<BFloat16>(rows[i + kLanes] + at, n);
+    return (bits_of(below) >> 16) | bits_of(above);
   }
   static void add(Sums& sums, VecBits line, Vec factor) {
     sums[0] = multiply_add(floats_of(line << 16), factor, sums[0]);
