@@ -22,12 +22,20 @@ class FlatAdam:
         master: float32 [n], updated in place.
         replica: [n] in the compute dtype, refreshed in the same pass; None when the master itself is the replica.
         moments_dtype: float32 or bfloat16.
+        moments_shape: theirs where it is not the master's.
     """
 
-    def __init__(self, master: Tensor, replica: Tensor | None, moments_dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        master: Tensor,
+        replica: Tensor | None,
+        moments_dtype: torch.dtype,
+        moments_shape: tuple[int, ...] | None = None,
+    ) -> None:
         self.master, self.replica = master, replica
-        self.exp_avg = torch.zeros(master.shape, dtype=moments_dtype)
-        self.exp_avg_sq = torch.zeros(master.shape, dtype=moments_dtype)
+        shape = master.shape if moments_shape is None else moments_shape
+        self.exp_avg = torch.zeros(shape, dtype=moments_dtype)
+        self.exp_avg_sq = torch.zeros(shape, dtype=moments_dtype)
 
     def step(self, grad: Tensor, hyper: AdamHyper, *, step: int, grad_scale: float) -> None:
         """One AdamW step with gradient grad * grad_scale; `step` counts from 1."""
@@ -63,8 +71,15 @@ class RowAdam(FlatAdam):
     decoupled weight decay of the steps a row slept is caught up exactly when it wakes.
     """
 
-    def __init__(self, master: Tensor, replica: Tensor | None, moments_dtype: torch.dtype, mode: RowMode) -> None:
-        super().__init__(master, replica, moments_dtype)
+    def __init__(
+        self,
+        master: Tensor,
+        replica: Tensor | None,
+        moments_dtype: torch.dtype,
+        mode: RowMode,
+        moments_shape: tuple[int, ...] | None = None,
+    ) -> None:
+        super().__init__(master, replica, moments_dtype, moments_shape)
         self.mode = mode
         self.decay_log = 0.0  # sum of log(1 - lr * wd) over all applied steps
         if mode == "lazy":

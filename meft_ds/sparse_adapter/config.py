@@ -5,14 +5,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from meft_ds.fields import not_negative, patterns, positive, positive_int, positive_int_or_auto
+from meft_ds.fields import not_negative, patterns, positive, positive_int, positive_int_or_auto, size_or_fraction
 from meft_ds.fields import seed as check_seed
 
-__all__ = ["PAPER_ROUTER_SCALE", "ResolvedSparseAdapter", "SparseAdapterConfig"]
+__all__ = ["PAPER_ROUTER_SCALE", "CompressConfig", "ResolvedCompress", "ResolvedSparseAdapter", "SparseAdapterConfig"]
 
 PAPER_ROUTER_SCALE = 50.0
 """What the authors of MEFT multiply the mean key of an expert by (their training code)."""
@@ -20,6 +20,44 @@ PAPER_ROUTER_SCALE = 50.0
 
 _Auto = Literal["auto"]
 _IntOrAuto = Annotated[int | _Auto, BeforeValidator(positive_int_or_auto)]
+
+
+def _object_or_null(value: Any) -> Any:
+    if value is not None and not isinstance(value, dict | CompressConfig):
+        raise ValueError(f'expected null or an object of settings such as {{"dim": 0.5}} or {{}}, got {value!r}')
+    return value
+
+
+class CompressConfig(BaseModel):
+    """Settings of the compression of row gradients (LSP-Offload, arXiv 2406.10181, on one side only)."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    dim: Annotated[int | float, BeforeValidator(size_or_fraction)] = Field(
+        0.5,
+        description="d', what the d values of a key's or a value's gradient become: a whole number below d, or a "
+        "fraction of d. Default: half, as the LSP-Offload paper's 2,048 of 4,096.",
+    )
+    nonzeros: Annotated[int, BeforeValidator(positive_int)] = Field(
+        4, description="k, nonzeros in each row of Q. The LSP-Offload paper: 4 to 16."
+    )
+    scale: Annotated[float | Literal["adam"], BeforeValidator(lambda v: positive(v, ("adam",)))] = Field(
+        "adam",
+        description='Factor on every update. "adam": sqrt(d / d\'), so that a step moves a row by about as much as '
+        "AdamW with the same learning rate would.",
+    )
+
+    def resolve(self, d: int) -> ResolvedCompress:
+        """Numbers for rows of two halves of ``d`` values. Raises ValueError when they cannot work with that ``d``."""
+        dim = self.dim if isinstance(self.dim, int) else round(self.dim * d)
+        prefix = f"sparse_adapter.compress at hidden size {d}: "
+        if dim >= d:
+            raise ValueError(f"{prefix}dim: {dim} is not below {d} and would save nothing; lower dim")
+        if self.nonzeros > dim:
+            raise ValueError(f"{prefix}nonzeros: {self.nonzeros} is more than dim = {dim}; lower nonzeros or raise dim")
+        return ResolvedCompress(
+            dim=dim, nonzeros=self.nonzeros, scale=math.sqrt(d / dim) if self.scale == "adam" else float(self.scale)
+        )
 
 
 class SparseAdapterConfig(BaseModel):
@@ -64,6 +102,11 @@ class SparseAdapterConfig(BaseModel):
         "dense",
         description='"dense": AdamW moves every row at every step (published accuracy). "lazy": only rows that were '
         "active in the window, with a step count per row and exact catch-up of weight decay.",
+    )
+    compress: Annotated[CompressConfig | None, BeforeValidator(_object_or_null)] = Field(
+        None,
+        description="Row gradients cross the bus, and meet AdamW, as products with a sparse random projector: fewer "
+        "bytes down, smaller moments. null = off.",
     )
     compute: Literal["auto", "grouped", "union"] = Field(
         "auto",
@@ -153,6 +196,15 @@ class SparseAdapterConfig(BaseModel):
             target_modules=self.target_modules,
             seed=self.seed,
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResolvedCompress:
+    """``CompressConfig`` in numbers: d', k, and the factor on updates."""
+
+    dim: int
+    nonzeros: int
+    scale: float
 
 
 @dataclass(frozen=True, kw_only=True)

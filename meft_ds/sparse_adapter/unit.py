@@ -2,7 +2,8 @@
 """The `rows` wire format: the gradients of the rows that were active in a window go down with their ids, and the
 updated rows become what the next micro-batch fetches.
 
-Bytes per layer and window (sparse_adapter's formula): 2*d*U_win*bytes up, fetched once per window, and as many down.
+Bytes per layer and window (sparse_adapter's formula): 2*d*U_win*bytes up, fetched once per window, and as many down,
+2*d'*U_win*bytes with compression.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from meft_ds.offload.bus import Bus
 from meft_ds.offload.host_adam import RowAdam, RowMode
 from meft_ds.offload.partition import Ranks, owned_range, reduce_rows_to_owners
 from meft_ds.offload.wire import AdamHyper, Footprint, Unit
+from meft_ds.sparse_adapter.compress import CompressedRowAdam, RowCompression, view_bytes
+from meft_ds.sparse_adapter.config import ResolvedCompress
 from meft_ds.sparse_adapter.store import HostRows
 
 
@@ -32,6 +35,7 @@ class RowsUnit(Unit):
         mode: "dense" or "lazy" AdamW.
         moments_dtype: float32 or bfloat16.
         grad_dtype: dtype of the gradients on the bus.
+        compression: what the gradients go through before anything else sees them; None = nothing.
     """
 
     wire = "rows"
@@ -47,15 +51,18 @@ class RowsUnit(Unit):
         mode: RowMode,
         moments_dtype: torch.dtype,
         grad_dtype: torch.dtype,
+        compression: RowCompression | None = None,
     ) -> None:
         self.name, self.layer, self.group = name, layer, group
         self.rows = rows
         self._ranks, self._mode, self._grad_dtype = ranks, mode, grad_dtype
         self._moments_dtype = moments_dtype
+        self._compression = compression
         self._lo, self._hi = owned_range(rows.r, ranks)
         own = slice(self._lo, self._hi)
         master, replica = rows.store
-        self.adam = RowAdam(master[own], None if replica is master else replica[own], moments_dtype, mode)
+        state = master[own], None if replica is master else replica[own], moments_dtype, mode
+        self.adam = RowAdam(*state) if compression is None else CompressedRowAdam(*state, compression)
         self._ids: Tensor | None = None
         self._payload: Tensor | None = None
         rows.on_gradient = self._tell_gradient
@@ -73,10 +80,12 @@ class RowsUnit(Unit):
             grad_dtype=self._grad_dtype,
             selection=self.rows.selection,
             mode=self._mode,
+            compress=None if self._compression is None else self._compression.settings,
         )
 
     def collect(self) -> None:
-        self._ids, self._payload = self.rows.close_window()
+        self._ids, g = self.rows.close_window()
+        self._payload = g if self._compression is None else self._compression.compress(g)
 
     def reduce(self, ranks: Ranks) -> None:
         assert self._ids is not None and self._payload is not None
@@ -151,19 +160,25 @@ def rows_footprint(
     grad_dtype: torch.dtype,
     selection: str,
     mode: RowMode,
+    compress: ResolvedCompress | None = None,
 ) -> Footprint:
     """Bytes of one layer's rows before anything is allocated; `own` rows belong to this rank."""
     width = 2 * d
+    sent = width if compress is None else 2 * compress.dim  # of a row's gradient, and of its moments
+    row_view, column_view = (0, 0) if compress is None else view_bytes(compress, d)
     replica = 0 if dtype == torch.float32 else dtype.itemsize
     capacity = min(capacity, r)
     return Footprint(
         host_shared=r * width * (4 + replica),
-        host_private=own * width * 2 * moments_dtype.itemsize
+        host_private=own * sent * 2 * moments_dtype.itemsize
         + (own * 12 if mode == "lazy" else 0)
         + r * 9  # slot of each row, and whether it was ever active
-        + own * width * grad_dtype.itemsize,  # the payload at worst
-        payload=own * width * grad_dtype.itemsize,
-        device=capacity * width * (dtype.itemsize + 4) + (r * d * dtype.itemsize if selection == "device" else 0),
-        down=r * width * grad_dtype.itemsize,
+        + own * sent * grad_dtype.itemsize  # the payload at worst
+        + row_view,
+        payload=own * sent * grad_dtype.itemsize,
+        device=capacity * width * (dtype.itemsize + 4)
+        + (r * d * dtype.itemsize if selection == "device" else 0)
+        + (0 if compress is None else capacity * sent * 4 + column_view),
+        down=r * sent * grad_dtype.itemsize,
         up=r * width * dtype.itemsize,
     )
