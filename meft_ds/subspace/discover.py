@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from meft_ds.subspace.config import SubspaceConfig
+from meft_ds.subspace.linear import can_tap
 
 # Siblings that read the same tensor in the models of Hugging Face: they share the sketch of it, and so its projector.
 _SHARE_INPUT = (
@@ -59,7 +60,8 @@ def find_matrices(model: nn.Module, config: SubspaceConfig) -> tuple[list[Site],
     embeddings = {id(m) for m in (_output_embeddings(model),) if m is not None}
     patterns = None if config.target_modules is None else {p: re.compile(p) for p in config.target_modules}
     unused = set(patterns or ())
-    sites, excluded, candidates = [], [], []
+    sites: list[Site] = []
+    frozen, excluded, candidates = [], [], []
     for name, module, key, weight in _weights(model):
         candidates.append(name)
         if patterns is not None:
@@ -67,9 +69,11 @@ def find_matrices(model: nn.Module, config: SubspaceConfig) -> tuple[list[Site],
             unused -= matching
             if not matching:
                 continue
-        if not weight.requires_grad or id(module) in embeddings:
-            continue
         full = f"{name}.{key}" if name else key
+        if not weight.requires_grad or id(module) in embeddings:
+            why = "is the output head" if id(module) in embeddings else "is frozen"
+            frozen.append(f"{full} {why}")
+            continue
         if holders[id(weight)] > 1 or times_named[id(module)] > 1:
             excluded.append(f"{full} is tied or used by several modules")
             continue
@@ -84,8 +88,7 @@ def find_matrices(model: nn.Module, config: SubspaceConfig) -> tuple[list[Site],
             weight=weight,
             d=d,
             input_first=linear and not isinstance(module, nn.Linear),
-            # a forward that somebody replaced cannot be told not to compute the weight's gradient
-            tapped=linear and config.gradient_side == "activation" and "forward" not in module.__dict__,
+            tapped=linear and config.gradient_side == "activation" and can_tap(module),
             shares=_shares(name, weight, d) if isinstance(module, nn.Linear) else full,
         )
         sites.append(site)
@@ -94,7 +97,7 @@ def find_matrices(model: nn.Module, config: SubspaceConfig) -> tuple[list[Site],
         listed = ", ".join(candidates[:_MOST_LISTED]) or "none"
         raise ValueError(
             f"no matrix of {type(model).__name__} to compress for the subspace method.{told} Linear layers: {listed}. "
-            + ("Left out: " + "; ".join(excluded[:_MOST_LISTED]) if excluded else "")
+            + ("Left out: " + "; ".join([*excluded, *frozen][:_MOST_LISTED]) if excluded or frozen else "")
         )
     return sites, excluded
 
@@ -103,7 +106,7 @@ def _weights(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, nn.Paramet
     from transformers.pytorch_utils import Conv1D
 
     for name, module in model.named_modules():
-        if type(module) in (nn.Linear, Conv1D):
+        if type(module) in (nn.Linear, Conv1D) and "weight" in module._parameters:  # else weight norm computes it
             yield name, module, "weight", module.weight  # type: ignore[misc]
         elif not isinstance(module, nn.modules.conv._ConvNd):
             for key, p in module._parameters.items():

@@ -34,13 +34,20 @@ def untap(module: nn.Module) -> None:
         del module.forward
 
 
+def can_tap(module: nn.Module) -> bool:
+    """Whether the module's forward is its class's: one that somebody replaced cannot be told not to compute the
+    weight's gradient. A tap that another engine or a copy of the model left behind may be replaced."""
+    return isinstance(module.__dict__.get("forward"), Tapped | type(None))
+
+
 class Tapped:
     """A module's forward. Copies of the module (deepcopy, pickle) get one that hands nothing over."""
 
     def __init__(self, module: nn.Module, find: Any = None, index: int = 0) -> None:
         self.module, self.find, self.index = module, find, index
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, *args: Tensor, **kwargs: Tensor) -> Tensor:
+        (x,) = (*args, *kwargs.values())  # by whatever name
         module = self.module
         receiver = None if self.find is None else self.find()
         weight = module.weight
@@ -76,5 +83,5 @@ class _Tap(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> Any:  # type: ignore[override]
         (x,) = ctx.saved_tensors
         with torch.no_grad():
-            ctx.receiver.tapped(ctx.index, x, dy)
+            ctx.receiver.tapped(ctx.index, x.detach(), dy)  # who keeps x must not keep its graph
         return dy, None, None, None, None

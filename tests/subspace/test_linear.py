@@ -1,0 +1,126 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tapped layers: the same function and the same other gradients, and who gets the activations."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers.pytorch_utils import Conv1D
+
+from meft_ds.subspace.linear import can_tap, tap, untap
+
+
+class Recorder:
+    """Sums up the weight gradient, [out, in], as a unit would."""
+
+    def __init__(self) -> None:
+        self.gradient: Any = 0.0
+        self.calls: list[int] = []
+
+    def tapped(self, index: int, x: Tensor, dy: Tensor) -> None:
+        assert not torch.is_grad_enabled() and not x.requires_grad and not dy.requires_grad
+        self.calls.append(index)
+        self.gradient += dy.reshape(-1, dy.shape[-1]).float().T @ x.reshape(-1, x.shape[-1]).float()
+
+
+def layer(kind: str, bias: bool = True) -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Linear(5, 3, bias=bias) if kind == "linear" else Conv1D(3, 5)
+
+
+@pytest.mark.parametrize(("kind", "bias"), [("linear", True), ("linear", False), ("conv1d", True)])
+@pytest.mark.parametrize("how", ["plain", "reentrant", "nonreentrant", "twice", "autocast", "keyword"])
+def test_output_and_all_other_gradients_are_the_same_bits_and_the_weights_is_handed_over(
+    kind: str, bias: bool, how: str
+) -> None:
+    found = []
+    for tapped in (False, True):
+        module, recorder = layer(kind, bias), Recorder()
+        if tapped:
+            tap(module, recorder, 7)
+        x = torch.randn(2, 4, 5, generator=torch.Generator().manual_seed(1), requires_grad=True)
+        if "reentrant" in how:
+            y = checkpoint(module, x, use_reentrant=how == "reentrant")
+        elif how == "twice":
+            y = module(x) * module(x.flip(0))
+        elif how == "keyword":
+            y = module(**{"input" if kind == "linear" else "x": x})
+        else:
+            with torch.autocast("cpu", torch.bfloat16, enabled=how == "autocast"):
+                y = module(x)
+        y.float().sin().sum().backward()
+        weight = module.weight.grad
+        if tapped:
+            assert weight is None and recorder.calls == [7] * (2 if how == "twice" else 1)
+            weight = recorder.gradient if kind == "linear" else recorder.gradient.T
+        found.append((y.detach(), x.grad, None if not bias else module.bias.grad, weight))
+    (y, dx, db, dw), (y2, dx2, db2, dw2) = found
+    assert torch.equal(y, y2) and torch.equal(dx, dx2) and (db is None or torch.equal(db, db2))
+    assert y.dtype == y2.dtype == (torch.bfloat16 if how == "autocast" else torch.float32)
+    tolerance = 2e-2 if how == "autocast" else 1e-5
+    torch.testing.assert_close(dw2, dw, atol=tolerance, rtol=tolerance)
+
+
+def test_a_first_layer_without_bias_hands_over_though_its_input_needs_no_gradient() -> None:
+    module, recorder = layer("linear", bias=False), Recorder()
+    tap(module, recorder, 0)
+    module(torch.ones(2, 5)).sum().backward()
+    assert recorder.calls == [0] and torch.equal(recorder.gradient, torch.full((3, 5), 2.0))
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv1d"])
+@pytest.mark.parametrize("why", ["frozen", "no_grad", "receiver is gone", "untapped"])
+def test_nothing_is_handed_over_when(kind: str, why: str) -> None:
+    module, recorder = layer(kind), Recorder()
+    plain = layer(kind)
+    tap(module, recorder, 0)
+    if why == "frozen":
+        module.weight.requires_grad_(False)
+    elif why == "receiver is gone":
+        recorder = Recorder()
+        gc.collect()
+    elif why == "untapped":
+        untap(module)
+        assert module.__dict__.get("forward") is None
+    with torch.set_grad_enabled(why != "no_grad"):
+        y = module(torch.ones(2, 5))
+    assert torch.equal(y, plain(torch.ones(2, 5)))
+    if why != "no_grad":
+        y.sum().backward()
+        assert (module.weight.grad is None) == (why == "frozen") and module.bias.grad is not None
+    assert recorder.calls == []
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda module: pickle.loads(pickle.dumps(module))])
+def test_a_copy_computes_with_its_own_weights_and_hands_nothing_over(copied: Any) -> None:
+    model, recorder = nn.Sequential(layer("linear"), nn.Tanh()), Recorder()
+    tap(model[0], recorder, 0)
+    other = copied(model)
+    with torch.no_grad():
+        other[0].weight.zero_()
+        other[0].bias.fill_(1.0)
+    y = other(torch.ones(2, 5))
+    assert torch.equal(y, torch.ones(2, 3).tanh())
+    y.sum().backward()
+    assert recorder.calls == [] and other[0].weight.grad is not None and model[0].weight.grad is None
+    assert can_tap(other[0]), "an engine of its own may tap the copy"
+    its = Recorder()
+    tap(other[0], its, 4)
+    other(torch.ones(2, 5)).sum().backward()
+    assert its.calls == [4] and recorder.calls == []
+
+
+def test_state_dicts_have_the_usual_keys_and_a_replaced_forward_cannot_be_tapped() -> None:
+    module = layer("linear")
+    tap(module, Recorder(), 0)
+    assert list(module.state_dict()) == ["weight", "bias"]
+    other = layer("linear")
+    other.forward = lambda x: nn.Linear.forward(other, x) * 2  # type: ignore[method-assign]
+    assert can_tap(module) and not can_tap(other)
