@@ -30,8 +30,8 @@ from meft_ds.offload.wire import AdamHyper
 from meft_ds.ops.checks import check_decay
 from meft_ds.sparse_adapter.config import ResolvedCompress
 
-# Values of a block of whole rows: some megabytes, so that what Adam wrote is in cache when it is expanded.
-_BLOCK = 1 << 20
+# Values of a block of whole rows: 2 MB, so that what Adam wrote is in cache when it is expanded.
+_BLOCK = 1 << 19
 
 
 class RowCompression:
@@ -68,10 +68,12 @@ class RowCompression:
         """s = g Q, float32 [U, 2 d'], from g [U, 2 d] on the device."""
         return ops.sketch(g, *self._columns, torch.float32)
 
-    def add_expanded_(self, rows: Tensor, s: Tensor, *, alpha: float, decay: float) -> None:
-        """rows <- decay rows + alpha s Q^T in one pass; rows float32 [n, 2 d], s float32 [n, 2 d'], on the host."""
-        n = rows.shape[0]
-        each = torch.arange(n, dtype=torch.int32)[:, None], torch.ones(n, 1, dtype=torch.float16)
+    def add_expanded_(self, rows: Tensor, s: Tensor, ids: Tensor, *, alpha: float, decay: float) -> None:
+        """rows <- decay rows + alpha s[ids] Q^T in one pass, on the host.
+
+        rows float32 [n, 2 d], s float32 [h, 2 d'], ids int64 [n].
+        """
+        each = ids.to(torch.int32)[:, None], torch.ones(len(ids), 1, dtype=torch.float16)
         ops.subspace_apply_(rows, s, each, self.rows, alpha=alpha, decay=decay, key=0, step=0)
 
     def device_bytes(self) -> int:
@@ -92,6 +94,10 @@ class CompressedRowAdam(RowAdam):
     ) -> None:
         super().__init__(master, replica, moments_dtype, mode, (master.shape[0], compression.width))
         self._compression = compression
+        height = min(block_rows(master.shape[1]), master.shape[0])
+        # kept, because fresh memory for every block costs more than the update
+        self._minus_ds = torch.zeros(height, compression.width)
+        self._active = torch.empty(height if mode == "lazy" else 0, master.shape[1])
 
     def step_rows(self, ids: Tensor, grad: Tensor, hyper: AdamHyper, *, step: int, grad_scale: float) -> None:
         """One step from compressed gradients [k, 2 d'] of rows `ids` (int64 [k], sorted, local)."""
@@ -112,7 +118,7 @@ class CompressedRowAdam(RowAdam):
     def _blocks(self, ids: Tensor) -> Iterator[tuple[slice, Tensor, slice]]:
         """(rows, ids of the active ones counted from the block's first row, where those lie in `ids`)."""
         n, width = self.master.shape
-        height = max(1, _BLOCK // width)
+        height = block_rows(width)
         firsts = range(0, n, height)
         cuts = torch.searchsorted(ids, torch.tensor([*firsts, n])).tolist()
         for first, begin, end in zip(firsts, cuts, cuts[1:], strict=False):
@@ -122,10 +128,11 @@ class CompressedRowAdam(RowAdam):
         self, own: slice, ids: Tensor, grad: Tensor, hyper: AdamHyper, step: int, adam: dict[str, Any]
     ) -> None:
         rows, exp_avg, exp_avg_sq = self.master[own], self.exp_avg[own], self.exp_avg_sq[own]
-        minus_ds = torch.zeros(exp_avg.shape)
+        n = rows.shape[0]
+        minus_ds = self._minus_ds[:n].zero_()
         ops.adamw_rows_(minus_ds, exp_avg, exp_avg_sq, ids, grad, step=step, **adam)
         alpha, decay = hyper.lr * self._compression.settings.scale, 1.0 - hyper.lr * hyper.weight_decay
-        self._compression.add_expanded_(rows, minus_ds, alpha=alpha, decay=decay)
+        self._compression.add_expanded_(rows, minus_ds, torch.arange(n), alpha=alpha, decay=decay)
         if self.replica is not None:
             self.replica[own].copy_(rows)
 
@@ -133,22 +140,30 @@ class CompressedRowAdam(RowAdam):
         self, own: slice, ids: Tensor, grad: Tensor, hyper: AdamHyper, adam: dict[str, Any]
     ) -> None:
         """Moments are updated where they lie; the few active masters are gathered, moved and scattered."""
-        exp_avg, exp_avg_sq = self.exp_avg[own], self.exp_avg_sq[own]
-        minus_ds = torch.zeros(exp_avg.shape)
-        awake = torch.zeros(exp_avg.shape[0], dtype=torch.float64)  # the rows of zeros have no decay to catch up
+        master, exp_avg, exp_avg_sq = self.master[own], self.exp_avg[own], self.exp_avg_sq[own]
+        minus_ds = self._minus_ds[: master.shape[0]].index_fill_(0, ids, 0)
+        awake = torch.zeros(master.shape[0], dtype=torch.float64)  # the rows of zeros have no decay to catch up
         ops.adamw_lazy_rows_(
             minus_ds, exp_avg, exp_avg_sq, self.row_steps[own], awake, ids, grad, decay_log=0.0, **adam
         )
         row_decay = self.row_decay[own]
         after = self.decay_log + math.log1p(-hyper.lr * hyper.weight_decay)
         decay = torch.exp(after - row_decay.index_select(0, ids)).float()
-        rows = self.master[own].index_select(0, ids).mul_(decay[:, None])
+        rows = self._active[: len(ids)]
+        ops.gather_rows(master, ids, rows)
+        if bool((decay != 1.0).any()):
+            rows.mul_(decay[:, None])
         alpha = hyper.lr * self._compression.settings.scale
-        self._compression.add_expanded_(rows, minus_ds.index_select(0, ids), alpha=alpha, decay=1.0)
-        ops.scatter_rows_(self.master[own], ids, rows)
+        self._compression.add_expanded_(rows, minus_ds, ids, alpha=alpha, decay=1.0)
+        ops.scatter_rows_(master, ids, rows)
         if self.replica is not None:
             ops.scatter_rows_(self.replica[own], ids, rows.to(self.replica.dtype))
         row_decay.index_fill_(0, ids, after)
+
+
+def block_rows(width: int) -> int:
+    """Rows of `width` values that are updated at a time."""
+    return max(1, _BLOCK // width)
 
 
 def view_bytes(settings: ResolvedCompress, d: int) -> tuple[int, int]:

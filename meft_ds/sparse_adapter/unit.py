@@ -18,7 +18,7 @@ from meft_ds.offload.bus import Bus
 from meft_ds.offload.host_adam import RowAdam, RowMode
 from meft_ds.offload.partition import Ranks, owned_range, reduce_rows_to_owners
 from meft_ds.offload.wire import AdamHyper, Footprint, Unit
-from meft_ds.sparse_adapter.compress import CompressedRowAdam, RowCompression, view_bytes
+from meft_ds.sparse_adapter.compress import CompressedRowAdam, RowCompression, block_rows, view_bytes
 from meft_ds.sparse_adapter.config import ResolvedCompress
 from meft_ds.sparse_adapter.store import HostRows
 
@@ -166,6 +166,7 @@ def rows_footprint(
     width = 2 * d
     sent = width if compress is None else 2 * compress.dim  # of a row's gradient, and of its moments
     row_view, column_view = (0, 0) if compress is None else view_bytes(compress, d)
+    block = 0 if compress is None else min(own, block_rows(width)) * (sent + (width if mode == "lazy" else 0)) * 4
     replica = 0 if dtype == torch.float32 else dtype.itemsize
     capacity = min(capacity, r)
     return Footprint(
@@ -174,7 +175,8 @@ def rows_footprint(
         + (own * 12 if mode == "lazy" else 0)
         + r * 9  # slot of each row, and whether it was ever active
         + own * sent * grad_dtype.itemsize  # the payload at worst
-        + row_view,
+        + row_view
+        + block,
         payload=own * sent * grad_dtype.itemsize,
         device=capacity * width * (dtype.itemsize + 4)
         + (r * d * dtype.itemsize if selection == "device" else 0)

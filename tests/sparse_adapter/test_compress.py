@@ -88,7 +88,7 @@ def dense_q(compression: RowCompression) -> Tensor:
     return torch.zeros(index.shape[0], compression.width).scatter_(1, index.long(), value.float())
 
 
-@pytest.fixture(params=[1 << 20, 14 * D], ids=["one-block", "blocks"])
+@pytest.fixture(params=[1 << 19, 14 * D], ids=["one-block", "blocks"])
 def block(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
     monkeypatch.setattr(compress_module, "_BLOCK", request.param)
     return int(request.param)
@@ -162,7 +162,7 @@ def test_compression_and_expansion_are_adjoint_and_keep_the_halves_apart(ops_pat
     g = torch.Generator().manual_seed(1)
     rows, s = torch.randn(9, 140, generator=g), torch.randn(9, 50, generator=g)
     expanded = torch.zeros(9, 140)
-    compression.add_expanded_(expanded, s, alpha=1.0, decay=1.0)
+    compression.add_expanded_(expanded, s, torch.arange(9), alpha=1.0, decay=1.0)
     assert torch.sum(compression.compress(rows) * s).item() == pytest.approx(torch.sum(rows * expanded).item(), 1e-4)
     torch.testing.assert_close(compression.compress(rows), rows @ dense_q(compression), atol=1e-5, rtol=1e-5)
     rows[:, 70:] = 0  # keys only
@@ -188,7 +188,7 @@ def test_scale_adam_moves_a_row_by_as_much_as_adam_does(dim: int) -> None:
     compression = RowCompression.draw(settings, d, 0, 0, CPU)
     s = torch.randn(50, 2 * dim, generator=torch.Generator().manual_seed(0)).sign()  # Adam's first step
     moved = torch.zeros(50, 2 * d)
-    compression.add_expanded_(moved, s, alpha=settings.scale, decay=1.0)
+    compression.add_expanded_(moved, s, torch.arange(50), alpha=settings.scale, decay=1.0)
     assert moved.square().mean().sqrt().item() == pytest.approx(1.0, rel=0.02)
 
 
@@ -204,7 +204,8 @@ def test_memory_and_bytes_down_shrink_by_d_over_d_prime_and_bytes_up_stay(mode: 
     assert row_view == sum(t.numel() * t.element_size() for t in compression.rows)
     assert column_view == compression.device_bytes()
     saved = R * D * 4 * 3  # half of two moments and of the payload, 2 d values each
-    assert plain.footprint().host_private - compressed.footprint().host_private == saved - row_view
+    block = sum(t.numel() * 4 for t in (compressed.adam._minus_ds, compressed.adam._active))  # type: ignore[attr-defined]
+    assert plain.footprint().host_private - compressed.footprint().host_private == saved - row_view - block
     for unit in (plain, compressed):
         moments = [t for name, t in unit.state_tensors().items() if "exp_avg" in name]
         assert all(t.shape == (R, 2 * (HALF.dim if unit is compressed else D)) for t in moments)
