@@ -12,6 +12,10 @@ of torch.mm(dY^T, X); d = size / 2. ``apply_vs_copy``: bytes of W read and writt
 those of torch's ``copy_``, the smaller of bf16 (stochastic rounding) and fp32. It works through `matrices` weights, as
 a step over the layers of a model does, so that no cache holds them. ``direction_vs_deepspeed``: elements/s of
 adam_direction_ over DeepSpeedCPUAdam's (--deepspeed; it compiles its own kernel once).
+
+On a busy machine every parallel call waits for its slowest thread, by whole slices of the scheduler: that pulls all
+ratios of short calls towards one, apply_vs_copy upwards, fp32_vs_dense too. A copy_ far below the memory's speed in the
+table gives it away; --threads 1 is then the better witness.
 """
 
 from __future__ import annotations
