@@ -207,22 +207,29 @@ class Pipeline:
     def begin_forward(self, *, training: bool) -> None:
         """Called before the model's forward: nothing under way may be left to an evaluation or a quiet window."""
         self._check()
-        quiet = False
-        if torch.is_grad_enabled() and not self._window.begun:  # some programs train in eval mode
+        begins = torch.is_grad_enabled() and not self._window.begun  # some programs train in eval mode
+        if begins:
             self._window.begun = True
             for entry in self._entries:
-                entry.quiet = entry.unit.begin_window(entry.steps)
-                quiet = quiet or entry.quiet
+                entry.quiet = entry.unit.wants_quiet(entry.steps)
+        quiet = [entry for entry in self._entries if entry.quiet] if begins else []
         if quiet or not training:
             self.flush()
+        for entry in quiet:
+            entry.unit.begin_quiet(entry.steps)
 
     def publish(self) -> None:
-        """Show the model host state that was just loaded, and open a window. Collective; no update may be under way."""
-        self._wait_for([entry for entry in self._entries if entry.sent], "measured")
+        """Show the model host state that was just loaded. Collective; nothing may be under way."""
         for unit in self.units:
             unit.fetch(self.bus, self._ranks_of.up)
             unit.apply()
+
+    def give_up_window(self) -> None:
+        """Drop what the open window has collected so far: other state is about to be loaded."""
+        self._wait_for([entry for entry in self._entries if entry.sent], "measured")
+        self.flush()
         for entry in self._entries:
+            entry.unit.discard()
             entry.open_window()
         self._window = Window(self._send_order())
 

@@ -52,7 +52,7 @@ class Entry:
     late: bool = False  # a gradient came after it was sent
     measured: bool = False  # payload and its norm are on the host
     sq_norm: float = 0.0
-    quiet: bool = False  # the unit asked for a quiet window (see `Unit.begin_window`)
+    quiet: bool = False  # the unit asked for a quiet window (see `Unit.wants_quiet`)
     early: bool = False  # updated without waiting for the verdict (eager)
     decided: bool = False  # early, and its own verdict is known
     finite: bool = True

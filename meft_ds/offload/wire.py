@@ -79,13 +79,16 @@ class Unit(ABC):
     def release(self) -> None:  # noqa: B027 - most units listen to nothing
         """Stop listening to the model; called once, at the end."""
 
-    def begin_window(self, step: int) -> bool:
-        """A window begins, after `step` updates of this unit; returns whether it must be a *quiet* one.
+    def wants_quiet(self, step: int) -> bool:
+        """Whether the window after `step` updates of this unit must be a *quiet* one.
 
         A quiet window begins with no update under way, is not updated before the verdict over all units, and is told by
         `settle` before it is updated.
         """
         return False
+
+    def begin_quiet(self, step: int) -> None:  # noqa: B027 - only units that asked for a quiet window need it
+        """A quiet window begins; no update is under way."""
 
     def settle(self, ranks: Ranks) -> None:  # noqa: B027 - only units that asked for a quiet window need it
         """The verdict on a quiet window is to update. On the thread that trains, on every rank, in layer order."""

@@ -17,8 +17,9 @@ from meft_ds.offload.method import Method, Run
 from meft_ds.offload.wire import Footprint, Unit
 from meft_ds.subspace.config import SubspaceConfig
 from meft_ds.subspace.discover import Site, find_matrices
+from meft_ds.subspace.matrix import Matrix, Side
 from meft_ds.subspace.refit import Refit, first_draw
-from meft_ds.subspace.unit import Matrix, Side, SubspaceUnit
+from meft_ds.subspace.unit import SubspaceUnit
 
 _logger = logging.getLogger("meft_ds")
 _ON_DEVICE = 0.05  # share of the accelerator's memory that moments may take by themselves

@@ -25,7 +25,8 @@ from meft_ds.offload.partition import Ranks
 from meft_ds.offload.projector import Projector, compress, seed_of
 from meft_ds.subspace.config import SubspaceConfig
 from meft_ds.subspace.fit import bias_of, fit
-from meft_ds.subspace.unit import Matrix, Side, SubspaceUnit
+from meft_ds.subspace.matrix import Matrix, Side
+from meft_ds.subspace.unit import SubspaceUnit
 
 _logger = logging.getLogger("meft_ds")
 
@@ -90,13 +91,14 @@ class Refit:
     def _take(self, unit: SubspaceUnit) -> None:
         self._open.remove(unit)
         self._step = unit.step
-        start = time.monotonic()
         for matrix in unit.matrices:
+            start = time.monotonic()
             self._calibrate(unit, matrix)
+            seconds = time.monotonic() - start
+            self._spent += seconds
+            self.seconds += seconds
         if self._ranks.world > 1:
             self._compare(unit)
-        self._spent += time.monotonic() - start
-        self.seconds += time.monotonic() - start
         unit.calibrated(complete=id(unit) in self._complete)
 
     # -- one matrix ----------------------------------------------------------------------------------------------------

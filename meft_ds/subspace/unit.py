@@ -7,8 +7,6 @@ Each rank holds the moments of its 1/N of the layer's S, flattened one after ano
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -23,62 +21,7 @@ from meft_ds.offload.projector import Projector, compress, seed_of
 from meft_ds.offload.wire import AdamHyper, Footprint
 from meft_ds.subspace.fit import transport
 from meft_ds.subspace.linear import tap, untap
-
-
-@dataclass(eq=False)
-class Side:
-    """One side of one or more matrices: the projector in use, and while a window is undecided the one before it."""
-
-    name: str
-    projector: Projector
-    before: Projector | None = None
-    users: int = 0
-
-
-@dataclass(eq=False)
-class Matrix:
-    """One m x n matrix W and where its S lies.
-
-    `left` is P, over W's first dimension, `right` is Q, over its second; with `input_first` W is [in, out], so that P
-    sketches the input, else Q does. `expert` selects from a 3-D parameter.
-    """
-
-    name: str
-    param: int
-    left: Side
-    right: Side
-    offset: int
-    input_first: bool = False
-    expert: int | None = None
-    fitted: bool = False
-    bias: dict[str, float] = field(default_factory=dict)
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """Of S."""
-        return self.left.projector.dim, self.right.projector.dim
-
-    @property
-    def input(self) -> Side:
-        return self.left if self.input_first else self.right
-
-    @property
-    def output(self) -> Side:
-        return self.right if self.input_first else self.left
-
-    @property
-    def numel(self) -> int:
-        """Elements of S."""
-        return self.left.projector.dim * self.right.projector.dim
-
-    def part(self, flat: Tensor) -> Tensor:
-        """The matrix's S in a flat vector over the unit."""
-        return flat[self.offset : self.offset + self.numel].view(self.shape)
-
-    def adam_scale(self) -> float:
-        """sqrt(m n) / d: P dS Q^T has the RMS of dS times the inverse of this, when columns have length 1."""
-        (m, n), (d1, d2) = (self.left.projector.m, self.right.projector.m), self.shape
-        return math.sqrt(m * n / (d1 * d2))
+from meft_ds.subspace.matrix import Matrix
 
 
 class Calibrator(Protocol):
@@ -158,7 +101,7 @@ class SubspaceUnit(FlatUnit):
         self._residuals: list[Tensor] = []
         self._calibrator = calibrator
         self.step, self.calibrating = 0, False
-        self._bias_before: list[dict[str, float]] = [{} for _ in matrices]
+        self._bias_before: list[dict[str, float]] = []  # of a calibrating window
         self.captured: dict[int, list[tuple[Tensor, Tensor | None]]] = {}
         self._sketched: dict[int, tuple[Tensor, Tensor]] = {}
         self._update: tuple[AdamHyper, int, float] | None = None
@@ -196,13 +139,13 @@ class SubspaceUnit(FlatUnit):
 
     # -- gradients -----------------------------------------------------------------------------------------------------
 
-    def begin_window(self, step: int) -> bool:
-        self.step = step
-        self.calibrating = self._calibrator.due(step)
+    def wants_quiet(self, step: int) -> bool:
+        return self._calibrator.due(step)
+
+    def begin_quiet(self, step: int) -> None:
+        self.step, self.calibrating = step, True
         self._bias_before = [matrix.bias for matrix in self.matrices]
-        if self.calibrating:
-            self._calibrator.begin(self)
-        return self.calibrating
+        self._calibrator.begin(self)
 
     def tapped(self, index: int, x: Tensor, dy: Tensor) -> None:
         """A backward came by a linear layer: x [..., in], dy [..., out]."""
@@ -386,6 +329,7 @@ class SubspaceUnit(FlatUnit):
             matrix.fitted = True
         for side in self.sides:
             side.before = None
+        self._bias_before = []
 
     def _gathered(self, ranks: Ranks) -> tuple[Tensor, Tensor]:
         """Both moments of the whole layer, float32 [numel], on every rank."""
@@ -402,17 +346,18 @@ class SubspaceUnit(FlatUnit):
         return whole[0], whole[1]
 
     def discard(self) -> None:
-        for matrix, bias in zip(self.matrices, self._bias_before, strict=True):
-            matrix.bias = bias
-        super().discard()
-
-    def _open_window(self) -> None:
-        for side in self.sides:  # a window that ends without an update gives back what it switched to
+        for side in self.sides:
             if side.before is not None:
                 side.projector, side.before = side.before, None
+        for matrix, bias in zip(self.matrices, self._bias_before, strict=False):  # empty in other windows
+            matrix.bias = bias
+        self._bias_before = []
         self._calibrator.forget(self)
         self.calibrating = False
         self.captured.clear()
+        super().discard()
+
+    def _open_window(self) -> None:
         self._sketched.clear()
         super()._open_window()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import math
+import pickle
 from dataclasses import replace
 from typing import Any
 
@@ -23,8 +24,9 @@ from meft_ds.plugin.setup import dense_units
 from meft_ds.subspace import refit
 from meft_ds.subspace.config import SubspaceConfig
 from meft_ds.subspace.fit import bias_of, fit, transport
+from meft_ds.subspace.matrix import Matrix, Side
 from meft_ds.subspace.refit import Refit, first_draw
-from meft_ds.subspace.unit import Matrix, Side, SubspaceUnit
+from meft_ds.subspace.unit import SubspaceUnit
 from tests.subspace.hand import (
     CPU,
     HYPER,
@@ -599,3 +601,13 @@ def test_an_old_graph_cannot_go_backward_through_weights_that_were_updated_since
     pipeline.step()
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         late.backward()
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_a_copy_of_a_training_model_hands_nothing_over(copied: Any) -> None:
+    model = model_of()
+    pipeline = pipeline_of(model, **RANDOM)
+    other = copied(model)
+    backward(other, 0)
+    assert not any(unit._acc.any() for unit in subspace_units(pipeline))
+    assert all(p.grad is not None for p in other.parameters()) and all(p.grad is None for p in model.parameters())
