@@ -26,6 +26,8 @@ ROWS = 4  # per rank and micro-batch with two ranks
 
 def engine_for(options: dict[str, str], seed: int = 0):  # type: ignore[no-untyped-def]
     adapter = {**ADAPTER, "optimizer": options.get("optimizer", "dense"), "selection": options.get("selection", "host")}
+    if "compress" in options:
+        adapter["compress"] = {"dim": int(options["compress"])}
     world = int(os.environ["WORLD_SIZE"])
     config = ds_config(
         precision=options.get("precision", "fp32"),

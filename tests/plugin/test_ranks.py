@@ -28,7 +28,12 @@ def ours() -> set[str]:
 
 
 @pytest.mark.parametrize(
-    "options", [("optimizer=dense", "selection=host", "gas=2"), ("optimizer=lazy", "selection=device")]
+    "options",
+    [
+        ("optimizer=dense", "selection=host", "gas=2"),
+        ("optimizer=lazy", "selection=device"),
+        ("optimizer=lazy", "compress=8"),
+    ],
 )
 def test_two_ranks_equal_one_rank_with_twice_the_batch(tmp_path: Path, options: tuple[str, ...]) -> None:
     (one,) = go(1, "train", tmp_path / "one", *options)
