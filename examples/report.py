@@ -49,7 +49,7 @@ class ExactMatch(TrainerCallback):
 
 
 def figures(trainer: Trainer, task: Task, before: float | None, after: float | None, seconds: float) -> dict[str, Any]:
-    """The JSON line's content. Those of the adapter are None where the model offers no `meft_stats()`."""
+    """The JSON line's content. Those of the method are None where the model offers no `meft_stats()`."""
     model, args, state = trainer.model, trainer.args, trainer.state
     stats: dict[str, Any] = getattr(model, "meft_stats", dict)()
     tokens = state.num_input_tokens_seen
@@ -116,8 +116,8 @@ def show(result: dict[str, Any], curve: Path, drawn: bool) -> None:
         ("speed", "tokens_per_s", "tokens/s", 1),
         ("device -> host", "bytes_down_per_step", "MB/step", 1e-6),
         ("host -> device", "bytes_up_per_step", "MB/step", 1e-6),
-        ("adapter on the device", "device_bytes", "MB", 1e-6),
-        ("adapter on the host", "host_bytes", "MB", 1e-6),
+        ("state on the device", "device_bytes", "MB", 1e-6),
+        ("state on the host", "host_bytes", "MB", 1e-6),
         ("trainable parameters", "trainable_parameters", "M", 1e-6),
     ):
         value = result[key]

@@ -26,9 +26,9 @@ def launch(config: str, folder: Path, *args: str, ranks: int = 1) -> dict[str, A
     return json.loads(lines[-1])
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_example_runs_with_the_block_and_reports_its_traffic(tmp_path: Path, ranks: int) -> None:
-    result = launch("meft.json", tmp_path, ranks=ranks)
+@pytest.mark.parametrize(("config", "ranks"), [("meft.json", 1), ("meft.json", 2), ("lsp.json", 1), ("lsp.json", 2)])
+def test_example_runs_with_the_block_and_reports_its_traffic(tmp_path: Path, config: str, ranks: int) -> None:
+    result = launch(config, tmp_path, ranks=ranks)
     assert result["task"] == "facts" and result["steps"] == 2 and result["world_size"] == ranks
     assert result["bytes_down_per_step"] > 0 and result["bytes_up_per_step"] > 0
     assert result["host_bytes"] > 0 and result["device_bytes"] > 0
