@@ -210,6 +210,7 @@ class MeftEngine(DeepSpeedEngine):
             custom_load_fn=custom_load_fn,
         )
         if path is not None:
+            self.optimizer.pipeline.give_up_window()
             moments = load_optimizer_states and not load_module_only
             checkpoint.load(folder, manifest, units, moments=moments)
             self.optimizer.pipeline.publish()
