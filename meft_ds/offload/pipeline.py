@@ -152,6 +152,9 @@ class Pipeline:
         """
         self.timeline.mark("step")
         self._check()
+        for entry in self._entries:
+            if entry.quiet:
+                entry.unit.end_quiet()
         self._send_the_rest()
         total = self._agreed_sq_norm()
         settings = self._settings_now()

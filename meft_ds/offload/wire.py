@@ -90,6 +90,12 @@ class Unit(ABC):
     def begin_quiet(self, step: int) -> None:  # noqa: B027 - only units that asked for a quiet window need it
         """A quiet window begins; no update is under way."""
 
+    def end_quiet(self) -> None:  # noqa: B027 - only units that asked for a quiet window need it
+        """A quiet window's backwards are over, and no payload that this rank still has to send has been collected.
+
+        The place for collectives that other ranks may have run during their backwards.
+        """
+
     def settle(self, ranks: Ranks) -> None:  # noqa: B027 - only units that asked for a quiet window need it
         """The verdict on a quiet window is to update. On the thread that trains, on every rank, in layer order."""
 

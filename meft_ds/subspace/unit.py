@@ -234,10 +234,9 @@ class SubspaceUnit(FlatUnit):
 
     # -- stages --------------------------------------------------------------------------------------------------------
 
-    def collect(self) -> None:
+    def end_quiet(self) -> None:
         if self.calibrating:
             self._calibrator.force(self)
-        super().collect()
 
     def send(self, bus: Bus) -> None:
         if not self.on_device:

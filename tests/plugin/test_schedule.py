@@ -18,10 +18,18 @@ from tests.offload.overlap import make_late, run_inline
 from tests.plugin.test_ranks import go, ours
 from tests.toy import ADAPTER, batch, ds_config, make_engine, state_of, tiny_llama, train
 
+SUBSPACE = {"nonzeros": 2, "fit_steps": 2, "refit_interval": 4, "refit_threshold": 0.0, "fit_lr": 0.5}
+SUBSPACE["target_modules"] = r".*\.(q_proj|v_proj|up_proj)"
 
-def engine_of(mode: str, *, late: int | None = None, checkpointing: str = "none", **kwargs: Any) -> Any:
-    adapter = {**ADAPTER, **kwargs.pop("adapter", {})}
-    block = {"schedule": {"mode": mode}, "sparse_adapter": adapter, "train": ["norm", "embed"]}
+
+def engine_of(
+    mode: str, *, late: int | None = None, checkpointing: str = "none", method: str = "sparse_adapter", **kwargs: Any
+) -> Any:
+    block: dict[str, Any] = {"schedule": {"mode": mode}}
+    if method == "subspace":
+        block["subspace"] = {**SUBSPACE, **kwargs.pop("subspace", {})}
+    else:
+        block |= {"sparse_adapter": {**ADAPTER, **kwargs.pop("adapter", {})}, "train": ["norm", "embed"]}
     model = tiny_llama()
     if checkpointing != "none":
         model.gradient_checkpointing_enable({"use_reentrant": checkpointing == "reentrant"})
@@ -33,6 +41,8 @@ def engine_of(mode: str, *, late: int | None = None, checkpointing: str = "none"
 
 def assert_same_state(one: Any, other: Any) -> None:
     a, b = state_of(one), state_of(other)
+    for engine, state in ((one, a), (other, b)):
+        state |= {k: t for unit in engine.optimizer.pipeline.units for k, t in unit.shared_tensors().items()}
     assert a.keys() == b.keys()
     assert [name for name in a if not torch.equal(a[name], b[name])] == []
 
@@ -73,6 +83,31 @@ def test_fifty_random_schedules_of_exact_equal_serial_bit_for_bit(
         assert engines[1].meft_stats()["spills"] > 0
 
 
+@pytest.mark.parametrize("checkpointing", ["none", "reentrant", "nonreentrant"])
+def test_thirty_random_schedules_with_checks_of_projectors_equal_serial_bit_for_bit(checkpointing: str) -> None:
+    """A check in every fourth window: what is under way lands before it, and what it switches to holds after it."""
+    losses, engines, norms = [], [], []
+    for mode in ("serial", "exact"):
+        late = 7 if mode == "exact" else None
+        engine = engine_of(
+            mode, late=late, checkpointing=checkpointing, precision="bf16", gas=2, micro=2, method="subspace"
+        )
+        seen, clipped = [], []
+        for step in range(30):
+            seen += steps(engine, 1, first=2 * step)
+            clipped.append(float(engine.get_global_grad_norm()))
+        losses.append(seen)
+        engines.append(engine)
+        norms.append(clipped)
+    assert losses[0] == losses[1] and norms[0] == norms[1]
+    assert sum(norm > 0.5 for norm in norms[0]) > 10
+    assert_same_state(*engines)
+    assert all(entry.reliable for entry in engines[1].optimizer.pipeline._entries)
+    assert engines[1].meft_stats()["subspace"]["checks"] == 8
+    biases = [engine.meft_stats()["subspace"]["bias"] for engine in engines]
+    assert biases[0] == biases[1] and {b["step"] for b in biases[0].values()} == {28}
+
+
 def steps(engine: Any, count: int, *, first: int) -> list[float]:
     """Without `train`'s final flush: updates stay under way from step to step."""
     losses = []
@@ -108,11 +143,18 @@ def test_nothing_leaves_before_the_windows_last_backward() -> None:
         engine.step()
 
 
-@pytest.mark.parametrize("what", ["no_sync", "boundary", "two_losses", "eval", "save", "generate", "state_dict"])
-def test_exact_equals_serial_with(what: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("what", "method"),
+    [
+        *((w, "sparse_adapter") for w in ("no_sync", "boundary", "two_losses", "eval", "save", "generate")),
+        *((w, "subspace") for w in ("two_losses", "eval", "generate")),
+        ("state_dict", "sparse_adapter"),
+    ],
+)
+def test_exact_equals_serial_with(what: str, method: str, tmp_path: Path) -> None:
     engines = []
     for mode in ("serial", "exact"):
-        engine = engine_of(mode, late=3 if mode == "exact" else None, gas=2)
+        engine = engine_of(mode, late=3 if mode == "exact" else None, gas=2, method=method)
         for step in range(6):
             for micro in range(2):
                 last = micro == 1
@@ -170,11 +212,13 @@ def test_eager_resumes_bit_identically_with_the_norm_it_clips_by(tmp_path: Path)
     assert_same_state(saved, resumed)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "fp16"])
-def test_eager_through_the_engine_equals_its_stages_run_in_line(precision: str) -> None:
+@pytest.mark.parametrize(
+    ("precision", "method"), [("fp32", "sparse_adapter"), ("fp16", "sparse_adapter"), ("bf16", "subspace")]
+)
+def test_eager_through_the_engine_equals_its_stages_run_in_line(precision: str, method: str) -> None:
     engines, losses = [], []
     for inline in (True, False):
-        engine = engine_of("eager", gas=2, precision=precision)
+        engine = engine_of("eager", gas=2, precision=precision, method=method)
         if inline:
             run_inline(engine.optimizer.pipeline)
         else:
@@ -182,6 +226,35 @@ def test_eager_through_the_engine_equals_its_stages_run_in_line(precision: str) 
         losses.append(steps(engine, 20, first=0))
         engines.append(engine)
     assert engines[0].optimizer.pipeline.tuner.eager_now
+    assert losses[0] == losses[1]
+    assert_same_state(*engines)
+
+
+def test_eager_with_single_units_that_overflow_and_checks_that_drift_apart_equals_its_stages_run_in_line() -> None:
+    """A unit that skipped an update is checked a window later than the others, with those under way landed."""
+    engines, losses = [], []
+    for inline in (True, False):
+        engine = engine_of("eager", precision="bf16", method="subspace", subspace={"refit_interval": 3})
+        pipeline = engine.optimizer.pipeline
+        if inline:
+            run_inline(pipeline)
+        else:
+            make_late(pipeline, 5)
+        seen = steps(engine, MEASURED_WINDOWS + 2, first=0)
+        assert pipeline.tuner.eager_now
+        (unit,) = [u for u in pipeline.units if u.wire == "subspace" and u.layer == 1]
+        collect = unit.collect
+        unit.collect = lambda unit=unit, collect=collect: (collect(), unit._acc.fill_(float("inf")))
+        while pipeline._of[id(unit)].steps == pipeline._entries[0].steps:
+            seen += steps(engine, 1, first=5)
+            engine.meft_flush()
+        del unit.collect
+        seen += steps(engine, 10, first=6)
+        engine.meft_flush()
+        counts = {u.name: pipeline._of[id(u)].steps for u in pipeline.units}
+        assert len(set(counts.values())) == 2, counts
+        engines.append(engine)
+        losses.append(seen)
     assert losses[0] == losses[1]
     assert_same_state(*engines)
 
