@@ -141,7 +141,7 @@ def main() -> None:
             options = dict(gas=2, precision="bf16", target_modules=CHECKED, checkpointing=checkpointing)
             print(mode, name, file=sys.stderr, flush=True)
             engine = engine_for(mode, rank=rank, world=2, **options)
-            norms = train(engine, rank, 2, windows=30 if name == "none" else 9)
+            norms = train(engine, rank, 2, windows=13 if name == "none" else 6)
             state = digest(state_of(engine))
             found[f"{mode} {name}"] = {"norms": norms, "digest": digest(common(engine)), "state": state}
 

@@ -25,6 +25,10 @@ def refused(config: dict[str, Any], model: nn.Module | None = None, **kwargs: An
         ({"sparse_adapter": {**ADAPTER, "experts": 41}}, "experts: 41 is more than rows = 40"),
         ({"sparse_adapter": {**ADAPTER, "keys_per_token": 0}}, "keys_per_token"),
         ({"sparse_adapter": {**ADAPTER, "experts_per_token": 0}}, "experts_per_token"),
+        ({"subspace": {"dims": 4}}, "subspace.dims: unknown key; did you mean 'dim'?"),
+        ({"subspace": {"dim": 1.5}}, "subspace.dim: expected a fraction below 1 or a whole number"),
+        ({"subspace": {"target_modules": "q_prj"}}, "target_modules ['q_prj'] matches no whole module name"),
+        ({"subspace": {"dim": 8, "nonzeros": 9}}, "too small for subspace.dim 8"),
         (None, "meft_offload: expected an object such as"),
     ],
 )

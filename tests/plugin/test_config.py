@@ -17,6 +17,20 @@ def test_empty_block_means_the_sparse_adapter_with_its_defaults() -> None:
     assert config.sparse_adapter.resolve(4096).rows == 8192
 
 
+def test_a_method_that_is_named_is_the_only_one_unless_both_are() -> None:
+    config = parse_config({"subspace": {}})
+    assert config.sparse_adapter is None and config.subspace is not None and config.subspace.dim == 0.5
+    both = parse_config({"subspace": {}, "sparse_adapter": {}})
+    assert both.sparse_adapter is not None and both.subspace is not None
+    assert parse_config({}).subspace is None
+
+
+def test_the_dimension_of_a_matrix_is_a_fraction_of_its_smaller_side_and_0_where_nothing_is_gained() -> None:
+    half, fixed = (parse_config({"subspace": {"dim": dim, "nonzeros": 4}}).subspace for dim in (0.5, 16))
+    assert [half.dim_of(m, n) for m, n in ((64, 32), (32, 64), (9, 9), (7, 99), (1, 64))] == [16, 16, 4, 4, 0]
+    assert [fixed.dim_of(m, n) for m, n in ((64, 32), (16, 64), (17, 17))] == [16, 0, 16]
+
+
 def test_unknown_key_suggests_the_nearest_valid_one_with_its_path() -> None:
     assert "meft_offload.sparse_adapter.keys_per_tokn: unknown key; did you mean 'keys_per_token'?" in fault(
         {"sparse_adapter": {"keys_per_tokn": 3}}
@@ -58,6 +72,23 @@ def test_one_error_lists_all_faults_of_all_kinds() -> None:
         ({"sparse_adapter": {"rows": "4096"}}, "rows: expected a whole number"),
         ({"sparse_adapter": {"scope": "sentence"}}, "scope"),
         ({"sparse_adapter": None}, "sparse_adapter"),
+        ({"subspace": {"nonzero": 4}}, "subspace.nonzero: unknown key; did you mean 'nonzeros'?"),
+        ({"subspace": {"nonzeros": 0}}, "subspace.nonzeros: expected a whole number of at least 1, got 0"),
+        ({"subspace": {"dim": 0}}, "subspace.dim: expected a whole number of at least 1, or a fraction below 1, got 0"),
+        ({"subspace": {"dim": 2.0}}, "subspace.dim: expected a fraction below 1 or a whole number"),
+        ({"subspace": {"dim": True}}, "subspace.dim: expected a whole number of at least 1"),
+        ({"subspace": {"gradient_side": "both"}}, "subspace.gradient_side"),
+        ({"subspace": {"projectors": "fixed"}}, "subspace.projectors"),
+        ({"subspace": {"refit_interval": -1}}, "subspace.refit_interval"),
+        ({"subspace": {"refit_threshold": float("nan")}}, "subspace.refit_threshold"),
+        ({"subspace": {"fit_lr": 0}}, "subspace.fit_lr"),
+        ({"subspace": {"fit_seconds": -1.0}}, "subspace.fit_seconds"),
+        ({"subspace": {"scale": 0}}, "subspace.scale"),
+        ({"subspace": {"scale": "sgd"}}, "subspace.scale"),
+        ({"subspace": {"rounding": "nearest"}}, "subspace.rounding"),
+        ({"subspace": {"state_device": "gpu"}}, "subspace.state_device"),
+        ({"subspace": {"target_modules": "("}}, "subspace.target_modules"),
+        ({"subspace": {"seed": -1}}, "subspace.seed"),
         (None, "expected an object such as"),
         ([], "expected an object such as"),
     ],

@@ -69,7 +69,7 @@ def biases(engine: Any) -> dict[str, dict[str, float]]:
 
 
 @pytest.mark.compat
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_training_learns_and_is_bit_identical_from_run_to_run(precision: str) -> None:
     def run() -> tuple[list[float], dict[str, Any]]:
         engine = make_engine(config(precision, gas=2, target_modules=FEW))
@@ -304,11 +304,9 @@ def test_train_names_what_trains_and_freezes_the_rest() -> None:
     [
         ({"target_modules": "q_prj"}, "q_prj"),
         ({"dim": 500}, "too small for subspace.dim 500"),
-        ({"dims": 4}, "subspace.dims: unknown key; did you mean 'dim'?"),
-        ({"dim": 1.5}, "subspace.dim: expected a fraction below 1"),
     ],
 )
-def test_faults_reach_the_user_through_deepspeed_initialize(settings: dict[str, Any], expected: str) -> None:
+def test_a_model_without_a_matrix_to_compress_is_refused_with_names(settings: dict[str, Any], expected: str) -> None:
     with pytest.raises(ValueError) as e:
         make_engine(config(**settings))
     assert expected in str(e.value)

@@ -49,7 +49,7 @@ def test_exact_equals_serial_on_two_ranks_bit_for_bit(ranks: Any, checkpointing:
     for rank in ranks[0]:
         assert rank[f"exact {checkpointing}"] == rank[f"serial {checkpointing}"]
     assert len({rank[f"exact {checkpointing}"]["digest"] for rank in ranks[0]}) == 1
-    assert sum(norm > 0.5 for norm in ranks[0][0]["exact none"]["norms"]) > 10, "clipping must bite"
+    assert sum(norm > 0.5 for norm in ranks[0][0]["exact none"]["norms"]) > 5, "clipping must bite"
 
 
 def test_what_ranks_exchange_is_d_by_d_except_in_windows_with_a_check(ranks: Any) -> None:

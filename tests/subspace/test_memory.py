@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.subspace.hand import pipeline_of, subspace_units
 
-WIDTH, INNER, LAYERS, TOKENS = 40, 56, 5, 33
+WIDTH, INNER, LAYERS, TOKENS = 40, 56, 4, 33
 
 
 class Block(nn.Module):
@@ -52,12 +52,12 @@ class Census(TorchDispatchMode):
 
 
 def peaks(dtype: torch.dtype = torch.float32, **settings: Any) -> tuple[list[float], nn.Module]:
-    """Of three backwards, the first of them with a check, in units of one matrix's gradient in float32."""
+    """Of two backwards, the first of them with a check, in units of one matrix's gradient in float32."""
     torch.manual_seed(0)
     model = nn.Sequential(*(Block() for _ in range(LAYERS))).to(dtype)
     pipeline = pipeline_of(model, refit_interval=3, **settings) if settings else None
     found = []
-    for step in range(3):
+    for step in range(2):
         x = torch.randn(TOKENS, WIDTH, generator=torch.Generator().manual_seed(step)).to(dtype)
         loss = model(x).float().square().mean()
         with Census(model) as census:
@@ -83,8 +83,8 @@ def test_at_most_one_matrix_has_dense_gradients_and_ordinary_windows_have_none(
         record_property(name, found)
         print(f"{dtype} {name}: peak dense gradients in matrices' float32 sizes, with a check and without: {found}")
     assert all(math.isclose(peak, matrices * size) for peak in native), "the measure sees what autograd makes"
-    assert activation[1:] == [0.0, 0.0]
+    assert activation[1] == 0.0
     # the two halves of the tokens, and one product on its way into them
     assert 2 <= activation[0] <= 3
-    assert weight[1] <= 1 and weight[2] <= 1
+    assert weight[1] <= 1
     assert weight[0] <= 2 * size + 2, "what autograd made of one layer, and the matrix that is fitted"
