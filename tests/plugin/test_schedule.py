@@ -108,6 +108,25 @@ def test_thirty_random_schedules_with_checks_of_projectors_equal_serial_bit_for_
     assert biases[0] == biases[1] and {b["step"] for b in biases[0].values()} == {28}
 
 
+def test_nothing_is_under_way_when_a_check_begins() -> None:
+    engine = engine_of("exact", late=7, method="subspace")
+    pipeline = engine.optimizer.pipeline
+    began: list[bool] = []
+    for unit in pipeline.units:
+        if unit.wire == "subspace":
+            begin = unit.begin_quiet
+            unit.begin_quiet = lambda step, begin=begin: (began.append(any_pending(pipeline)), begin(step))
+    pending = []
+    for step in range(9):
+        pending.append(any_pending(pipeline))
+        steps(engine, 1, first=step)
+    assert began == [False] * 6 and all(pending[1:])
+
+
+def any_pending(pipeline: Any) -> bool:
+    return any(entry.pending for entry in pipeline._entries)
+
+
 def steps(engine: Any, count: int, *, first: int) -> list[float]:
     """Without `train`'s final flush: updates stay under way from step to step."""
     losses = []
