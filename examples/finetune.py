@@ -2,6 +2,7 @@
 """Fine-tune a causal language model with the Hugging Face Trainer: an ordinary program that never imports meft_ds.
 
     deepspeed examples/finetune.py --deepspeed ds_configs/meft.json            # 256 facts, the embedded base
+    deepspeed examples/finetune.py --deepspeed ds_configs/lsp.json             # the same job, subspace projectors
     deepspeed examples/finetune.py --deepspeed ds_configs/zero2_offload.json   # the same job, full fine-tuning
     python examples/finetune.py                                                # without DeepSpeed
     deepspeed examples/finetune.py --deepspeed ds_configs/meft.json --model_name_or_path MODEL --data_file my.jsonl
