@@ -61,7 +61,7 @@ def test_the_update_equals_plain_torch_and_rounds_with_the_same_bits(
 def test_training_is_bit_identical_from_run_to_run_and_lowers_the_loss(
     cuda: torch.device, precision: str, state: str
 ) -> None:
-    block = {"subspace": {"refit_interval": 4, "fit_steps": 10, "state_device": state}}
+    block = {"subspace": {"projectors": "learned", "refit_interval": 4, "fit_steps": 10, "state_device": state}}
     first, second = (train(make_engine(ds_config(precision=precision, block=block)), 10, distinct=1) for _ in range(2))
     assert first == second and first[-1] < first[0]
 

@@ -35,7 +35,8 @@ def engine_for(
     precision: str = "fp32",
     **settings: Any,
 ) -> Any:
-    settings = {"nonzeros": 2, "fit_steps": 2, "refit_interval": INTERVAL, "refit_threshold": 0.0, **settings}
+    learned = {"projectors": "learned", "fit_steps": 2, "refit_interval": INTERVAL, "refit_threshold": 0.0}
+    settings = {"nonzeros": 2, **learned, **settings}
     block = {"schedule": {"mode": mode}, "subspace": settings}
     config = ds_config(block=block, micro=ROWS // world, gas=gas, precision=precision)
     # with a tiny eps AdamW turns rounding differences of near-zero gradients into whole steps

@@ -18,7 +18,14 @@ from tests.offload.overlap import make_late, run_inline
 from tests.plugin.test_ranks import go, ours
 from tests.toy import ADAPTER, batch, ds_config, make_engine, state_of, tiny_llama, train
 
-SUBSPACE = {"nonzeros": 2, "fit_steps": 2, "refit_interval": 4, "refit_threshold": 0.0, "fit_lr": 0.5}
+SUBSPACE = {
+    "projectors": "learned",
+    "nonzeros": 2,
+    "fit_steps": 2,
+    "refit_interval": 4,
+    "refit_threshold": 0.0,
+    "fit_lr": 0.5,
+}
 SUBSPACE["target_modules"] = r".*\.(q_proj|v_proj|up_proj)"
 
 

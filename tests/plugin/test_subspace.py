@@ -21,7 +21,10 @@ FEW = r".*\.(q_proj|v_proj|up_proj|c_attn|c_fc|down_proj|experts)"  # what fits 
 
 
 def block(*, others: dict[str, Any] | None = None, **settings: Any) -> dict[str, Any]:
-    return {"subspace": {"nonzeros": 2, "fit_steps": 2, "refit_interval": 3, **settings}, **(others or {})}
+    return {
+        "subspace": {"projectors": "learned", "nonzeros": 2, "fit_steps": 2, "refit_interval": 3, **settings},
+        **(others or {}),
+    }
 
 
 def config(precision: str = "fp32", *, others: dict[str, Any] | None = None, gas: int = 1, **settings: Any) -> Any:

@@ -372,9 +372,8 @@ def spoil_next_gradient(module: nn.Module, value: float) -> None:
 def test_steps_with_refits_are_the_bits_of_the_same_done_by_hand(side: str) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(12, 16, bias=False))
-    config = SubspaceConfig(
-        dim=0.5, nonzeros=2, fit_steps=6, refit_interval=3, refit_threshold=0.1, gradient_side=side, seed=5
-    )
+    settings = {"projectors": "learned", "fit_steps": 6, "refit_interval": 3, "refit_threshold": 0.1}
+    config = SubspaceConfig(dim=0.5, nonzeros=2, gradient_side=side, seed=5, **settings)
     pipeline = pipeline_of(model, **config.model_dump(exclude_defaults=True))
     d, m, n = 6, 16, 12
     w = model[0].weight.detach().clone()
