@@ -189,10 +189,10 @@ def subspace(**block: Any) -> Callable[[Any, int, int], Learner]:
 # (model, seed, batch) -> Learner
 METHODS: dict[str, Callable[[Any, int, int], Learner]] = {
     "full": lambda model, seed, batch: Plain(model),
-    "lsp_k4": subspace(nonzeros=4, refit_interval=100),
-    "lsp_k8": subspace(nonzeros=8, refit_interval=100),
-    "lsp_no_refit": subspace(nonzeros=4, refit_interval=0),
-    "lsp_unscaled": subspace(nonzeros=4, refit_interval=100, scale=1.0),
+    "lsp_k4": subspace(nonzeros=4, refit_interval=100, projectors="learned"),
+    "lsp_k8": subspace(nonzeros=8, refit_interval=100, projectors="learned"),
+    "lsp_no_refit": subspace(nonzeros=4, refit_interval=0, projectors="learned"),
+    "lsp_unscaled": subspace(nonzeros=4, refit_interval=0, projectors="random", scale=1.0),
     "lsp_random_fixed": subspace(nonzeros=4, refit_interval=0, projectors="random"),
     "lsp_random_redrawn": subspace(nonzeros=4, refit_interval=100, projectors="random"),
     "lora": lambda model, seed, batch: lora(model, rest=True),
