@@ -128,16 +128,17 @@ class Refit:
             return False, False
         followed = left.before is not None or right.before is not None  # the side it shares has just changed
         matrix.bias = {"step": self._step, "before": before, "held_out": before}
-        if self._overflow or (matrix.fitted and not followed and before <= config.refit_threshold):
+        learned = config.projectors == "learned"
+        if self._overflow or (learned and matrix.fitted and not followed and before <= config.refit_threshold):
             self._settled.add(id(right))  # its S is of this Q, so siblings that come later must not change it
             return False, False
         free = id(right) not in self._settled  # a right side that a sibling has settled stays, and P is fitted to it
         deadline = time.monotonic() + config.fit_seconds - self._spent
-        if config.projectors == "learned" and config.fit_seconds <= self._spent:
+        if learned and config.fit_seconds <= self._spent:
             self._warn_of_time(matrix)
             return False, False
         p, q = self._redrawn(left), self._redrawn(right) if free else right.projector
-        if config.projectors == "learned":
+        if learned:
             found = fit(g, p, q, steps=config.fit_steps, lr=config.fit_lr, fix_q=not free, deadline=deadline)
             if found.timed_out:
                 self._warn_of_time(matrix)

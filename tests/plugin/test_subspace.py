@@ -195,20 +195,22 @@ def test_a_program_that_trains_in_eval_mode_gets_its_fit_too() -> None:
 
 @pytest.mark.compat
 @pytest.mark.parametrize(
-    ("precision", "rounding", "side", "at"),
+    ("precision", "projectors", "rounding", "side", "at"),
     [
-        ("bf16", "stochastic", "activation", 4),
-        ("bf16", "residual", "weight", 4),
-        ("bf16", "residual", "activation", 3),
-        ("fp16", "stochastic", "weight", 3),
-        ("fp32", "stochastic", "activation", 4),
+        ("bf16", "learned", "stochastic", "activation", 4),
+        ("bf16", "learned", "residual", "weight", 4),
+        ("bf16", "random", "residual", "activation", 3),
+        ("fp16", "learned", "stochastic", "weight", 3),
+        ("fp32", "learned", "stochastic", "activation", 4),
+        ("bf16", "random", "stochastic", "activation", 4),
     ],
 )
 def test_resumed_training_is_bit_identical_to_uninterrupted_training(
-    tmp_path: Path, precision: str, rounding: str, side: str, at: int
+    tmp_path: Path, precision: str, projectors: str, rounding: str, side: str, at: int
 ) -> None:
     """The check after three updates lies before the save at four, and first of all after the one at three."""
-    made = config(precision, gas=2, rounding=rounding, gradient_side=side, refit_threshold=0.0, target_modules=FEW)
+    settings = {"projectors": projectors, "rounding": rounding, "gradient_side": side}
+    made = config(precision, gas=2, refit_threshold=0.0, target_modules=FEW, **settings)
     straight = make_engine(made)
     steps(straight, range(at))
     straight.save_checkpoint(str(tmp_path))
