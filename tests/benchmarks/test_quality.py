@@ -12,6 +12,7 @@ ROOT = Path(__file__).resolve().parents[2]
 METHODS = ("full", "lsp_random_fixed", "lora", "lora_only", "galore")
 
 
+@pytest.mark.slow
 def test_methods_start_alike_and_finished_runs_are_not_repeated(tmp_path: Path) -> None:
     pytest.importorskip("peft")
     command = [sys.executable, str(ROOT / "benchmarks" / "quality.py"), "--methods", *METHODS, "--lrs", "1e-3", "2e-3"]

@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[2]
 EFFICIENCIES = ("serial_efficiency", "exact_efficiency", "eager_efficiency", "zero_offload_efficiency")
 KEYS = (
@@ -18,6 +20,7 @@ KEYS = (
 )
 
 
+@pytest.mark.slow
 def test_small_run_reports_every_mode_and_serial_is_not_the_fastest(tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "benchmarks" / "schedule.py"), "--picture", str(tmp_path / "lanes.png")]
     options = ["--scale", "128", "--layers", "4", "--steps", "5", "--warmup", "1", "--full-states", "1"]

@@ -26,7 +26,15 @@ def launch(config: str, folder: Path, *args: str, ranks: int = 1) -> dict[str, A
     return json.loads(lines[-1])
 
 
-@pytest.mark.parametrize(("config", "ranks"), [("meft.json", 1), ("meft.json", 2), ("lsp.json", 1), ("lsp.json", 2)])
+@pytest.mark.parametrize(
+    ("config", "ranks"),
+    [
+        pytest.param("meft.json", 1, marks=pytest.mark.slow),
+        ("meft.json", 2),
+        ("lsp.json", 1),
+        pytest.param("lsp.json", 2, marks=pytest.mark.slow),
+    ],
+)
 def test_example_runs_with_the_block_and_reports_its_traffic(tmp_path: Path, config: str, ranks: int) -> None:
     result = launch(config, tmp_path, ranks=ranks)
     assert result["task"] == "facts" and result["steps"] == 2 and result["world_size"] == ranks
@@ -35,7 +43,14 @@ def test_example_runs_with_the_block_and_reports_its_traffic(tmp_path: Path, con
     assert (tmp_path / "loss.png").stat().st_size > 1000
 
 
-@pytest.mark.parametrize("config", ["zero2_offload.json", "zero3.json", "zero3_offload.json"])
+@pytest.mark.parametrize(
+    "config",
+    [
+        "zero2_offload.json",
+        pytest.param("zero3.json", marks=pytest.mark.slow),
+        pytest.param("zero3_offload.json", marks=pytest.mark.slow),
+    ],
+)
 def test_the_same_program_runs_with_each_baseline_config(tmp_path: Path, config: str) -> None:
     result = launch(config, tmp_path)
     assert result["steps"] == 2 and result["exact_match_before"] <= 0.02

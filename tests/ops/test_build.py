@@ -47,6 +47,7 @@ def test_environment_chooses_torch_without_a_word(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(ops.backend() != "cpp", reason="the C++ kernels cannot be built here")
 def test_ranks_that_start_together_and_a_dead_builder_do_no_harm(tmp_path: Path) -> None:
     """Two processes build at once, in a folder where a killed build left torch's lock; then a third only loads."""

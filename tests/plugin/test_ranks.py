@@ -31,8 +31,8 @@ def ours() -> set[str]:
     "options",
     [
         ("optimizer=dense", "selection=host", "gas=2"),
-        ("optimizer=lazy", "selection=device"),
-        ("optimizer=lazy", "compress=8"),
+        pytest.param(("optimizer=lazy", "selection=device"), marks=pytest.mark.slow),
+        pytest.param(("optimizer=lazy", "compress=8"), marks=pytest.mark.slow),
     ],
 )
 def test_two_ranks_equal_one_rank_with_twice_the_batch(tmp_path: Path, options: tuple[str, ...]) -> None:
@@ -47,6 +47,7 @@ def test_two_ranks_equal_one_rank_with_twice_the_batch(tmp_path: Path, options: 
             torch.testing.assert_close(y, x, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_two_ranks_are_bit_identical_from_run_to_run(tmp_path: Path) -> None:
     options = ("precision=bf16", "optimizer=lazy")
     assert (

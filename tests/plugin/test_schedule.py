@@ -305,7 +305,13 @@ def test_a_planted_inf_in_fp16_leaves_exact_and_serial_in_the_same_state() -> No
     assert_same_state(*engines)
 
 
-@pytest.mark.parametrize("options", [("checkpointing=reentrant", "gas=4"), ("optimizer=lazy", "selection=device")])
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("checkpointing=reentrant", "gas=4"),
+        pytest.param(("optimizer=lazy", "selection=device"), marks=pytest.mark.slow),
+    ],
+)
 def test_two_ranks_in_exact_mode_equal_two_ranks_in_serial_mode_bit_for_bit(
     tmp_path: Path, options: tuple[str, ...]
 ) -> None:
@@ -319,12 +325,14 @@ def test_two_ranks_in_exact_mode_equal_two_ranks_in_serial_mode_bit_for_bit(
         assert [name for name in a if not torch.equal(a[name], b[name])] == []
 
 
+@pytest.mark.slow
 def test_two_ranks_in_eager_mode_agree_and_repeat(tmp_path: Path) -> None:
     first = go(2, "train", tmp_path / "a", "mode=eager", "late=1", "steps=20")
     assert first[0]["digest"] == first[1]["digest"]
     assert go(2, "train", tmp_path / "b", "mode=eager", "late=2", "steps=20")[0]["digest"] == first[0]["digest"]
 
 
+@pytest.mark.slow
 def test_two_ranks_that_destroy_their_process_groups_with_updates_under_way_end_cleanly(tmp_path: Path) -> None:
     """And the updates land: what is left at the very end is what a program leaves that waits for them."""
     waited = go(2, "train", tmp_path / "waited", "mode=exact", "steps=3")
