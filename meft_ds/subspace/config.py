@@ -37,7 +37,7 @@ class SubspaceConfig(BaseModel):
     refit_interval: Annotated[int, BeforeValidator(whole)] = Field(
         1000,
         description="Optimizer steps between checks of the projectors; 0 = never after the first. The paper: 100 to "
-        "1,000. Default: its upper end, because refits of fitted projectors at step 100 cost accuracy (docs/subspace.md).",
+        "1,000. Default: its upper end, because a refit at step 100 cost accuracy (docs/subspace.md).",
     )
     refit_threshold: Annotated[float, BeforeValidator(not_negative)] = Field(
         0.3,
