@@ -63,9 +63,9 @@ class DenseUnit(FlatUnit):
         offset = self._offsets[index]
         self._acc[offset : offset + grad.numel()].add_(grad.reshape(-1))
 
-    def host_step(self, hyper: AdamHyper, *, step: int, grad_scale: float) -> None:
-        assert self._adam is not None and self._host_payload is not None
-        self._adam.step(self._host_payload, hyper, step=step, grad_scale=grad_scale)
+    def update(self, grad: Tensor, reply: Tensor, hyper: AdamHyper, *, step: int, grad_scale: float) -> None:
+        assert self._adam is not None and reply is self._adam.replica
+        self._adam.step(grad, hyper, step=step, grad_scale=grad_scale)
 
     def change(self, reply: Tensor) -> None:
         for (_, p), offset in zip(self.params, self._offsets, strict=True):

@@ -32,7 +32,8 @@ class FlatUnit(Unit):
         ranks: data-parallel ranks; this one owns a contiguous 1/N of the vector.
         numel: length of the vector.
         wire_dtype: dtype of the payload on the bus.
-        state_bytes: bytes of host state per element.
+        state_bytes: bytes of state per element.
+        on_device: keep the state where the model is and update it there; then nothing uses the bus.
     """
 
     def __init__(
@@ -46,8 +47,10 @@ class FlatUnit(Unit):
         numel: int,
         wire_dtype: torch.dtype,
         state_bytes: int,
+        on_device: bool = False,
     ) -> None:
         self.name, self.layer, self.group, self._ranks = name, layer, group, ranks
+        self.on_device = on_device
         self.params, self.numel = params, numel
         self._wire_dtype, self._state_bytes = wire_dtype, state_bytes
         self._lo, self._hi = owned_range(numel, ranks)
@@ -57,6 +60,8 @@ class FlatUnit(Unit):
         self._host_payload: Tensor | None = None
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
         self._waiting: set[int] = set()
+        self._update: tuple[AdamHyper, int, float] | None = None  # the last one, until it is applied
+        self._norm: Tensor | None = None
 
     def allocate(self) -> None:
         """Take the memory that `footprint` announced and start collecting gradients."""
@@ -71,6 +76,8 @@ class FlatUnit(Unit):
         if world > 1 or not self._on_host:
             rows = world + 1 if world > 1 else 1  # the last one is what this rank gives
             self._replies = torch.zeros(rows, longest, dtype=self._dtype, device=self._device)
+            if self.on_device:
+                self._reply = self._replies[-1][: self._hi - self._lo]
         self._await_all()
         for index, (_, p) in enumerate(self.params):
             self._hooks.append(p.register_post_accumulate_grad_hook(_Taker(self, index)))
@@ -84,10 +91,13 @@ class FlatUnit(Unit):
     def footprint(self) -> Footprint:
         own, size, wire = self._hi - self._lo, self._dtype.itemsize, self._wire_dtype.itemsize
         several = self._ranks.world > 1
+        device = self.numel * (4 + (4 if several else 0) + (size if several or not self._on_host else 0))
+        if self.on_device:
+            return Footprint(device=device + own * self._state_bytes)
         return Footprint(
             host_private=own * (self._state_bytes + size + wire),
             payload=own * wire,
-            device=self.numel * (4 + (4 if several else 0) + (size if several or not self._on_host else 0)),
+            device=device,
             down=own * wire,
             up=own * size,
         )
@@ -138,22 +148,48 @@ class FlatUnit(Unit):
 
     def send(self, bus: Bus) -> None:
         assert self._payload is not None
-        self._host_payload = bus.send(self._payload, self._wire_dtype, self.wire, key=self.name)
+        if self.on_device:
+            self._host_payload = self._payload
+            self._norm = torch.linalg.vector_norm(self._payload, dtype=torch.float64).square()
+        else:
+            self._host_payload = bus.send(self._payload, self._wire_dtype, self.wire, key=self.name)
         self._payload = None
 
     def sq_norm(self) -> float:
+        if self.on_device:
+            assert self._norm is not None
+            return float(self._norm)
         assert self._host_payload is not None
         return ops.sq_norm(self._host_payload)
 
     @abstractmethod
-    def host_step(self, hyper: AdamHyper, *, step: int, grad_scale: float) -> None: ...
+    def update(self, grad: Tensor, reply: Tensor, hyper: AdamHyper, *, step: int, grad_scale: float) -> None:
+        """Update the owned state from grad * grad_scale and write what goes up, both [own] where the state lives."""
+
+    def host_step(self, hyper: AdamHyper, *, step: int, grad_scale: float) -> None:
+        self._update = hyper, step, grad_scale
+        if not self.on_device:
+            self._run_update()
+
+    def _run_update(self) -> None:
+        assert self._update is not None and self._host_payload is not None
+        hyper, step, grad_scale = self._update
+        self.update(self._host_payload, self._reply, hyper, step=step, grad_scale=grad_scale)
 
     def fetch(self, bus: Bus, ranks: Ranks) -> None:
-        if self._replies is None:
+        if self.on_device:
+            if self._update is not None:
+                # here and not in `host_step`, because this runs on the stream that `apply` waits for
+                self._run_update()
+            if self._replies is None:
+                return
+            *everyone, mine = self._replies.unbind(0)
+        elif self._replies is None:
             bus.count(self.wire, up=self._reply.numel() * self._reply.element_size())
             return
-        *everyone, mine = self._replies.unbind(0)
-        bus.up_into(mine[: self._reply.numel()], self._reply, self.wire)
+        else:
+            *everyone, mine = self._replies.unbind(0)
+            bus.up_into(mine[: self._reply.numel()], self._reply, self.wire)
         if everyone:
             dist.all_gather(everyone, mine, group=ranks.group)
 
@@ -163,9 +199,11 @@ class FlatUnit(Unit):
 
     @torch.no_grad()
     def apply(self) -> None:
+        # alone, this rank's part is all there is, and where the state is on the device it is the reply itself
         rows = [self._reply] if self._replies is None else list(self._replies[: self._ranks.world].unbind(0))
         parts = [row[: hi - lo] for row, (lo, hi) in zip(rows, self._slices(), strict=True)]
         self.change(parts[0] if len(parts) == 1 else torch.cat(parts))
+        self._update = None
         self._open_window()
 
     def discard(self) -> None:

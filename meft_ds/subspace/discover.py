@@ -4,14 +4,13 @@
 from __future__ import annotations
 
 import re
-from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 from torch import nn
 
+from meft_ds.offload.matrices import Sharing, output_embeddings, weights
+from meft_ds.offload.taps import can_tap
 from meft_ds.subspace.config import SubspaceConfig
-from meft_ds.subspace.linear import can_tap
 
 # Siblings that read the same tensor in the models of Hugging Face: they share the sketch of it, and so its projector.
 _SHARE_INPUT = (
@@ -55,14 +54,12 @@ def find_matrices(model: nn.Module, config: SubspaceConfig) -> tuple[list[Site],
         ValueError: when there are none, or a pattern of `target_modules` matches no module name; with names to choose
         from.
     """
-    holders = Counter(id(p) for m in model.modules() for p in m._parameters.values() if p is not None)
-    times_named = Counter(id(m) for _, m in model.named_modules(remove_duplicate=False))
-    embeddings = {id(m) for m in (_output_embeddings(model),) if m is not None}
+    sharing, head = Sharing(model), output_embeddings(model)
     patterns = None if config.target_modules is None else {p: re.compile(p) for p in config.target_modules}
     unused = set(patterns or ())
     sites: list[Site] = []
     frozen, excluded, candidates = [], [], []
-    for name, module, key, weight in _weights(model):
+    for name, module, key, weight in weights(model):
         candidates.append(name)
         if patterns is not None:
             matching = {p for p, compiled in patterns.items() if compiled.fullmatch(name)}
@@ -70,11 +67,11 @@ def find_matrices(model: nn.Module, config: SubspaceConfig) -> tuple[list[Site],
             if not matching:
                 continue
         full = f"{name}.{key}" if name else key
-        if not weight.requires_grad or id(module) in embeddings:
-            why = "is the output head" if id(module) in embeddings else "is frozen"
+        if not weight.requires_grad or module is head:
+            why = "is the output head" if module is head else "is frozen"
             frozen.append(f"{full} {why}")
             continue
-        if holders[id(weight)] > 1 or times_named[id(module)] > 1:
+        if sharing.shares(module, weight):
             excluded.append(f"{full} is tied or used by several modules")
             continue
         d = config.dim_of(*weight.shape[-2:])
@@ -102,30 +99,9 @@ def find_matrices(model: nn.Module, config: SubspaceConfig) -> tuple[list[Site],
     return sites, excluded
 
 
-def _weights(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, nn.Parameter]]:
-    from transformers.pytorch_utils import Conv1D
-
-    for name, module in model.named_modules():
-        if type(module) in (nn.Linear, Conv1D) and "weight" in module._parameters:  # else weight norm computes it
-            yield name, module, "weight", module.weight  # type: ignore[misc]
-        elif not isinstance(module, nn.modules.conv._ConvNd):
-            for key, p in module._parameters.items():
-                if p is not None and p.dim() == 3 and min(p.shape[-2:]) > 1:
-                    yield name, module, key, p  # type: ignore[misc]
-
-
 def _shares(name: str, weight: nn.Parameter, d: int) -> str:
     parent, _, own = name.rpartition(".")
     for group in _SHARE_INPUT:
         if own in group:
             return f"{parent}.{'+'.join(group)}[{weight.shape[1]}->{d}]"
     return name
-
-
-def _output_embeddings(model: nn.Module) -> nn.Module | None:
-    getter = getattr(model, "get_output_embeddings", None)
-    try:
-        found = getter() if getter is not None else None
-    except NotImplementedError:
-        return None
-    return found if isinstance(found, nn.Module) else None

@@ -7,6 +7,7 @@ Each rank holds the moments of its 1/N of the layer's S, flattened one after ano
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
@@ -14,13 +15,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from meft_ds import ops
-from meft_ds.offload.bus import Bus
 from meft_ds.offload.flat import FlatUnit
 from meft_ds.offload.partition import Ranks
 from meft_ds.offload.projector import Projector, compress, seed_of
+from meft_ds.offload.taps import tap, untap
 from meft_ds.offload.wire import AdamHyper, Footprint
 from meft_ds.subspace.fit import transport
-from meft_ds.subspace.linear import tap, untap
 from meft_ds.subspace.matrix import Matrix
 
 
@@ -92,11 +92,12 @@ class SubspaceUnit(FlatUnit):
             numel=sum(matrix.numel for matrix in matrices),
             wire_dtype=wire_dtype,
             state_bytes=2 * moments_dtype.itemsize,
+            on_device=on_device,
         )
         self.matrices, self._modules, self.depth = matrices, modules, (stack, layer)
         self._of_param = [[m for m in matrices if m.param == index] for index in range(len(params))]
         self.sides = list({id(side): side for m in matrices for side in (m.left, m.right)}.values())
-        self._moments_dtype, self.on_device, self._scale, self._seed = moments_dtype, on_device, scale, seed
+        self._moments_dtype, self._scale, self._seed = moments_dtype, scale, seed
         self._keep_residual = residual and self._dtype != torch.float32
         self._residuals: list[Tensor] = []
         self._calibrator = calibrator
@@ -104,8 +105,6 @@ class SubspaceUnit(FlatUnit):
         self._bias_before: list[dict[str, float]] = []  # of a calibrating window
         self.captured: dict[int, list[tuple[Tensor, Tensor | None]]] = {}
         self._sketched: dict[int, tuple[Tensor, Tensor]] = {}
-        self._update: tuple[AdamHyper, int, float] | None = None
-        self._norm: Tensor | None = None
 
     def allocate(self) -> None:
         """Also take the moments, and start listening to the modules."""
@@ -115,8 +114,6 @@ class SubspaceUnit(FlatUnit):
         self.exp_avg_sq = torch.zeros_like(self.exp_avg)
         if self._keep_residual:
             self._residuals = [torch.zeros(p.shape, device=self._device) for _, p in self.params]
-        if self.on_device and self._replies is not None:
-            self._reply = self._replies[-1][: self._hi - self._lo]
         for index, module in enumerate(self._modules):
             if module is not None:
                 tap(module, self, index)
@@ -130,12 +127,7 @@ class SubspaceUnit(FlatUnit):
     def footprint(self) -> Footprint:
         plain = super().footprint()
         residual = 4 * sum(p.numel() for _, p in self.params) if self._keep_residual else 0
-        device = plain.device + residual + sum(side.projector.nbytes() for side in self.sides)
-        if self.on_device:
-            return Footprint(device=device + (self._hi - self._lo) * self._state_bytes)
-        return Footprint(
-            host_private=plain.host_private, payload=plain.payload, device=device, down=plain.down, up=plain.up
-        )
+        return replace(plain, device=plain.device + residual + sum(side.projector.nbytes() for side in self.sides))
 
     # -- gradients -----------------------------------------------------------------------------------------------------
 
@@ -238,44 +230,12 @@ class SubspaceUnit(FlatUnit):
         if self.calibrating:
             self._calibrator.force(self)
 
-    def send(self, bus: Bus) -> None:
-        if not self.on_device:
-            super().send(bus)
-            return
-        self._host_payload, self._payload = self._payload, None
-        assert self._host_payload is not None
-        self._norm = torch.linalg.vector_norm(self._host_payload, dtype=torch.float64).square()
-
-    def sq_norm(self) -> float:
-        if not self.on_device:
-            return super().sq_norm()
-        assert self._norm is not None
-        return float(self._norm)
-
-    def host_step(self, hyper: AdamHyper, *, step: int, grad_scale: float) -> None:
-        self._update = hyper, step, grad_scale
-        if not self.on_device:
-            self._move(self._reply)
-
-    def fetch(self, bus: Bus, ranks: Ranks) -> None:
-        if not self.on_device:
-            super().fetch(bus, ranks)
-        elif self._update is not None:
-            # here and not in `host_step`, because this runs on the stream that `apply` waits for
-            self._move(self._reply)
-            if self._ranks.world > 1:
-                assert self._replies is not None
-                *everyone, mine = self._replies.unbind(0)
-                dist.all_gather(everyone, mine, group=ranks.group)
-
-    def _move(self, out: Tensor) -> None:
-        assert self._update is not None and self._host_payload is not None
-        hyper, step, grad_scale = self._update
+    def update(self, grad: Tensor, reply: Tensor, hyper: AdamHyper, *, step: int, grad_scale: float) -> None:
         ops.adam_direction_(
             self.exp_avg,
             self.exp_avg_sq,
-            self._host_payload,
-            out,
+            grad,
+            reply,
             beta1=hyper.beta1,
             beta2=hyper.beta2,
             eps=hyper.eps,
@@ -303,7 +263,6 @@ class SubspaceUnit(FlatUnit):
                 step=step,
                 residual=residual,
             )
-        self._update = None
 
     def settle(self, ranks: Ranks) -> None:
         """Carry the moments over to the projectors that this window switched to."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Linear layers whose weight gradient nobody computes: their input and output gradient go to the unit instead.
+"""Linear layers whose weight gradient nobody computes: their input and output gradient go to a receiver instead.
 
 The layer's product is autograd's own with the weight detached, so inputs, biases, autocast and gradient checkpointing
 are as before; an identity on its output hands (X, dY) over when backward comes by.
@@ -20,12 +20,19 @@ class Receiver(Protocol):
     """Who gets the activations of a backward."""
 
     def tapped(self, index: int, x: Tensor, dy: Tensor) -> None:
-        """Weight `index` was used on x [..., in], and dy [..., out] is the gradient of the output."""
+        """Weight `index` was used on x [..., in], and dy [..., out] is the gradient of the output.
+
+        Of x only the features that the tap was told to keep, [..., kept].
+        """
 
 
-def tap(module: nn.Module, receiver: Receiver, index: int) -> None:
-    """Make an nn.Linear or Conv1D hand its activations to `receiver`, which is held weakly."""
-    module.forward = Tapped(module, weakref.ref(receiver), index)  # type: ignore[assignment]
+def tap(module: nn.Module, receiver: Receiver, index: int, keep: Tensor | None = None) -> None:
+    """Make an nn.Linear or Conv1D hand its activations to `receiver`, which is held weakly.
+
+    `keep`: int64 [kept], input features that the receiver wants; None for all. Only a copy of them lives on until
+    backward, a view would hold the whole input.
+    """
+    module.forward = Tapped(module, weakref.ref(receiver), index, keep)  # type: ignore[assignment]
 
 
 def untap(module: nn.Module) -> None:
@@ -43,8 +50,8 @@ def can_tap(module: nn.Module) -> bool:
 class Tapped:
     """A module's forward. Copies of the module (deepcopy, pickle) get one that hands nothing over."""
 
-    def __init__(self, module: nn.Module, find: Any = None, index: int = 0) -> None:
-        self.module, self.find, self.index = module, find, index
+    def __init__(self, module: nn.Module, find: Any = None, index: int = 0, keep: Tensor | None = None) -> None:
+        self.module, self.find, self.index, self.keep = module, find, index, keep
 
     def __call__(self, *args: Tensor, **kwargs: Tensor) -> Tensor:
         (x,) = (*args, *kwargs.values())  # by whatever name
@@ -53,14 +60,21 @@ class Tapped:
         weight = module.weight
         assert isinstance(weight, Tensor)
         if receiver is None or not (torch.is_grad_enabled() and weight.requires_grad):
-            return type(module).forward(module, x)  # type: ignore[call-arg]
+            return self.plain(receiver, x)
         if isinstance(module, nn.Linear):
-            return _Tap.apply(F.linear(x, weight.detach(), module.bias), x, weight, receiver, self.index)
+            return self.product(receiver, F.linear(x, weight.detach(), module.bias), x)
         bias = module.bias
         assert isinstance(bias, Tensor)
         flat = torch.addmm(bias, x.reshape(-1, x.shape[-1]), weight.detach())
-        tapped = _Tap.apply(flat, x, weight, receiver, self.index)
-        return tapped.view(*x.shape[:-1], weight.shape[1])
+        return self.product(receiver, flat, x).view(*x.shape[:-1], weight.shape[1])
+
+    def plain(self, receiver: Receiver | None, x: Tensor) -> Tensor:
+        """The module's function where nothing is to be handed over."""
+        return type(self.module).forward(self.module, x)  # type: ignore[call-arg]
+
+    def product(self, receiver: Receiver, y: Tensor, x: Tensor) -> Tensor:
+        """The module's output, made of y [..., out] (or [tokens, out]), the product of x with the weight as it is."""
+        return _Tap.apply(y, x, self.module.weight, receiver, self.index, self.keep)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Tapped:
         return Tapped(copy.deepcopy(self.module, memo))
@@ -73,9 +87,11 @@ class _Tap(torch.autograd.Function):
     """Identity on y. `weight` is an input so that the output needs a gradient whenever the weight trains."""
 
     @staticmethod
-    def forward(ctx: Any, y: Tensor, x: Tensor, weight: Tensor, receiver: Receiver, index: int) -> Tensor:
+    def forward(
+        ctx: Any, y: Tensor, x: Tensor, weight: Tensor, receiver: Receiver, index: int, keep: Tensor | None
+    ) -> Tensor:
         ctx.mark_dirty(y)  # the same tensor, not a view of it: what follows may change it in place
-        ctx.save_for_backward(x)
+        ctx.save_for_backward(x if keep is None else x.index_select(-1, keep))
         ctx.receiver, ctx.index = receiver, index
         return y
 
@@ -84,4 +100,4 @@ class _Tap(torch.autograd.Function):
         (x,) = ctx.saved_tensors
         with torch.no_grad():
             ctx.receiver.tapped(ctx.index, x.detach(), dy)  # who keeps x must not keep its graph
-        return dy, None, None, None, None
+        return dy, None, None, None, None, None

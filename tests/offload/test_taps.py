@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
-from meft_ds.subspace.linear import can_tap, tap, untap
+from meft_ds.offload.taps import can_tap, tap, untap
 
 
 class Recorder:
@@ -124,3 +124,26 @@ def test_state_dicts_have_the_usual_keys_and_a_replaced_forward_cannot_be_tapped
     other = layer("linear")
     other.forward = lambda x: nn.Linear.forward(other, x) * 2  # type: ignore[method-assign]
     assert can_tap(module) and not can_tap(other)
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv1d"])
+@pytest.mark.parametrize("how", ["plain", "reentrant", "nonreentrant"])
+def test_only_the_features_to_keep_live_on_and_are_handed_over(kind: str, how: str) -> None:
+    whole, part, keep = Recorder(), Recorder(), torch.tensor([0, 3])
+    for recorder, kept in ((whole, None), (part, keep)):
+        module = layer(kind)
+        tap(module, recorder, 0, kept)
+        x = torch.randn(2, 4, 5, generator=torch.Generator().manual_seed(1), requires_grad=True)
+        if how == "plain":
+            saved: list[tuple[int, int]] = []
+            with torch.autograd.graph.saved_tensors_hooks(
+                lambda t, saved=saved: (saved.append((t.numel(), t.untyped_storage().nbytes())), t)[1], lambda t: t
+            ):
+                y = module(x)
+            kept_numel = x.numel() if kept is None else 2 * 4 * len(keep)
+            assert (kept_numel, 4 * kept_numel) in saved
+            assert kept is None or all(numel != x.numel() for numel, _ in saved)
+        else:
+            y = checkpoint(module, x, use_reentrant=how == "reentrant")
+        y.sin().sum().backward()
+    torch.testing.assert_close(part.gradient, whole.gradient[:, keep])

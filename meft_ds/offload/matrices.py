@@ -1,0 +1,44 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which weights of a model are matrices that a method may work on, and which only look like it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+
+from torch import nn
+
+
+def weights(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, nn.Parameter]]:
+    """(module name, module, key, weight) of linear layers [m, n] and of expert tensors [experts, m, n]."""
+    from transformers.pytorch_utils import Conv1D
+
+    for name, module in model.named_modules():
+        if type(module) in (nn.Linear, Conv1D) and "weight" in module._parameters:  # else weight norm computes it
+            yield name, module, "weight", module.weight  # type: ignore[misc]
+        elif not isinstance(module, nn.modules.conv._ConvNd):
+            for key, p in module._parameters.items():
+                if p is not None and p.dim() == 3 and min(p.shape[-2:]) > 1:
+                    yield name, module, key, p  # type: ignore[misc]
+
+
+def output_embeddings(model: nn.Module) -> nn.Module | None:
+    """The model's output head, if it says which that is."""
+    getter = getattr(model, "get_output_embeddings", None)
+    try:
+        found = getter() if getter is not None else None
+    except NotImplementedError:
+        return None
+    return found if isinstance(found, nn.Module) else None
+
+
+class Sharing:
+    """Which weights of a model are used in more than one place."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._holders = Counter(id(p) for m in model.modules() for p in m._parameters.values() if p is not None)
+        self._names = Counter(id(m) for _, m in model.named_modules(remove_duplicate=False))
+
+    def shares(self, module: nn.Module, weight: nn.Parameter) -> bool:
+        """Whether `weight` is tied, or its module is in several places."""
+        return self._holders[id(weight)] > 1 or self._names[id(module)] > 1
