@@ -21,10 +21,11 @@ from pydantic import (
 
 from meft_ds.offload.config import ScheduleConfig
 from meft_ds.sparse_adapter.config import SparseAdapterConfig
+from meft_ds.sparse_matrix.config import SparseMatrixConfig
 from meft_ds.subspace.config import SubspaceConfig
 
 BLOCK = "meft_offload"
-METHODS = ("sparse_adapter", "subspace")
+METHODS = ("sparse_adapter", "subspace", "sparse_matrix")
 
 
 def _gib_or_auto(value: Any) -> float | str:
@@ -53,6 +54,9 @@ class MeftConfig(BaseModel):
     )
     subspace: Annotated[SubspaceConfig | None, BeforeValidator(_object)] = Field(
         None, description="LSP-Offload: all linear layers train through gradients compressed by sparse projectors."
+    )
+    sparse_matrix: Annotated[SparseMatrixConfig | None, BeforeValidator(_object)] = Field(
+        None, description="SMT: only the tiles of the linear layers with the largest gradients train."
     )
     schedule: ScheduleConfig = Field(
         default_factory=lambda: ScheduleConfig.model_validate({}),
@@ -94,6 +98,12 @@ class MeftConfig(BaseModel):
             except re.error as e:
                 raise ValueError(f"{pattern!r} is not a regular expression ({e}); escape special characters") from None
         return patterns
+
+    @model_validator(mode="after")
+    def _one_owner_of_the_base(self) -> MeftConfig:
+        if self.subspace is not None and self.sparse_matrix is not None:
+            raise ValueError("subspace and sparse_matrix both train the base's linear layers; keep one")
+        return self
 
 
 def parse_config(block: Any, extra_faults: list[str] | None = None) -> MeftConfig:

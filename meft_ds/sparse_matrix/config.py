@@ -1,0 +1,175 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The ``sparse_matrix`` settings of the ``meft_offload`` block."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+from meft_ds.fields import patterns, positive_int, whole
+from meft_ds.fields import seed as check_seed
+
+PAPER_ROLES = ("q", "k", "v")
+WITHOUT_GRADIENTS = ("random", "magnitude")
+"""Scores that need no window: they are known from the weights alone."""
+_MAKE_THE_CHOICE = (
+    *("density", "budget", "preset", "score", "normalize", "block_size", "warmup_steps"),
+    *("target_modules", "choice_out", "seed"),
+)
+
+
+def _fraction(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 1:
+        raise ValueError(f"expected a fraction above 0 and at most 1, got {value!r}")
+    return float(value)
+
+
+def _budget(value: Any) -> str | dict[str, float]:
+    if value in ("global", "per_module"):
+        return value
+    if not isinstance(value, dict) or not value or not all(isinstance(role, str) for role in value):
+        raise ValueError(
+            f'expected "global", "per_module" or an object of fractions by role such as {{"q": 0.02}}, got {value!r}'
+        )
+    found = {}
+    for role, fraction in value.items():
+        try:
+            found[role] = _fraction(fraction)
+        except ValueError as fault:
+            raise ValueError(f"{role}: {fault}") from None
+    return found
+
+
+def _segments(value: Any) -> dict[str, list[int]]:
+    if not isinstance(value, dict):
+        raise ValueError(f'expected an object such as {{".*\\\\.qkv": [4096, 1024, 1024]}}, got {value!r}')
+    for pattern, sizes in value.items():
+        patterns([pattern])
+        if not isinstance(sizes, list | tuple) or not sizes:
+            raise ValueError(f"{pattern}: expected a list of the parts' sizes, got {sizes!r}")
+        for size in sizes:
+            positive_int(size)
+    return {pattern: list(sizes) for pattern, sizes in value.items()}
+
+
+class SparseMatrixConfig(BaseModel):
+    """Settings of sparse matrix tuning (SMT, arXiv 2405.15525). A tile is a rectangle of a weight as it is stored; a
+    role is what a weight does in its layer: q, k, v, o, gate, up, down, or the name of its module."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    density: Annotated[float, BeforeValidator(_fraction)] = Field(
+        0.01,
+        description="Trained elements as a fraction of the elements of all 2-D weights of the model, embeddings and "
+        "head included. The paper: 0.0071 to 0.0491 on LLaMA; default: near its lower end.",
+    )
+    budget: Annotated[str | dict[str, float], BeforeValidator(_budget)] = Field(
+        "global",
+        description='How density is shared out. "global": the best tiles wherever they are, as in the paper. '
+        '"per_module": the same fraction of every matrix and every expert. An object such as {"q": 0.02, "v": 0.05}: '
+        "that fraction of each role's own elements, nothing of roles that are not named; density then has no meaning.",
+    )
+    preset: Literal["all", "paper"] = Field(
+        "all",
+        description='"all": tiles of every linear layer, scores relative to their role. "paper": tiles of q, k and v '
+        "only, scores as they are.",
+    )
+    score: Literal["abs_mean", "l2", "mean_abs", "paper", "random", "magnitude"] = Field(
+        "abs_mean",
+        description="What ranks tiles. abs_mean: mean |g| of a tile, summed over batches. l2: root mean square of g, "
+        "likewise. mean_abs: |mean of g|, likewise; costs no weight gradient. paper: mean |g summed over the batches|, "
+        "which takes a copy of the scored weights on the host. random and magnitude (mean |W|): baselines without "
+        "gradients. Default: abs_mean, the paper's score without that copy.",
+    )
+    normalize: bool | None = Field(
+        None,
+        description="Divide scores by the mean of their role, so that roles with larger gradients do not take all. "
+        'null = with preset "all", except for score "random".',
+    )
+    block_size: Annotated[int, BeforeValidator(positive_int)] = Field(
+        256, description="Side of a tile; tiles at an edge are smaller. The paper: 256."
+    )
+    warmup_steps: Annotated[int, BeforeValidator(whole)] = Field(
+        100,
+        description='Windows (optimizer steps) that only score and change no weight. The paper: 100. Scores "random" '
+        'and "magnitude" need none and ignore it.',
+    )
+    target_modules: Annotated[tuple[str, ...] | None, BeforeValidator(patterns)] = Field(
+        None,
+        description="Regular expression(s) for whole names of the modules that may have tiles. null = all linear "
+        "layers and expert tensors except embeddings, the output head and tied weights.",
+    )
+    segments: Annotated[dict[str, list[int]], BeforeValidator(_segments)] = Field(
+        {},
+        description="For fused layers that are not known: regular expression for whole names of modules (of "
+        "parameters, for expert tensors) -> sizes of the parts along the output dimension. No tile spans two parts.",
+    )
+    form: Literal["auto", "value", "delta"] = Field(
+        "auto",
+        description="value: tiles train in place and the model is exported as it is. delta: the weight stays as it "
+        "is and tiles are added in the forward. auto = value under ZeRO stages 0 to 2.",
+    )
+    state_device: Literal["auto", "cpu", "accelerator"] = Field(
+        "auto",
+        description="Where masters and moments of the tiles live. auto = on the accelerator when they take at most a "
+        "twentieth of its memory, else on the host.",
+    )
+    choice_file: str | None = Field(
+        None,
+        description="Train the tiles that this JSON file names, which an earlier run wrote, and score nothing. "
+        "null = score first.",
+    )
+    choice_out: str | None = Field(
+        None, description="Write the chosen tiles to this JSON file as soon as they are known. null = do not."
+    )
+    seed: Annotated[int, BeforeValidator(check_seed)] = Field(
+        0, description='Seed of score "random"; independent of the global random state.'
+    )
+
+    @model_validator(mode="after")
+    def _cross_checks(self) -> SparseMatrixConfig:
+        faults = []
+        if self.choice_file is not None:
+            idle = sorted(self.model_fields_set.intersection(_MAKE_THE_CHOICE))
+            if idle:
+                faults.append(f"choice_file: tiles are read from it, so {', '.join(idle)} would have no effect; remove")
+        else:
+            if isinstance(self.budget, dict) and "density" in self.model_fields_set:
+                faults.append("density: the fractions of budget say how much of each role trains; remove density")
+            if self.warmup_steps == 0 and self.score not in WITHOUT_GRADIENTS:
+                faults.append(
+                    f'warmup_steps: score "{self.score}" needs at least 1 window; raise warmup_steps, or use score '
+                    '"magnitude" or "random"'
+                )
+        if self.preset == "paper" and isinstance(self.budget, dict) and not set(self.budget) <= set(PAPER_ROLES):
+            others = ", ".join(sorted(set(self.budget) - set(PAPER_ROLES)))
+            faults.append(f'budget: preset "paper" has tiles of q, k and v only, not of {others}; use preset "all"')
+        if faults:
+            raise ValueError("; ".join(faults))
+        return self
+
+    @property
+    def roles(self) -> tuple[str, ...] | None:
+        """Roles that may have tiles; None for all."""
+        if isinstance(self.budget, dict):
+            return tuple(self.budget)
+        return PAPER_ROLES if self.preset == "paper" else None
+
+    @property
+    def normalized(self) -> bool:
+        """Whether scores are divided by the mean of their role."""
+        if self.normalize is not None:
+            return self.normalize
+        # the mean of a role with one tile is that tile's own score, which would no longer be drawn at random
+        return self.preset == "all" and self.score != "random"
+
+    @property
+    def windows(self) -> int:
+        """Optimizer steps that only score, before any training."""
+        return 0 if self.choice_file is not None or self.score in WITHOUT_GRADIENTS else self.warmup_steps
+
+    def segments_of(self, name: str) -> tuple[str, list[int]] | None:
+        """The pattern of `segments` that matches `name`, and its sizes; the first one if there are several."""
+        return next(((p, sizes) for p, sizes in self.segments.items() if re.fullmatch(p, name)), None)
