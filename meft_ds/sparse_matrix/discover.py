@@ -1,0 +1,181 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Finds the weights that may have tiles, and cuts each into a grid of them."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from torch import nn
+
+from meft_ds.offload.matrices import Sharing, output_embeddings, weights
+from meft_ds.offload.taps import can_tap
+from meft_ds.sparse_matrix.config import SparseMatrixConfig
+from meft_ds.sparse_matrix.segments import input_first, names_of_parts, parts_of
+
+_MOST_LISTED = 20
+
+
+@dataclass(frozen=True, eq=False)
+class Site:
+    """A weight that may have tiles.
+
+    Attributes:
+        name: of the parameter.
+        module: that holds it.
+        weight: [m, n], or [experts, m, n].
+        input_first: stored [in, out] rather than [out, in], as in GPT-2's Conv1D and some expert tensors.
+        tapped: a linear layer whose input and output gradient can be had.
+        rows, cols: [low, high) of each row and column of the grid. None along the output dimension spans two parts of
+            a fused weight; those at the end of a part are smaller.
+        roles: of each cut of the output dimension, so one per row, or one per column with `input_first`.
+        layer: first number in the name.
+    """
+
+    name: str
+    module: nn.Module
+    weight: nn.Parameter
+    input_first: bool
+    tapped: bool
+    rows: tuple[tuple[int, int], ...]
+    cols: tuple[tuple[int, int], ...]
+    roles: tuple[str, ...]
+    layer: int | None
+
+    @property
+    def experts(self) -> int:
+        """Matrices in the weight."""
+        return self.weight.shape[0] if self.weight.dim() == 3 else 1
+
+    @property
+    def grid(self) -> tuple[int, int, int]:
+        """Experts, rows and columns of tiles: the shape of the site's scores."""
+        return self.experts, len(self.rows), len(self.cols)
+
+    def role(self, r: int, c: int) -> str:
+        """Role of the tile in row r and column c of the grid."""
+        return self.roles[c if self.input_first else r]
+
+
+def find_sites(model: nn.Module, config: SparseMatrixConfig) -> tuple[list[Site], list[str]]:
+    """Weights that may have tiles in the order of the model's parameters, and a line for each that may not or whose
+    parts are not known. Those that `config` rules out by name or by role are in neither.
+
+    Raises:
+        ValueError: when there are none; when a pattern of `target_modules` or `segments`, or a role of `budget`,
+        belongs to no weight; when the sizes of `segments` do not add up.
+    """
+    sharing, head = Sharing(model), output_embeddings(model)
+    patterns = None if config.target_modules is None else {p: re.compile(p) for p in config.target_modules}
+    unused, unused_segments = set(patterns or ()), set(config.segments)
+    sites: list[Site] = []
+    found_roles: set[str] = set()
+    frozen, told, candidates = [], [], []
+    for name, module, key, weight in weights(model):
+        full = f"{name}.{key}" if name else key
+        candidates.append(name)
+        given = config.segments_of(name if weight.dim() == 2 else full)
+        if given is not None:
+            unused_segments.discard(given[0])
+        if patterns is not None:
+            matching = {p for p, compiled in patterns.items() if compiled.fullmatch(name)}
+            unused -= matching
+            if not matching:
+                continue
+        if not weight.requires_grad or module is head:
+            frozen.append(f"{full} {'is the output head' if module is head else 'is frozen'}")
+            continue
+        if sharing.shares(module, weight):
+            told.append(f"{full} is tied or used by several modules")
+            continue
+        site, unknown = _cut(model, name, module, key, weight, config, given)
+        found_roles.update(site.roles)
+        if config.roles is None or set(config.roles).intersection(site.roles):
+            sites.append(site)
+            told += [f"{full} counts as one matrix: {unknown}; sparse_matrix.segments can say"] if unknown else []
+    _refuse_idle(unused_segments, config, found_roles, candidates)
+    if unused or not sites:
+        idle = f" target_modules {sorted(unused)} matches no whole module name." if unused else ""
+        roles = f" Roles: {', '.join(sorted(found_roles))}." if found_roles and not sites else ""
+        raise ValueError(
+            f"no matrix of {type(model).__name__} to have tiles for the sparse_matrix method.{idle}{roles} "
+            f"Linear layers: {', '.join(candidates[:_MOST_LISTED]) or 'none'}. "
+            + ("Left out: " + "; ".join([*told, *frozen][:_MOST_LISTED]) if told or frozen else "")
+        )
+    return sites, told
+
+
+def elements_of_2d_weights(model: nn.Module) -> int:
+    """Elements of all matrices of the model, which `density` is a fraction of: embeddings, head and expert tensors
+    too, tied ones once."""
+    matrices = {id(p): p.numel() for n, p in model.named_parameters() if p.dim() == 2 and not n.endswith("bias")}
+    matrices.update((id(weight), weight.numel()) for _, _, _, weight in weights(model))
+    return sum(matrices.values())
+
+
+def _cut(
+    model: nn.Module,
+    name: str,
+    module: nn.Module,
+    key: str,
+    weight: nn.Parameter,
+    config: SparseMatrixConfig,
+    given: tuple[str, list[int]] | None,
+) -> tuple[Site, str]:
+    """The weight's site, and what is not known about its parts."""
+    full = f"{name}.{key}" if name else key
+    linear = weight.dim() == 2
+    above, _, last = name.rpartition(".")
+    if linear:
+        holder, first, own = model.get_submodule(above), not isinstance(module, nn.Linear), name
+    else:
+        first = input_first(model, module, last if key == "weight" else key, tuple(weight.shape))
+        holder, own = module, full.removesuffix(".weight")
+    inputs, out = weight.shape[-2:] if first else reversed(weight.shape[-2:])
+    if given is None:
+        parts, unknown = parts_of(model, own, holder, out, inputs)
+    else:
+        pattern, sizes = given
+        if sum(sizes) != out:
+            raise ValueError(
+                f"sparse_matrix.segments {pattern!r}: sizes {sizes} sum to {sum(sizes)}, but {own} has an output "
+                f"dimension of {out}; give the sizes of its parts in the order in which they are stored"
+            )
+        parts, unknown = list(zip(sizes, names_of_parts(own, len(sizes)), strict=True)), ""
+    outer, roles = _cuts(parts, config.block_size)
+    inner, _ = _cuts([(inputs, "")], config.block_size)
+    return Site(
+        name=full,
+        module=module,
+        weight=weight,
+        input_first=first,
+        tapped=linear and can_tap(module),
+        rows=inner if first else outer,
+        cols=outer if first else inner,
+        roles=roles,
+        layer=next((int(part) for part in full.split(".") if part.isdigit()), None),
+    ), unknown
+
+
+def _cuts(parts: list[tuple[int, str]], side: int) -> tuple[tuple[tuple[int, int], ...], tuple[str, ...]]:
+    cuts, roles, start = [], [], 0
+    for size, role in parts:
+        for low in range(start, start + size, side):
+            cuts.append((low, min(low + side, start + size)))
+            roles.append(role)
+        start += size
+    return tuple(cuts), tuple(roles)
+
+
+def _refuse_idle(segments: set[str], config: SparseMatrixConfig, found_roles: set[str], candidates: list[str]) -> None:
+    if segments:
+        raise ValueError(
+            f"sparse_matrix.segments {sorted(segments)} matches no whole module name (of an expert tensor: parameter "
+            f"name). Linear layers: {', '.join(candidates[:_MOST_LISTED]) or 'none'}"
+        )
+    missing = set(config.budget) - found_roles if isinstance(config.budget, dict) else set()
+    if missing and found_roles:
+        raise ValueError(
+            f"sparse_matrix.budget: no matrix has role {', '.join(sorted(missing))}; roles of this model: "
+            f"{', '.join(sorted(found_roles))}"
+        )
