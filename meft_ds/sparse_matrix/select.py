@@ -1,0 +1,224 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which tiles train: from scores to a choice within the budget."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from bisect import bisect_right
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from meft_ds.sparse_matrix.choice import Choice, Tile, check_choice
+from meft_ds.sparse_matrix.config import SparseMatrixConfig
+from meft_ds.sparse_matrix.discover import Site
+
+__all__ = ["Choice", "Tile", "check_choice", "choose", "most_elements", "weight_scores"]
+
+
+def choose(
+    sites: Sequence[Site],
+    scores: Mapping[str, Tensor],
+    config: SparseMatrixConfig,
+    total: int,
+    made_by: dict[str, Any] | None = None,
+) -> Choice:
+    """The tiles with the highest scores that fit into the budget, counted in elements. The same for the same scores:
+    of equal ones the first in the order of `sites` wins.
+
+    Args:
+        scores: float64 [experts, rows, columns] of each site's grid, at least 0, by its name.
+        total: elements of all 2-D weights, which `density` is a fraction of.
+        made_by: what else to remember about how the scores came about; JSON.
+
+    Raises:
+        ValueError: when scores are not finite or all 0, or when no tile fits.
+    """
+    grid = _Grid(sites, scores, config)
+    chosen: list[int] = []
+    for roles, budget in _budgets(sites, config, total):
+        of = grid.of_roles(roles)
+        chosen += grid.evenly(of, budget) if config.budget == "per_module" else grid.best(of, budget)
+    if not chosen:
+        asked = f"density {config.density}" if isinstance(config.budget, str) else f"budget {config.budget}"
+        smallest = int(grid.sizes.min())
+        raise ValueError(
+            f"sparse_matrix: {asked} gives 0 tiles of block_size {config.block_size} (the smallest has {smallest:,} "
+            f"elements, the model {total:,}); raise the fraction or lower block_size"
+        )
+    tiles = tuple(grid.tile(i) for i in sorted(chosen))
+    named = {tile.name for tile in tiles}
+    settings = config.model_dump(include={"score", "density", "budget", "preset", "block_size", "seed"})
+    if isinstance(config.budget, dict):
+        del settings["density"]
+    return Choice(
+        tiles=tiles,
+        shapes={site.name: tuple(site.weight.shape) for site in sites if site.name in named},
+        total=total,
+        made_by={**settings, "normalized": config.normalized, **(made_by or {})},
+        cells=tuple((layer, role, n) for (layer, role), n in _cells(sites).items()),
+    )
+
+
+def most_elements(sites: Sequence[Site], config: SparseMatrixConfig, total: int) -> int:
+    """Elements that a choice can have at most, whatever the scores."""
+    return sum(budget for _, budget in _budgets(sites, config, total))
+
+
+def weight_scores(sites: Sequence[Site], config: SparseMatrixConfig) -> dict[str, Tensor]:
+    """Scores that need no gradients, float64 [experts, rows, columns] on the host by site.
+
+    "random": uniform, by seed, name and shape of the grid; torch's global state is not touched. "magnitude": mean |W|
+    of each tile; no copy of W larger than one row of tiles is made.
+    """
+    assert config.score in ("random", "magnitude"), config.score
+    return {site.name: _random(site, config.seed) if config.score == "random" else _magnitude(site) for site in sites}
+
+
+def _budgets(sites: Sequence[Site], config: SparseMatrixConfig, total: int) -> list[tuple[tuple[str, ...] | None, int]]:
+    """Roles that compete with each other, None for all, and the elements that they may have together."""
+    of_role: dict[str, int] = defaultdict(int)
+    for (_, role), elements in _cells(sites).items():
+        of_role[role] += elements
+    # by way of its digits, because 0.29 * 100 is below 29
+    if isinstance(config.budget, dict):
+        shares = config.budget.items()
+        return [((role,), math.floor(Fraction(str(share)) * of_role[role])) for role, share in shares]
+    there = sum(n for role, n in of_role.items() if config.roles is None or role in config.roles)
+    return [(config.roles, min(math.floor(Fraction(str(config.density)) * total), there))]
+
+
+def _cells(sites: Sequence[Site]) -> dict[tuple[int | None, str], int]:
+    """Elements of each role of each layer, in the order of sites."""
+    found: dict[tuple[int | None, str], int] = defaultdict(int)
+    for site in sites:
+        outer, inner = (site.cols, site.rows) if site.input_first else (site.rows, site.cols)
+        for (low, high), role in zip(outer, site.roles, strict=True):
+            found[site.layer, role] += site.experts * (high - low) * inner[-1][1]
+    return found
+
+
+class _Grid:
+    """All tiles of all sites in one row, in the order of sites, experts, rows and columns; [T] each."""
+
+    def __init__(self, sites: Sequence[Site], scores: Mapping[str, Tensor], config: SparseMatrixConfig) -> None:
+        self._sites = sites
+        self._roles = sorted({role for site in sites for role in site.roles})
+        number = {role: i for i, role in enumerate(self._roles)}
+        sizes, values, roles, matrices, n = [], [], [], [], 0
+        for site in sites:
+            experts, _, _ = site.grid
+            rows, cols = (torch.tensor([high - low for low, high in cuts]) for cuts in (site.rows, site.cols))
+            along = torch.tensor([number[role] for role in site.roles])
+            sizes.append((rows[:, None] * cols).expand(site.grid).flatten())
+            roles.append((along if site.input_first else along[:, None]).expand(site.grid).flatten())
+            matrices.append(torch.arange(n, n + experts)[:, None, None].expand(site.grid).flatten())
+            values.append(_checked(scores[site.name], site).flatten())
+            n += experts
+        self.sizes, self._role, self._matrix = torch.cat(sizes), torch.cat(roles), torch.cat(matrices)
+        self._first = [0, *torch.tensor([len(v) for v in values]).cumsum(0).tolist()]
+        self.scores = torch.cat(values)
+        if not self.scores.any():
+            raise ValueError(
+                f'all scores "{config.score}" are 0, so there is nothing to choose by: no gradient reached the layers '
+                "that may have tiles; check the loss, or use score magnitude or random"
+            )
+        if config.normalized:
+            self._normalize()
+
+    def of_roles(self, roles: tuple[str, ...] | None) -> Tensor:
+        """Indices of tiles of any of these roles, int64, rising; of all for None."""
+        wanted = torch.tensor([roles is None or role in roles for role in self._roles])
+        return wanted[self._role].nonzero().flatten()
+
+    def best(self, of: Tensor, budget: int) -> list[int]:
+        """Tiles by falling score until the next one does not fit."""
+        ranked, fit = self._ranked(of, budget)
+        return ranked[:fit].tolist()
+
+    def evenly(self, of: Tensor, budget: int) -> list[int]:
+        """Of every matrix the same share. What whole tiles leave over of it goes, tile by tile, to the matrices that
+        miss the largest part of their next tile; to the better next tile where that is equal."""
+        chosen: list[int] = []
+        waiting: list[tuple[Fraction, float, int]] = []
+        whole = int(self.sizes[of].sum())
+        counts = self._matrix[of].unique_consecutive(return_counts=True)[1]
+        for mine in of.split(counts.tolist()):
+            share = Fraction(budget * int(self.sizes[mine].sum()), whole)
+            ranked, fit = self._ranked(mine, math.floor(share))
+            chosen += ranked[:fit].tolist()
+            if fit < len(ranked):
+                after = int(ranked[fit])
+                left = share - int(self.sizes[ranked[:fit]].sum())
+                waiting.append((-left / int(self.sizes[after]), -float(self.scores[after]), after))
+        spent = int(self.sizes[chosen].sum()) if chosen else 0
+        for _, _, after in sorted(waiting):
+            spent += int(self.sizes[after])
+            if spent > budget:
+                break
+            chosen.append(after)
+        return chosen
+
+    def tile(self, index: int) -> Tile:
+        place = bisect_right(self._first, index) - 1
+        site = self._sites[place]
+        _, n_rows, n_cols = site.grid
+        expert, rest = divmod(index - self._first[place], n_rows * n_cols)
+        r, c = divmod(rest, n_cols)
+        return Tile(
+            name=site.name,
+            expert=expert if site.weight.dim() == 3 else None,
+            rows=site.rows[r],
+            cols=site.cols[c],
+            role=site.role(r, c),
+            layer=site.layer,
+            score=float(self.scores[index]),
+        )
+
+    def _ranked(self, of: Tensor, budget: int) -> tuple[Tensor, int]:
+        """Indices by falling score, equal ones in order; and how many of them fit."""
+        ranked = of[self.scores[of].argsort(descending=True, stable=True)]
+        return ranked, int(torch.searchsorted(self.sizes[ranked].cumsum(0), budget, right=True))
+
+    def _normalize(self) -> None:
+        n = len(self._roles)
+        # the mean over elements, not over tiles: small ones at the edges would count too much
+        sums = torch.zeros(n, dtype=torch.float64).index_add_(0, self._role, self.scores * self.sizes)
+        means = sums / torch.zeros(n, dtype=torch.float64).index_add_(0, self._role, self.sizes.double())
+        self.scores = self.scores / torch.where(means > 0, means, 1.0)[self._role]
+
+
+def _checked(score: Tensor, site: Site) -> Tensor:
+    assert tuple(score.shape) == site.grid, (site.name, score.shape, site.grid)
+    score = score.detach().to("cpu", torch.float64)
+    bad = int((~score.isfinite()).sum())
+    if bad:
+        raise ValueError(
+            f"{bad} of {score.numel()} scores of {site.name} are NaN or infinite: a gradient overflowed or a batch "
+            "had no loss; check the data of the warm-up, lower the loss scale, or use bf16"
+        )
+    assert not score.numel() or score.min() >= 0, site.name
+    return score
+
+
+def _random(site: Site, seed: int) -> Tensor:
+    word = hashlib.sha256(f"{seed}:{site.name}".encode()).digest()[:8]
+    generator = torch.Generator().manual_seed(int.from_bytes(word, "little") >> 1)
+    return torch.rand(site.grid, dtype=torch.float64, generator=generator)
+
+
+def _magnitude(site: Site) -> Tensor:
+    weight = site.weight.detach()
+    sizes = np.outer([high - low for low, high in site.rows], [high - low for low, high in site.cols])
+    starts = [low for low, _ in site.cols]
+    out = torch.empty(site.grid, dtype=torch.float64)
+    for expert, matrix in enumerate(weight if weight.dim() == 3 else weight[None]):
+        sums = torch.stack([matrix[low:high].abs().sum(0, dtype=torch.float64) for low, high in site.rows])
+        out[expert] = torch.from_numpy(np.add.reduceat(sums.cpu().numpy(), starts, axis=1) / sizes)
+    return out
