@@ -25,8 +25,17 @@ class _FeedCheckpoints:
     def __call__(self, embeddings: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if not (isinstance(output, Tensor) and self.model.training and torch.is_grad_enabled()):
             return
-        if not output.requires_grad and any(getattr(m, "gradient_checkpointing", False) for m in self.model.modules()):
+        if not output.requires_grad and any(_cuts_the_graph(m) for m in self.model.modules()):
             output.requires_grad_(True)
+
+
+def _cuts_the_graph(module: nn.Module) -> bool:
+    """Whether the module checkpoints in the reentrant way. The other one needs no help, and with it backward can end at
+    the lowest layer that trains."""
+    if not getattr(module, "gradient_checkpointing", False):
+        return False
+    settings = getattr(getattr(module, "_gradient_checkpointing_func", None), "keywords", None) or {}
+    return settings.get("use_reentrant") is not False
 
 
 def _input_embeddings(model: nn.Module) -> nn.Module | None:

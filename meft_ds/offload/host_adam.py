@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""AdamW state on the host: flat tensors, and rows in the `dense` and `lazy` modes (kernels live in `meft_ds.ops`)."""
+"""AdamW state: of flat tensors, on the host or where they lie, and of rows on the host in the `dense` and `lazy` modes.
+
+Kernels live in `meft_ds.ops`.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,7 @@ class FlatAdam:
     """AdamW of one contiguous float32 slice.
 
     Args:
-        master: float32 [n], updated in place.
+        master: float32 [n], updated in place; its device is the moments' too.
         replica: [n] in the compute dtype, refreshed in the same pass; None when the master itself is the replica.
         moments_dtype: float32 or bfloat16.
         moments_shape: theirs where it is not the master's.
@@ -34,8 +37,8 @@ class FlatAdam:
     ) -> None:
         self.master, self.replica = master, replica
         shape = master.shape if moments_shape is None else moments_shape
-        self.exp_avg = torch.zeros(shape, dtype=moments_dtype)
-        self.exp_avg_sq = torch.zeros(shape, dtype=moments_dtype)
+        self.exp_avg = torch.zeros(shape, dtype=moments_dtype, device=master.device)
+        self.exp_avg_sq = torch.zeros_like(self.exp_avg)
 
     def step(self, grad: Tensor, hyper: AdamHyper, *, step: int, grad_scale: float) -> None:
         """One AdamW step with gradient grad * grad_scale; `step` counts from 1."""

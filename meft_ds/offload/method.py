@@ -81,6 +81,42 @@ class Method(ABC):
     def end_window(self, loss_factor: float) -> None:  # noqa: B027 - most methods do nothing between windows
         """A window ended (or the first one begins); losses of the next one are multiplied by `loss_factor`."""
 
+    # -- methods that watch some windows before they have units --------------------------------------------------------
+
+    @property
+    def observing(self) -> bool:
+        """Whether windows are only watched: as long as any method does, nothing is updated."""
+        return False
+
+    def end_observed_window(self) -> bool:
+        """A window ended in which a method was observing; whether it counts (False: a gradient was not finite).
+        Collective."""
+        return True
+
+    def observed(self, run: Run) -> list[Unit] | None:
+        """After a watched window: None to watch another, else the method's units, allocated. Collective."""
+        return None
+
+    def state(self, run: Run) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """What a checkpoint keeps beside the units: JSON, and tensors (the first rank's are written). Collective."""
+        return {}, {}
+
+    def load_state(self, run: Run, state: dict[str, Any], tensors: dict[str, Tensor], *, moments: bool) -> list[Unit]:
+        """Take back what `state` gave; returns units that come with it, allocated. Collective.
+
+        Without `moments` only what the model's weights need.
+
+        Raises:
+            ValueError: when it does not fit this model; nothing has been changed then.
+        """
+        return []
+
+    def accepts(self, key: str, saved: Any) -> bool:
+        """Whether a checkpoint whose `about` has another value `saved` under `key` may be loaded all the same."""
+        return False
+
+    # -- what is told of it --------------------------------------------------------------------------------------------
+
     @abstractmethod
     def about(self) -> dict[str, Any]:
         """What shapes the function or the layout of the state (JSON types): a checkpoint must agree in it."""

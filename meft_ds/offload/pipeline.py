@@ -33,7 +33,7 @@ from meft_ds.offload.bus import Bus
 from meft_ds.offload.lanes import Lanes
 from meft_ds.offload.partition import LaneRanks, Ranks, all_reduce_sum
 from meft_ds.offload.schedule import Mode
-from meft_ds.offload.timeline import Timeline
+from meft_ds.offload.timeline import Timeline, WindowTimes
 from meft_ds.offload.tuner import Tuner
 from meft_ds.offload.window import Entry, StepResult, StepSettings, Window, clip_factor
 from meft_ds.offload.wire import AdamHyper, Unit
@@ -71,29 +71,37 @@ class Pipeline:
         closes_window: Callable[[], bool] = lambda: True,
         at_start: dict[str, Callable[[], None]] | None = None,
     ) -> None:
-        self.units = list(units)
         self.bus, self.ranks = bus, ranks
         self.overlaps = mode != "serial"
-        self._settings, self._closes_window = settings, closes_window
-        self._entries = [Entry(unit, index) for index, unit in enumerate(self.units)]
-        self._of = {id(entry.unit): entry for entry in self._entries}
-        shallowest = min((unit.layer for unit in self.units), default=0)
-        self.timeline = Timeline(bus, [unit.name for unit in self.units if unit.layer == shallowest])
-        self.tuner = Tuner(mode, [unit.name for unit in self.units])
+        self._mode, self._settings, self._closes_window = mode, settings, closes_window
+        self._take_on(units)
         self._ranks_of = lane_ranks if lane_ranks is not None else LaneRanks.shared(ranks)
         self._progress = threading.Condition()
         self._failure: BaseException | None = None
         self._deadline = math.inf
-        self._window = Window(self._send_order())
-        bus.reserve({unit.name: unit.footprint().payload for unit in self.units})
         if lanes is None and not self.overlaps:
             lanes = Lanes.inline()
         elif lanes is None:
             lanes = Lanes.threads(_failing(weakref.ref(self)), at_start)
         self._lanes = lanes
+        self._cancel_exit = call_at_exit(self.finish_at_exit)
+
+    def admit(self, units: Sequence[Unit]) -> None:
+        """Carry more units from the next window on; only before the first update."""
+        assert not any(entry.steps for entry in self._entries)
+        self._take_on(sorted([*self.units, *units], key=lambda unit: (unit.layer, unit.name)))
+
+    def _take_on(self, units: Sequence[Unit]) -> None:
+        self.units = list(units)
+        self._entries = [Entry(unit, index) for index, unit in enumerate(self.units)]
+        self._of = {id(entry.unit): entry for entry in self._entries}
+        shallowest = min((unit.layer for unit in self.units), default=0)
+        self.timeline = Timeline(self.bus, [unit.name for unit in self.units if unit.layer == shallowest])
+        self.tuner = Tuner(self._mode, [unit.name for unit in self.units])
+        self.bus.reserve({unit.name: unit.footprint().payload for unit in self.units})
+        self._window = Window(self._send_order())
         for unit in self.units:
             unit.listener = self
-        self._cancel_exit = call_at_exit(self.finish_at_exit)
 
     # -- what units report, on the thread that trains (or autograd's) --------------------------------------------------
 
@@ -226,6 +234,12 @@ class Pipeline:
         for unit in self.units:
             unit.fetch(self.bus, self._ranks_of.up)
             unit.apply()
+
+    def pass_over(self) -> WindowTimes:
+        """End a window that was only watched: nothing is updated."""
+        self.timeline.mark("step")
+        self.give_up_window()
+        return self.timeline.close_window()
 
     def give_up_window(self) -> None:
         """Drop what the open window has collected so far: other state is about to be loaded."""

@@ -24,6 +24,9 @@ from meft_ds.ops.checks import (
     check_state,
     check_step,
 )
+from meft_ds.ops.sketch import adam_direction_
+
+_CHUNK = 1 << 22  # values of scratch on an accelerator
 
 
 @torch.no_grad()
@@ -46,8 +49,12 @@ def adamw_(
 
     p: fp32, contiguous, any shape. exp_avg, exp_avg_sq: fp32 or bf16, both alike. grad: fp32, bf16 or fp16, left as it
     is; the gradient used is ``grad * grad_scale``. step: this step's number, from 1. replica: fp32, bf16 or fp16,
-    gets the new p. All have p's shape.
+    gets the new p. All have p's shape. All may lie on an accelerator instead, flat [n].
     """
+    if p.device.type != "cpu":
+        hyper = (lr, beta1, beta2, eps, weight_decay, grad_scale)
+        adamw_by_direction(p, exp_avg, exp_avg_sq, grad, torch_adam.Hyper(*hyper), step, replica)
+        return
     check_state(p, exp_avg, exp_avg_sq, replica)
     check("grad", grad, FLOATS, p.shape)
     check_step(step, beta1, beta2)
@@ -58,6 +65,29 @@ def adamw_(
         return
     state = _state(cpp, p, exp_avg, exp_avg_sq, grad, replica)
     cpp.adamw(state, p.numel(), cpp.Hyper(*hyper), step, torch.get_num_threads())
+
+
+def adamw_by_direction(
+    p: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    grad: Tensor,
+    hyper: torch_adam.Hyper,
+    step: int,
+    replica: Tensor | None = None,
+) -> None:
+    """`adamw_` of flat tensors on any device, by `adam_direction_` and a bounded scratch."""
+    scratch = torch.empty(min(p.numel(), _CHUNK), device=p.device)
+    parts = [t.split(_CHUNK) for t in (p, exp_avg, exp_avg_sq, grad)]
+    for p_, m_, v_, g_ in zip(*parts, strict=True):
+        direction = scratch[: p_.numel()]
+        adam_direction_(
+            m_, v_, g_, direction,
+            beta1=hyper.beta1, beta2=hyper.beta2, eps=hyper.eps, step=step, grad_scale=hyper.grad_scale,
+        )  # fmt: skip
+        p_.mul_(1.0 - hyper.lr * hyper.weight_decay).add_(direction, alpha=-hyper.lr)
+    if replica is not None:
+        replica.copy_(p)
 
 
 @torch.no_grad()

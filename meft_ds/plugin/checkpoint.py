@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,19 @@ FOLDER = "meft"
 MANIFEST = "meft_state.json"
 
 
-def save(folder: Path, units: list[Unit], ranks: Ranks, *, counters: dict[str, Any], about: dict[str, Any]) -> None:
+MethodState = tuple[dict[str, Any], dict[str, Tensor]]
+_WEIGHTS = ("master", "original")  # state that belongs to the model's weights; the rest is the optimizer's
+
+
+def save(
+    folder: Path,
+    units: list[Unit],
+    ranks: Ranks,
+    *,
+    counters: dict[str, Any],
+    about: dict[str, Any],
+    methods: dict[str, MethodState] | None = None,
+) -> None:
     """Write this rank's slices and, on rank 0 and last of all, the manifest. Collective.
 
     Args:
@@ -36,6 +49,7 @@ def save(folder: Path, units: list[Unit], ranks: Ranks, *, counters: dict[str, A
         ranks: who writes.
         counters: numbers that resuming needs (JSON types).
         about: what the state belongs to (method settings, sizes); must be equal when it is loaded.
+        methods: what each method keeps beside its units, by its name; tensors are the first rank's.
     """
     if ranks.rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
@@ -54,6 +68,13 @@ def save(folder: Path, units: list[Unit], ranks: Ranks, *, counters: dict[str, A
             name = f"{unit.name}.shared.safetensors"
             _write(folder / name, lambda path, t=tensors: save_file(t, path))  # type: ignore[misc]
             shared[name] = {"unit": unit.name, **_fingerprint(folder / name)}
+    of_methods: dict[str, Any] = {}
+    for method, (state, kept) in (methods or {}).items() if ranks.rank == 0 else ():
+        of_methods[method] = {"state": state, "file": None}
+        if kept:
+            name = f"{method}.method.safetensors"
+            _write(folder / name, lambda path, t=kept: save_file({k: v.contiguous() for k, v in t.items()}, path))  # type: ignore[misc]
+            of_methods[method] |= {"file": name, **_fingerprint(folder / name)}
     gathered = _all_gather(files, ranks)
     if ranks.rank == 0:
         manifest: dict[str, Any] = {
@@ -63,16 +84,26 @@ def save(folder: Path, units: list[Unit], ranks: Ranks, *, counters: dict[str, A
             "units": {unit.name: {"wire": unit.wire, "scalars": unit.scalars()} for unit in units},
             "files": {name: entry for part in gathered for name, entry in part.items()},
             "shared": shared,
+            "methods": of_methods,
         }
         write_json(folder / MANIFEST, manifest)
         for path in folder.glob("*.safetensors"):  # left by an earlier save of this tag with another world size
-            if path.name not in manifest["files"] and path.name not in shared:
+            if path.name not in {*manifest["files"], *shared, *(entry["file"] for entry in of_methods.values())}:
                 path.unlink()
     ranks.barrier()
 
 
-def verify(folder: Path, units: list[Unit], ranks: Ranks, *, about: dict[str, Any]) -> dict[str, Any]:
+def verify(
+    folder: Path,
+    units: list[Unit],
+    ranks: Ranks,
+    *,
+    about: dict[str, Any],
+    accepts: Callable[[str, Any], bool] = lambda key, saved: False,
+) -> dict[str, Any]:
     """Read the manifest and check it and every file this rank needs, before anything is changed. Collective.
+
+    `accepts`: whether another value of `about` under a key, the checkpoint's, is no fault.
 
     Raises:
         ValueError: on every rank, naming the file or setting, when the state is missing, unfinished, damaged or
@@ -82,7 +113,7 @@ def verify(folder: Path, units: list[Unit], ranks: Ranks, *, about: dict[str, An
     problem, manifest = None, {}
     try:
         manifest = _read_manifest(folder)
-        _check_about(manifest["about"], about, folder)
+        _check_about(manifest["about"], about, folder, accepts)
         _check_files(folder, manifest, units)
     except ValueError as e:
         problem = str(e)
@@ -100,7 +131,7 @@ def load(folder: Path, manifest: dict[str, Any], units: list[Unit], *, moments: 
     """
     for unit in units:
         lo, hi, _ = unit.state_range()
-        targets = {k: t for k, t in unit.state_tensors().items() if moments or k == "master"}
+        targets = {k: t for k, t in unit.state_tensors().items() if moments or k in _WEIGHTS}
         for name, entry in manifest["files"].items():
             if entry["unit"] == unit.name and entry["lo"] < hi and lo < entry["hi"]:
                 _copy_overlap(folder / name, entry["lo"], entry["hi"], targets, lo, hi)
@@ -109,6 +140,14 @@ def load(folder: Path, manifest: dict[str, Any], units: list[Unit], *, moments: 
                 unit.load_shared(_read_all(folder / name))
             unit.load_scalars(manifest["units"][unit.name]["scalars"])
         unit.after_load()
+
+
+def method_state(folder: Path, manifest: dict[str, Any], method: str) -> MethodState | None:
+    """What `save` was given under `methods`; None if it was nothing. From a verified folder."""
+    entry = manifest.get("methods", {}).get(method)
+    if entry is None:
+        return None
+    return entry["state"], {} if entry["file"] is None else _read_all(folder / entry["file"])
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -162,8 +201,10 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
-def _check_about(saved: dict[str, Any], here: dict[str, Any], folder: Path) -> None:
-    differing = [k for k in sorted({*saved, *here}) if saved.get(k) != here.get(k)]
+def _check_about(
+    saved: dict[str, Any], here: dict[str, Any], folder: Path, accepts: Callable[[str, Any], bool]
+) -> None:
+    differing = [k for k in sorted({*saved, *here}) if saved.get(k) != here.get(k) and not accepts(k, saved.get(k))]
     if differing:
         listed = "; ".join(f"{k}: checkpoint {saved.get(k)!r}, this run {here.get(k)!r}" for k in differing)
         raise ValueError(f"{folder} belongs to another model or configuration ({listed}); make the settings equal")
@@ -183,6 +224,14 @@ def _check_files(folder: Path, manifest: dict[str, Any], units: list[Unit]) -> N
                 _check_file(folder / name, entry)
         for name in _shared_files(manifest, unit):
             _check_file(folder / name, manifest["shared"][name])
+    known = {unit.name for unit in units}
+    # units that come with the checkpoint (a method's choice): whole, since nobody knows yet which part is this rank's
+    for name, entry in {**manifest["files"], **manifest.get("shared", {})}.items():
+        if entry["unit"] not in known:
+            _check_file(folder / name, entry)
+    for entry in manifest.get("methods", {}).values():
+        if entry["file"] is not None:
+            _check_file(folder / entry["file"], entry)
 
 
 def _shared_files(manifest: dict[str, Any], unit: Unit) -> list[str]:

@@ -23,9 +23,9 @@ from meft_ds.monitor import WindowMonitor
 from meft_ds.offload.at_exit import call_at_exit
 from meft_ds.offload.bus import Bus
 from meft_ds.offload.method import Method, Run
-from meft_ds.offload.partition import Ranks
 from meft_ds.offload.trace import Trace
 from meft_ds.offload.window import StepResult
+from meft_ds.offload.wire import Unit
 from meft_ds.plugin import checkpoint, checks, export, methods, setup
 from meft_ds.plugin.optimizer import MeftOptimizer, adamw_from_config, check_client_optimizer
 from meft_ds.plugin.stats import Stats
@@ -36,7 +36,7 @@ class MeftEngine(DeepSpeedEngine):
 
     _meft_config: MeftConfig
     _meft_methods: list[Method]
-    _meft_ranks: Ranks
+    _meft_run: Run
     _meft_stats: Stats
     _meft_monitor: WindowMonitor
     _meft_trace: Trace | None
@@ -88,10 +88,9 @@ class MeftEngine(DeepSpeedEngine):
             check_client_optimizer(made)
             self.basic_optimizer = made
         ranks = setup.single_node_ranks(self.seq_data_parallel_group, self.seq_dp_world_size, self.device)
-        self._meft_ranks = ranks
         bus = Bus(torch.device(self.device))
         config = self._meft_config
-        run = Run(
+        run = self._meft_run = Run(
             model=self.module,
             groups=self.basic_optimizer.param_groups,
             bus=bus,
@@ -111,7 +110,7 @@ class MeftEngine(DeepSpeedEngine):
             settings=lambda: _alive(engine).optimizer.settings(),
             closes_window=lambda: _alive(engine)._closes_window(),
         )
-        setup.install_gates(self.module, pipeline)
+        self._meft_gates = setup.install_gates(self.module, pipeline)
         self.optimizer = MeftOptimizer(
             self.basic_optimizer,
             pipeline,
@@ -121,6 +120,7 @@ class MeftEngine(DeepSpeedEngine):
             static_loss_scale=self.loss_scale(),
             dynamic_loss_scale=self.dynamic_loss_scale(),
             loss_scale_args=self.dynamic_loss_scale_args(),
+            observed=self._observed_window,
             after_step=self._after_meft_step,
             at_end=self._at_meft_end,
         )
@@ -169,13 +169,14 @@ class MeftEngine(DeepSpeedEngine):
             save_latest=False,
             exclude_frozen_parameters=exclude_frozen_parameters,
         )
-        ranks = self._meft_ranks
+        ranks = self._meft_run.ranks
         checkpoint.save(
             Path(save_dir) / tag / checkpoint.FOLDER,
             self.optimizer.pipeline.units,
             ranks,
             counters=self.optimizer.counters(),
             about=self._about(),
+            methods={method.name: method.state(self._meft_run) for method in self._meft_methods},
         )
         if save_latest and ranks.rank == 0:
             checkpoint.write_text(Path(save_dir) / "latest", tag)
@@ -198,8 +199,15 @@ class MeftEngine(DeepSpeedEngine):
             return super().load_checkpoint(load_dir)  # logs what is missing, as without us
         folder = Path(load_dir) / str(tag) / checkpoint.FOLDER
         self.meft_flush()  # what is under way must not land in the loaded state
-        units = self.optimizer.pipeline.units
-        manifest = checkpoint.verify(folder, units, self._meft_ranks, about=self._about())
+        manifest = checkpoint.verify(
+            folder,
+            self.optimizer.pipeline.units,
+            self._meft_run.ranks,
+            about=self._about(),
+            accepts=lambda key, saved: any(method.accepts(key, saved) for method in self._meft_methods),
+        )
+        moments = load_optimizer_states and not load_module_only
+        self._load_methods(folder, manifest, moments=moments)
         path, client_state = super().load_checkpoint(
             load_dir,
             tag=tag,
@@ -211,8 +219,7 @@ class MeftEngine(DeepSpeedEngine):
         )
         if path is not None:
             self.optimizer.pipeline.give_up_window()
-            moments = load_optimizer_states and not load_module_only
-            checkpoint.load(folder, manifest, units, moments=moments)
+            checkpoint.load(folder, manifest, self.optimizer.pipeline.units, moments=moments)
             self.optimizer.pipeline.publish()
             if moments:
                 self.optimizer.load_counters(manifest["counters"])
@@ -235,7 +242,42 @@ class MeftEngine(DeepSpeedEngine):
     # -- helpers -----------------------------------------------------------------------------------------------------
 
     def _closes_window(self) -> bool:
+        if any(method.observing for method in self._meft_methods):
+            return False  # nothing of a watched window is sent
         return not self.inside_no_sync_ctxt and self.is_gradient_accumulation_boundary()
+
+    def _observed_window(self) -> bool | None:
+        """None when no method watches; else whether the window that ends counts."""
+        watching = [method for method in self._meft_methods if method.observing]
+        return None if not watching else all([method.end_observed_window() for method in watching])
+
+    def _end_observing(self) -> None:
+        """Let methods that have seen enough begin to train."""
+        for method in self._meft_methods:
+            if method.observing and (units := method.observed(self._meft_run)) is not None:
+                self._admit(units)
+                self._announce(method)
+
+    def _load_methods(self, folder: Path, manifest: dict[str, Any], *, moments: bool) -> None:
+        for method in self._meft_methods:
+            saved = checkpoint.method_state(folder, manifest, method.name)
+            if saved is None:
+                continue
+            if units := method.load_state(self._meft_run, *saved, moments=moments):
+                self._admit(units)
+                self._announce(method)
+
+    def _admit(self, units: list[Unit]) -> None:
+        pipeline = self.optimizer.pipeline
+        pipeline.give_up_window()
+        pipeline.admit(units)
+        for handle in self._meft_gates:
+            handle.remove()
+        self._meft_gates = setup.install_gates(self.module, pipeline)
+
+    def _announce(self, method: Method) -> None:
+        if self.global_rank == 0:
+            announce(f"meft-ds: {method.summary()}; training begins")
 
     def _after_meft_step(self, result: StepResult) -> None:
         # the step has applied what the one before it left under way, and DeepSpeed has not counted its samples yet
@@ -243,6 +285,7 @@ class MeftEngine(DeepSpeedEngine):
         self._meft_monitor.note(self._meft_stats.close_window(result.times), result)
         if self._meft_trace is not None:
             self._meft_trace.add(result.times)
+        self._end_observing()
         self._open_meft_window()
 
     def _at_meft_exit(self) -> None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 from meft_ds.config import MeftConfig
 from meft_ds.offload.method import Method
 from meft_ds.sparse_adapter.method import SparseAdapterMethod
+from meft_ds.sparse_matrix.method import SparseMatrixMethod
 from meft_ds.subspace.method import SubspaceMethod
 
 
@@ -16,5 +17,7 @@ def chosen(config: MeftConfig) -> list[Method]:
         methods.append(SparseAdapterMethod(config.sparse_adapter))
     if config.subspace is not None:
         methods.append(SubspaceMethod(config.subspace))
+    if config.sparse_matrix is not None:
+        methods.append(SparseMatrixMethod(config.sparse_matrix))
     assert methods, "the block's model fills in the sparse adapter when no method is named"
     return methods

@@ -34,6 +34,8 @@ class MeftOptimizer(ZeROOptimizer):
         mean_over: gradients of how many ranks are averaged (1 when the user asked for sums).
         compute_dtype: torch.float16 turns loss scaling on.
         static_loss_scale, dynamic_loss_scale, loss_scale_args: DeepSpeed's fp16 settings.
+        observed: called first in a step: None in an ordinary window; in one that methods only watched, whether its
+            gradients were finite.
         after_step: called after every step, skipped or not.
         at_end: called when the engine has been taken down.
     """
@@ -49,6 +51,7 @@ class MeftOptimizer(ZeROOptimizer):
         static_loss_scale: float,
         dynamic_loss_scale: bool,
         loss_scale_args: dict[str, Any],
+        observed: Callable[[], bool | None],
         after_step: Callable[[StepResult], None],
         at_end: Callable[[], None],
     ) -> None:
@@ -56,7 +59,7 @@ class MeftOptimizer(ZeROOptimizer):
         check_groups(basic.param_groups)
         self.optimizer, self.pipeline = basic, pipeline
         self.clip, self._mean_over = clip, mean_over
-        self._after_step, self._at_end = after_step, at_end
+        self._observed, self._after_step, self._at_end = observed, after_step, at_end
         self.custom_loss_scaler = False
         self.torch_autocast_gradscaler = None
         self.dynamic_loss_scale = dynamic_loss_scale and compute_dtype == torch.float16
@@ -98,6 +101,10 @@ class MeftOptimizer(ZeROOptimizer):
         """One update from what the window collected, or a skipped one if any gradient was not finite."""
         if closure is not None:
             raise ValueError("MeftOptimizer.step takes no closure; call engine.backward(loss) and engine.step()")
+        counts = self._observed()
+        if counts is not None:
+            self._pass_over(finite=counts)
+            return
         result = self.pipeline.step()
         self.overflow = result.overflow
         self._global_grad_norm = result.grad_norm
@@ -106,6 +113,15 @@ class MeftOptimizer(ZeROOptimizer):
         elif not self.dynamic_loss_scale:
             logger.warning("meft-ds: gradients are not finite, step skipped; weights and moments are unchanged")
         self.loss_scaler.update_scale(result.overflow)
+        self._after_step(result)
+
+    def _pass_over(self, *, finite: bool) -> None:
+        """End a window that trained nothing. DeepSpeed sees a skipped step, so LR schedules start with training."""
+        result = StepResult(overflow=True, grad_norm=math.nan, times=self.pipeline.pass_over())
+        self.overflow, self._global_grad_norm = True, None
+        if not finite and not self.dynamic_loss_scale:
+            logger.warning("meft-ds: gradients are not finite, this batch is not scored")
+        self.loss_scaler.update_scale(not finite)
         self._after_step(result)
 
     def settings(self) -> StepSettings:

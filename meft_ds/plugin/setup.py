@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -196,9 +197,9 @@ def pipeline(
     )
 
 
-def install_gates(model: nn.Module, pipe: Pipeline) -> None:
-    """Let no forward read what is being updated."""
-    gates.install(model, [unit for unit in pipe.units if isinstance(unit, FlatUnit)], pipe)
+def install_gates(model: nn.Module, pipe: Pipeline) -> list[Any]:
+    """Let no forward read what is being updated; returns the hooks' handles."""
+    return gates.install(model, [unit for unit in pipe.units if isinstance(unit, FlatUnit)], pipe)
 
 
 def grad_dtype(config: MeftConfig, compute: torch.dtype) -> torch.dtype:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from meft_ds.offload.checkpointing import feed_checkpoints
 from meft_ds.offload.layers import count_layers, layer_of
 from meft_ds.offload.method import Method, Run
+from meft_ds.offload.placement import state_on_device
 from meft_ds.offload.wire import Footprint, Unit
 from meft_ds.subspace.config import SubspaceConfig
 from meft_ds.subspace.discover import Site, find_matrices
@@ -22,7 +23,6 @@ from meft_ds.subspace.refit import Refit, first_draw
 from meft_ds.subspace.unit import SubspaceUnit
 
 _logger = logging.getLogger("meft_ds")
-_ON_DEVICE = 0.05  # share of the accelerator's memory that moments may take by themselves
 
 
 class SubspaceMethod(Method):
@@ -109,7 +109,8 @@ class SubspaceMethod(Method):
             key = (layer[site.name], stack, group_of.get(id(site.weight), 0), site.weight.dtype)
             sorted_in.setdefault(key, []).append(site)
         values = sum(site.d**2 * (site.weight.shape[0] if site.weight.dim() == 3 else 1) for site in sites)
-        on_device = self._on_device(run.bus.device, values * 2 * run.moments_dtype.itemsize // run.ranks.world)
+        nbytes = values * 2 * run.moments_dtype.itemsize // run.ranks.world
+        on_device = state_on_device(config.state_device, run.bus.device, nbytes)
         units = []
         for (at, stack, group, dtype), found in sorted(sorted_in.items(), key=lambda i: (i[0][:3], str(i[0][3]))):
             matrices = self._matrices(found)
@@ -164,12 +165,6 @@ class SubspaceMethod(Method):
                 )
                 offset += matrices[-1].numel
         return matrices
-
-    def _on_device(self, device: torch.device, nbytes: int) -> bool:
-        if self._config.state_device != "auto" or device.type == "cpu":
-            return self._config.state_device == "accelerator"
-        total = torch.get_device_module(device).get_device_properties(device).total_memory
-        return bool(nbytes <= _ON_DEVICE * total)
 
 
 def _stack_of(name: str) -> str:

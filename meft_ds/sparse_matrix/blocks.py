@@ -1,0 +1,225 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The chosen tiles of one matrix: where they lie in it and in a flat payload, and the products over them.
+
+Tiles that share their columns (or their rows, whichever gives fewer) form a *group*, a rectangle of scattered rows and
+columns. Each group is one GEMM, one read and one write, so nothing loops over tiles, and a matrix whose tiles are all
+chosen is one group: its gradient costs what the dense one does.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+Range = tuple[int, int]
+Rectangle = tuple[Range, Range]
+_Places = Tensor | slice
+
+
+@dataclass(frozen=True, eq=False)
+class Group:
+    """Tiles whose union is rows x cols.
+
+    `values` [rows, cols] of a group lie at `offset` of the matrix's payload. `inputs` are the places of the group's
+    input features among those that the matrix keeps.
+    """
+
+    row_ranges: tuple[Range, ...]
+    col_ranges: tuple[Range, ...]
+    shape: tuple[int, int]
+    offset: int
+    rows: _Places
+    cols: _Places
+    inputs: _Places
+
+    def of(self, flat: Tensor) -> Tensor:
+        """The group's [rows, cols] in the matrix's payload, a view."""
+        return flat[self.offset : self.offset + self.shape[0] * self.shape[1]].view(self.shape)
+
+    def read(self, weight: Tensor) -> Tensor:
+        """The group's values in a weight [m, n]."""
+        if isinstance(self.rows, slice) and isinstance(self.cols, slice):
+            return weight[self.rows, self.cols]
+        return _take(_take(weight, self.rows, 0), self.cols, 1)
+
+    def write(self, weight: Tensor, values: Tensor) -> None:
+        """Put the group's values into a weight [m, n]."""
+        if isinstance(self.rows, slice) and isinstance(self.cols, slice):
+            weight[self.rows, self.cols].copy_(values)
+        elif isinstance(self.rows, slice):
+            weight[self.rows].index_copy_(1, self.cols, values)  # type: ignore[arg-type]
+        elif isinstance(self.cols, slice):
+            weight[:, self.cols].index_copy_(0, self.rows, values)
+        else:
+            weight.index_put_((self.rows[:, None], self.cols[None, :]), values)
+
+
+class Blocks:
+    """Chosen tiles of one matrix.
+
+    Args:
+        name: of the matrix; an expert's has its number in it.
+        param: index of the weight in its unit.
+        expert: index along the first dimension of a stacked weight, or None.
+        tiles: ((row lo, row hi), (col lo, col hi)) of each, without overlap.
+        input_first: the weight is [in, out].
+        features: size of its input dimension.
+        offset: of the matrix's values in its unit's payload.
+        device: where the weight is.
+    """
+
+    def __init__(
+        self,
+        *,
+        name: str,
+        param: int,
+        expert: int | None,
+        tiles: Iterable[Rectangle],
+        input_first: bool,
+        features: int,
+        offset: int,
+        device: torch.device,
+    ) -> None:
+        self.name, self.param, self.expert, self.input_first, self.offset = name, param, expert, input_first, offset
+        rectangles = _rectangles(list(tiles))
+        used = sorted({r for rows, cols in rectangles for r in (rows if input_first else cols)})
+        kept = torch.zeros(features, dtype=torch.bool)
+        for lo, hi in used:
+            kept[lo:hi] = True
+        self.keep: Tensor | None = None if bool(kept.all()) else kept.nonzero()[:, 0].to(device)
+        place = kept.cumsum(0) - 1
+        self.groups: list[Group] = []
+        self.numel = 0
+        for row_ranges, col_ranges in rectangles:
+            rows, cols = _indices(row_ranges), _indices(col_ranges)
+            self.groups.append(
+                Group(
+                    row_ranges=row_ranges,
+                    col_ranges=col_ranges,
+                    shape=(len(rows), len(cols)),
+                    offset=self.numel,
+                    rows=_places(rows, device),
+                    cols=_places(cols, device),
+                    inputs=_places(place[rows if input_first else cols], device),
+                )
+            )
+            self.numel += len(rows) * len(cols)
+
+    def part(self, flat: Tensor) -> Tensor:
+        """The matrix's part of its unit's payload, a view."""
+        return flat[self.offset : self.offset + self.numel]
+
+    def matrix(self, weight: Tensor) -> Tensor:
+        """The matrix [m, n] in its weight, a view."""
+        return weight if self.expert is None else weight[self.expert]
+
+    def add_product(self, acc: Tensor, x: Tensor, dy: Tensor) -> None:
+        """Add the tiles' gradient dY^T X to the payload `acc` (float32) of this matrix.
+
+        x [tokens, kept], dy [tokens, out].
+        """
+        if x.dtype != dy.dtype:  # autocast
+            common = torch.promote_types(x.dtype, dy.dtype)
+            x, dy = x.to(common), dy.to(common)
+        for group in self.groups:
+            given = _take(x, group.inputs, 1)
+            if self.input_first:
+                _add_mm(group.of(acc), given, _take(dy, group.cols, 1))
+            else:
+                _add_mm(group.of(acc), _take(dy, group.rows, 1), given)
+
+    def add_gradient(self, acc: Tensor, grad: Tensor) -> None:
+        """The same from a whole gradient [m, n]."""
+        for group in self.groups:
+            group.of(acc).add_(group.read(grad))
+
+    def read(self, weight: Tensor) -> Tensor:
+        """The tiles' values in a weight [m, n], flat [numel]."""
+        return torch.cat([group.read(weight).reshape(-1) for group in self.groups])
+
+    def write(self, weight: Tensor, flat: Tensor) -> None:
+        """Put the tiles' values, flat [numel], into a weight [m, n]."""
+        for group in self.groups:
+            group.write(weight, group.of(flat))
+
+    def tiles(self, flat: Tensor) -> Iterator[tuple[Rectangle, Tensor]]:
+        """Each tile of the payload with its values, a view."""
+        for group in self.groups:
+            values, at = group.of(flat), 0
+            for rows in group.row_ranges:
+                below, left = at + rows[1] - rows[0], 0
+                for cols in group.col_ranges:
+                    right = left + cols[1] - cols[0]
+                    yield (rows, cols), values[at:below, left:right]
+                    left = right
+                at = below
+
+    def correct(self, y: Tensor, x: Tensor, delta: Tensor) -> None:
+        """y += x D^T in place, for the matrix of zeros and tiles D; x [tokens, in], y [tokens, out], delta [numel]."""
+        for group in self.groups:
+            d = group.of(delta)
+            given, to = (group.rows, group.cols) if self.input_first else (group.cols, group.rows)
+            _add_columns(y, to, _take(x, given, 1).to(d.dtype) @ (d if self.input_first else d.t()))
+
+    def correct_input(self, dx: Tensor, dy: Tensor, delta: Tensor) -> None:
+        """dX += dY D in place; shapes as in `correct`."""
+        for group in self.groups:
+            d = group.of(delta)
+            to, given = (group.rows, group.cols) if self.input_first else (group.cols, group.rows)
+            _add_columns(dx, to, _take(dy, given, 1).to(d.dtype) @ (d.t() if self.input_first else d))
+
+
+def _rectangles(tiles: list[Rectangle]) -> list[tuple[tuple[Range, ...], tuple[Range, ...]]]:
+    """Groups (row ranges, column ranges) that cover the tiles exactly."""
+    by_rows = _merged(tiles)
+    by_cols = _merged([(cols, rows) for rows, cols in tiles])
+    if len(by_cols) < len(by_rows):
+        return sorted((rows, cols) for cols, rows in by_cols)
+    return by_rows
+
+
+def _merged(tiles: list[Rectangle]) -> list[tuple[tuple[Range, ...], tuple[Range, ...]]]:
+    cols_of: dict[Range, list[Range]] = defaultdict(list)
+    for rows, cols in sorted(tiles):
+        cols_of[rows].append(cols)
+    rows_of: dict[tuple[Range, ...], list[Range]] = defaultdict(list)
+    for rows, all_cols in cols_of.items():
+        rows_of[tuple(all_cols)].append(rows)
+    return sorted((tuple(all_rows), cols) for cols, all_rows in rows_of.items())
+
+
+def _indices(ranges: Iterable[Range]) -> Tensor:
+    return torch.cat([torch.arange(lo, hi) for lo, hi in ranges])
+
+
+def _places(index: Tensor, device: torch.device) -> _Places:
+    """A slice where the places follow each other: a view is cheaper than a copy."""
+    first, count = int(index[0]), len(index)
+    if bool((index == torch.arange(first, first + count)).all()):
+        return slice(first, first + count)
+    return index.to(device)
+
+
+def _take(t: Tensor, places: _Places, dim: int) -> Tensor:
+    if isinstance(places, slice):
+        return t[:, places] if dim == 1 else t[places]
+    return t.index_select(dim, places)
+
+
+def _add_columns(t: Tensor, places: _Places, values: Tensor) -> None:
+    if isinstance(places, slice):
+        t[:, places].add_(values)
+    else:
+        t.index_add_(1, places, values.to(t.dtype))  # places are unique: no two values meet
+
+
+def _add_mm(acc: Tensor, a: Tensor, b: Tensor) -> None:
+    """acc += a^T b, the sum in float32."""
+    if a.dtype == torch.float32:
+        acc.addmm_(a.t(), b)
+    else:
+        acc.add_(a.t() @ b)

@@ -1,0 +1,310 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sparse matrix tuning in an engine: score tiles or load the choice, then one unit per layer for the chosen ones."""
+
+from __future__ import annotations
+
+import logging
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from meft_ds.offload.checkpointing import feed_checkpoints
+from meft_ds.offload.layers import count_layers, layer_of
+from meft_ds.offload.method import Method, Run
+from meft_ds.offload.partition import Ranks
+from meft_ds.offload.placement import state_on_device
+from meft_ds.offload.wire import Footprint, Unit
+from meft_ds.sparse_matrix.blocks import Blocks
+from meft_ds.sparse_matrix.choice import Choice, check_choice
+from meft_ds.sparse_matrix.config import SparseMatrixConfig
+from meft_ds.sparse_matrix.discover import Site, elements_of_2d_weights, find_sites
+from meft_ds.sparse_matrix.score import Scorer
+from meft_ds.sparse_matrix.select import choose, most_elements, weight_scores
+from meft_ds.sparse_matrix.unit import BlocksUnit
+
+_logger = logging.getLogger("meft_ds")
+
+
+class SparseMatrixMethod(Method):
+    """See `Method`.
+
+    Attributes:
+        choice: the tiles that train; None while they are being scored.
+    """
+
+    name = "sparse_matrix"
+    knob = 'lower "sparse_matrix.density"'
+    freezes_base = True
+
+    def __init__(self, config: SparseMatrixConfig) -> None:
+        self._config = config
+        self._layers = 1
+        self._sites: list[Site] = []
+        self._total = 0
+        self._units: list[BlocksUnit] = []
+        self._scorer: Scorer | None = None
+        self._on_device = False
+        self.choice: Choice | None = None
+
+    def prepare(self, model: nn.Module) -> None:
+        # now, because what the program froze can no longer be told once the base is frozen
+        self._sites, excluded = find_sites(model, self._config)
+        self._total = elements_of_2d_weights(model)
+        self._layers = count_layers(model)
+        for line in excluded:
+            _logger.info("meft-ds: sparse_matrix leaves out %s", line)
+        feed_checkpoints(model)
+
+    @property
+    def layers(self) -> int:
+        return self._layers
+
+    def claim(self, run: Run) -> set[int]:
+        # weights that "train" names train whole
+        self._sites = [site for site in self._sites if not site.weight.requires_grad]
+        if self._form == "delta":
+            self._sites = [site for site in self._sites if site.tapped]
+        if not self._sites:
+            raise ValueError(
+                "sparse_matrix has no weight left to choose tiles in: meft_offload.train names all of them, or the "
+                "delta form meets none but expert tensors; remove patterns from train or set sparse_matrix.form to "
+                '"value"'
+            )
+        config = self._config
+        if config.choice_file is not None:
+            self.choice = _shared(lambda: Choice.load(str(config.choice_file)), run.ranks)
+            check_choice(self.choice, self._sites)
+        elif config.windows == 0:
+            self.choice = self._decide(run, lambda: weight_scores(self._sites, config))
+        sites = self._sites if self.choice is None else self._chosen_sites()
+        for site in sites:
+            site.weight.requires_grad_(True)
+        self._on_device = state_on_device(config.state_device, run.bus.device, self._state_bytes(run))
+        if self.choice is not None:
+            self._units = self._make_units(run)
+        return {id(site.weight) for site in sites}
+
+    def footprints(self, run: Run) -> list[Footprint]:
+        if self.choice is not None:
+            return [unit.footprint() for unit in self._units]
+        return [self._planned(run)]
+
+    def build(self, run: Run, memory: Mapping[str, Tensor]) -> list[Unit]:
+        if self.choice is None:
+            self._scorer = Scorer(self._sites, self._config.score, run.ranks, run.bus.device)
+        for unit in self._units:
+            unit.allocate()
+        return list(self._units)
+
+    # -- observing -----------------------------------------------------------------------------------------------------
+
+    @property
+    def observing(self) -> bool:
+        return self._scorer is not None
+
+    def end_observed_window(self) -> bool:
+        assert self._scorer is not None
+        return self._scorer.close_window()
+
+    def observed(self, run: Run) -> list[Unit] | None:
+        scorer = self._scorer
+        assert scorer is not None
+        if scorer.windows < self._config.windows:
+            return None
+        scores = scorer.scores()
+        return self._begin(run, self._decide(run, lambda: scores, windows=scorer.windows, world=run.ranks.world))
+
+    def end_window(self, loss_factor: float) -> None:
+        if self._scorer is not None:
+            self._scorer.begin_window(loss_factor)
+
+    def state(self, run: Run) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        if self._scorer is not None:
+            return {"windows": self._scorer.windows}, self._scorer.state()
+        assert self.choice is not None
+        return {"choice": self.choice.to_json()}, {}
+
+    def load_state(self, run: Run, state: dict[str, Any], tensors: dict[str, Tensor], *, moments: bool) -> list[Unit]:
+        if self._scorer is None:
+            return []  # what `about` says has been compared
+        if "choice" not in state:
+            if not moments:
+                return []
+            self._scorer.load_state(tensors, int(state["windows"]))
+            return []
+        choice = Choice.from_json(state["choice"])
+        check_choice(choice, self._sites)
+        return self._begin(run, choice)
+
+    def _begin(self, run: Run, choice: Choice) -> list[Unit]:
+        """Scoring is over."""
+        assert self._scorer is not None
+        self._scorer.release()
+        self._scorer, self.choice = None, choice
+        chosen = {id(site.weight) for site in self._chosen_sites()}
+        for site in self._sites:
+            site.weight.requires_grad_(id(site.weight) in chosen)
+        self._units = self._make_units(run)
+        for unit in self._units:
+            unit.allocate()
+        return list(self._units)
+
+    def _decide(self, run: Run, scores: Any, **made_by: Any) -> Choice:
+        """The first rank decides, the others follow."""
+        config = self._config
+        choice = _shared(lambda: choose(self._sites, scores(), config, self._total, made_by), run.ranks)
+        if config.choice_out is not None and run.ranks.rank == 0:
+            choice.save(config.choice_out)
+        return choice
+
+    # -- about ---------------------------------------------------------------------------------------------------------
+
+    def about(self) -> dict[str, Any]:
+        tiles = "not chosen yet" if self.choice is None else self.choice.digest()
+        return {"sparse_matrix.form": self._form, "sparse_matrix.tiles": tiles}
+
+    def accepts(self, key: str, saved: Any) -> bool:
+        # an engine that has not chosen yet takes the checkpoint's tiles
+        return key == "sparse_matrix.tiles" and self.observing
+
+    def summary(self) -> str:
+        where = "accelerator" if self._on_device else "host"
+        if self.choice is None:
+            return (
+                f"sparse_matrix scores {len(self._sites)} matrices ({self._config.score}) for "
+                f"{self._config.warmup_steps} steps that train nothing, then trains tiles of {self._config.block_size} "
+                f"x {self._config.block_size} with at most {self._budget:,} parameters (state on the {where})"
+            )
+        tiles = self.choice.tiles
+        return (
+            f"sparse_matrix on {len(tiles):,} tiles of {len({(t.name, t.expert) for t in tiles})} matrices "
+            f"({self.choice.elements:,} parameters, {self.choice.density:.2%} of all matrices; {self._form} form, "
+            f"state on the {where})"
+        )
+
+    def stats(self) -> dict[str, Any]:
+        units = self._units
+        stats: dict[str, Any] = {
+            "device_bytes": sum(unit.footprint().device for unit in units),
+            "parameters": sum(unit.numel for unit in units),
+            "tiles": 0 if self.choice is None else len(self.choice.tiles),
+            "state_bytes": sum(unit.state_bytes for unit in units),
+            "gradient_bytes": sum(4 * unit.numel for unit in units),
+            "scored_steps": None if self._scorer is None else self._scorer.windows,
+        }
+        return stats
+
+    # -- units ---------------------------------------------------------------------------------------------------------
+
+    @property
+    def _form(self) -> str:
+        return "value" if self._config.form == "auto" else self._config.form
+
+    @property
+    def _budget(self) -> int:
+        """Most elements that may be chosen."""
+        return most_elements(self._sites, self._config, self._total)
+
+    def _state_bytes(self, run: Run) -> int:
+        elements = self._budget if self.choice is None else self.choice.elements
+        return elements * (4 + 2 * run.moments_dtype.itemsize) // run.ranks.world
+
+    def _planned(self, run: Run) -> Footprint:
+        """Of the units to come, and of the scorer."""
+        n, own, size, wire = (
+            self._budget,
+            self._budget // run.ranks.world + 1,
+            run.dtype.itemsize,
+            run.grad_dtype.itemsize,
+        )
+        several, on_host = run.ranks.world > 1, run.bus.device.type == "cpu"
+        state = own * (4 + 2 * run.moments_dtype.itemsize + size)
+        device = n * (4 + 4 * several + size * (several or not on_host) + size * (self._form == "delta"))
+        scoring = Scorer.host_bytes(self._sites, self._config.score)
+        if self._on_device:
+            return Footprint(host_private=scoring, device=device + state)
+        moved = own * (size + wire)
+        return Footprint(
+            host_private=scoring + state + moved, payload=own * wire, device=device, down=own * wire, up=own * size
+        )
+
+    def _chosen_sites(self) -> list[Site]:
+        assert self.choice is not None
+        names = {tile.name for tile in self.choice.tiles}
+        return [site for site in self._sites if site.name in names]
+
+    def _make_units(self, run: Run) -> list[BlocksUnit]:
+        layer = layer_of(run.model, self._layers)
+        group_of = {id(p): index for index, group in enumerate(run.groups) for p in group["params"]}
+        sorted_in: dict[tuple[int, int, torch.dtype], list[Site]] = defaultdict(list)
+        for site in self._chosen_sites():
+            sorted_in[layer[site.name], group_of.get(id(site.weight), 0), site.weight.dtype].append(site)
+        units = []
+        for (at, group, dtype), found in sorted(sorted_in.items(), key=lambda item: (item[0][:2], str(item[0][2]))):
+            units.append(
+                BlocksUnit(
+                    name=f"layer{at}.blocks.g{group}.{str(dtype).removeprefix('torch.')}",
+                    layer=at,
+                    params=[(site.name, site.weight) for site in found],
+                    matrices=self._matrices(found),
+                    modules=[site.module if site.tapped else None for site in found],
+                    group=group,
+                    ranks=run.ranks,
+                    wire_dtype=run.grad_dtype,
+                    moments_dtype=run.moments_dtype,
+                    on_device=self._on_device,
+                    form="value" if self._form == "value" else "delta",
+                )
+            )
+        return units
+
+    def _matrices(self, sites: list[Site]) -> list[Blocks]:
+        assert self.choice is not None
+        tiles: dict[tuple[str, int | None], list[Any]] = defaultdict(list)
+        for tile in self.choice.tiles:
+            tiles[tile.name, tile.expert].append((tile.rows, tile.cols))
+        matrices: list[Blocks] = []
+        offset = 0
+        for index, site in enumerate(sites):
+            for name, expert in [key for key in tiles if key[0] == site.name]:
+                matrices.append(
+                    Blocks(
+                        name=name if expert is None else f"{name}.{expert}",
+                        param=index,
+                        expert=expert,
+                        tiles=tiles[name, expert],
+                        input_first=site.input_first,
+                        features=site.weight.shape[-2 if site.input_first else -1],
+                        offset=offset,
+                        device=site.weight.device,
+                    )
+                )
+                offset += matrices[-1].numel
+        return matrices
+
+
+def _shared(make: Callable[[], Choice], ranks: Ranks) -> Choice:
+    """What `make` gives on the first rank, on every rank; so is its ValueError."""
+    if ranks.world == 1:
+        return make()
+    made: Choice | str | None = None
+    if ranks.rank == 0:
+        try:
+            made = make()
+        except ValueError as fault:
+            made = str(fault)
+    everyone: list[Any] = [made.to_json() if isinstance(made, Choice) else made]
+    dist.broadcast_object_list(
+        everyone, src=dist.get_global_rank(ranks.group, 0) if ranks.group else 0, group=ranks.group
+    )
+    if isinstance(everyone[0], str):
+        raise ValueError(everyone[0])
+    choice = Choice.from_json(everyone[0])
+    digests: list[Any] = [None] * ranks.world
+    dist.all_gather_object(digests, choice.digest(), group=ranks.group)
+    assert len(set(digests)) == 1, f"ranks chose different tiles: {digests}"
+    return choice

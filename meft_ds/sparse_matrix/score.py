@@ -1,0 +1,241 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Scores tiles by their gradients over a few windows, and trains nothing.
+
+Weights stay as they are. A linear layer hands over its activations, its gradient is made a stripe of rows at a time,
+reduced to one number per tile and dropped; of a stacked expert tensor autograd makes the gradient, and it is dropped as
+soon as it is scored. Only "paper" keeps a gradient: the sum over all batches, on the host.
+
+The kinds, for the gradients g_b of the micro-batches b of all ranks, |R| elements in tile R:
+
+    abs_mean  sum over b of sum_R |g_b| / |R|           (default)
+    l2        sum over b of sqrt(sum_R g_b^2 / |R|)
+    mean_abs  sum over b of |sum_R g_b| / |R|           from sums over tokens: no gradient is made at all
+    paper     sum_R |sum over b of g_b| / |R|           (SMT, section 3: the accumulated gradient)
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from meft_ds.offload.partition import Ranks, all_reduce_sum
+from meft_ds.offload.taps import tap, untap
+from meft_ds.sparse_matrix.discover import Site
+
+_STRIPE = 1 << 21  # most elements of a stripe, unless one row of tiles has more
+
+
+class Scorer:
+    """Listens to the sites' gradients until `release`.
+
+    Args:
+        sites: their weights must require grad.
+        kind: see the module's docstring.
+        ranks: whose scores are summed.
+        device: of the model.
+
+    Attributes:
+        windows: those that counted.
+    """
+
+    def __init__(self, sites: Sequence[Site], kind: str, ranks: Ranks, device: torch.device) -> None:
+        self._sites, self._kind, self._ranks, self._device = list(sites), kind, ranks, device
+        self.windows = 0
+        self._unscale = 1.0
+        self._window = [torch.zeros(site.grid, dtype=torch.float64, device=device) for site in sites]
+        self._total = [torch.zeros_like(scores) for scores in self._window]
+        # float32 sums of whole gradients, on the host
+        self._sums = [torch.zeros(site.weight.shape) for site in sites] if kind == "paper" else []
+        self._edges = [(_indicator(site.rows, device), _indicator(site.cols, device)) for site in sites]
+        self._counts = [_counts(site).to(device) for site in sites]
+        self._hooks: list[Any] = []
+        for index, site in enumerate(sites):
+            if site.tapped:
+                tap(site.module, self, index)
+            else:
+                self._hooks.append(site.weight.register_post_accumulate_grad_hook(_Taker(self, index)))
+
+    @staticmethod
+    def host_bytes(sites: Sequence[Site], kind: str) -> int:
+        """What a rank's scorer holds on the host."""
+        return 4 * sum(site.weight.numel() for site in sites) if kind == "paper" else 0
+
+    def release(self) -> None:
+        """Stop listening."""
+        for hook in self._hooks:
+            hook.remove()
+        for site in self._sites:
+            if site.tapped:
+                untap(site.module)
+
+    # -- gradients -----------------------------------------------------------------------------------------------------
+
+    def begin_window(self, loss_factor: float) -> None:
+        """Losses of the window that begins are multiplied by `loss_factor`."""
+        self._unscale = 1.0 / loss_factor
+
+    def tapped(self, index: int, x: Tensor, dy: Tensor) -> None:
+        """A backward came by a linear layer: x [..., in], dy [..., out]."""
+        x, dy = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
+        if x.dtype != dy.dtype:  # autocast
+            common = torch.promote_types(x.dtype, dy.dtype)
+            x, dy = x.to(common), dy.to(common)
+        site = self._sites[index]
+        left, right = (x, dy) if site.input_first else (dy, x)
+        if self._kind == "mean_abs":
+            rows, cols = self._edges[index]
+            self._add(index, 0, slice(None), ((left.float() @ rows).t() @ (right.float() @ cols)).abs_())
+            return
+        for lo, hi, r in _stripes(site):
+            self._stripe(index, 0, lo, hi, r, left[:, lo:hi].t() @ right)
+
+    @torch.no_grad()
+    def take(self, index: int, p: Tensor) -> None:
+        """Autograd made a whole gradient."""
+        if p.grad is None:
+            return
+        grad, p.grad = p.grad, None
+        site = self._sites[index]
+        for expert in range(site.grid[0]):
+            g = grad if grad.dim() == 2 else grad[expert]
+            for lo, hi, r in _stripes(site):
+                self._stripe(index, expert, lo, hi, r, g[lo:hi])
+
+    def _stripe(self, index: int, expert: int, lo: int, hi: int, r: slice, g: Tensor) -> None:
+        """Score the gradient of rows [lo, hi), which are the tiles' rows `r`."""
+        rows, cols = self._edges[index]
+        if self._kind == "paper":
+            self._remember(index, expert, lo, hi, g)
+            return
+        g = g.float()
+        if self._kind == "abs_mean":
+            g.abs_()  # nobody else has it, so one matrix is enough
+        elif self._kind == "l2":
+            g.square_()
+        found = rows[lo:hi, r].t() @ (g @ cols)
+        if self._kind == "l2":
+            found = found.double().mul_(self._counts[index][r]).sqrt_()
+        self._add(index, expert, r, found.abs_() if self._kind == "mean_abs" else found)
+
+    def _add(self, index: int, expert: int, r: slice, found: Tensor) -> None:
+        self._window[index][expert, r] += found.double() * self._unscale
+
+    def _remember(self, index: int, expert: int, lo: int, hi: int, g: Tensor) -> None:
+        whole = self._sums[index]
+        matrix = whole if whole.dim() == 2 else whole[expert]
+        g = g.float().mul(self._unscale)
+        if bool(g.isfinite().all()):
+            matrix[lo:hi] += g.cpu()
+        else:  # it would spoil the sum for good; the window is not counted, although other layers' parts of it stay
+            self._window[index][:] = torch.nan
+
+    # -- windows -------------------------------------------------------------------------------------------------------
+
+    def close_window(self) -> bool:
+        """End a window: keep its scores if every rank's are finite, else drop them. Collective."""
+        local = float(sum(int(not bool(scores.isfinite().all())) for scores in self._window))
+        (bad,) = all_reduce_sum([local], self._device, self._ranks)
+        for total, scores in zip(self._total, self._window, strict=True):
+            if not bad:
+                total += scores
+            scores.zero_()
+        self.windows += not bad
+        return not bad
+
+    def drop_window(self) -> None:
+        """Forget what the open window has seen."""
+        for scores in self._window:
+            scores.zero_()
+
+    def scores(self) -> dict[str, Tensor]:
+        """Mean per window of the sum over its micro-batches, float64 [experts, R, C] on the host, by the weights'
+        names. Collective; the same bits on every rank."""
+        found = {}
+        for site, total in zip(self._sites, self._reduced(self._total), strict=True):
+            found[site.name] = total
+        if self._kind == "paper":
+            for index, site in enumerate(self._sites):
+                found[site.name] = self._of_sum(site, self._reduced([self._sums[index]])[0])
+        counts = zip(self._sites, self._counts, strict=True)
+        return {site.name: found[site.name] / count.cpu() / max(self.windows, 1) for site, count in counts}
+
+    def _reduced(self, tensors: list[Tensor]) -> list[Tensor]:
+        """Sums over ranks, on the host."""
+        if self._ranks.world == 1:
+            return [t.cpu() for t in tensors]
+        flat = torch.cat([t.reshape(-1) for t in tensors]).to(self._device)
+        dist.all_reduce(flat, group=self._ranks.group)
+        parts = flat.cpu().split([t.numel() for t in tensors])
+        return [part.view(t.shape) for part, t in zip(parts, tensors, strict=True)]
+
+    def _of_sum(self, site: Site, total: Tensor) -> Tensor:
+        rows, cols = _indicator(site.rows, total.device), _indicator(site.cols, total.device)
+        found = torch.zeros(site.grid, dtype=torch.float64)
+        for expert in range(site.grid[0]):
+            matrix = total if total.dim() == 2 else total[expert]
+            for lo, hi, r in _stripes(site):
+                found[expert, r] = (rows[lo:hi, r].t() @ (matrix[lo:hi].abs() @ cols)).double()
+        return found
+
+    # -- checkpoints ---------------------------------------------------------------------------------------------------
+
+    def state(self) -> dict[str, Tensor]:
+        """Sums over ranks so far, on the host. Collective."""
+        names = [site.name for site in self._sites]
+        state = dict(zip(names, self._reduced(self._total), strict=True))
+        for name, total in zip(names, self._sums, strict=False):
+            state[f"{name}.sum"] = self._reduced([total])[0]
+        return state
+
+    def load_state(self, state: dict[str, Tensor], windows: int) -> None:
+        """Counterpart of `state`: the first rank goes on with what all had."""
+        self.windows = windows
+        mine = float(self._ranks.rank == 0)
+        for site, total in zip(self._sites, self._total, strict=True):
+            total.copy_(state[site.name].mul(mine))
+        for site, total in zip(self._sites, self._sums, strict=False):
+            total.copy_(state[f"{site.name}.sum"].mul(mine))
+        self.drop_window()
+
+
+class _Taker:
+    """A weight's hook. It holds the scorer weakly: a model may outlive its engine."""
+
+    def __init__(self, scorer: Scorer, index: int) -> None:
+        self._scorer, self._index = weakref.ref(scorer), index
+
+    def __call__(self, p: nn.Parameter) -> None:
+        if (scorer := self._scorer()) is not None:
+            scorer.take(self._index, p)
+
+
+def _indicator(cuts: Sequence[tuple[int, int]], device: torch.device) -> Tensor:
+    """[n, len(cuts)]: 1 where a place lies in a cut. A product with it sums over cuts in a fixed order."""
+    found = torch.zeros(cuts[-1][1], len(cuts), device=device)
+    for k, (lo, hi) in enumerate(cuts):
+        found[lo:hi, k] = 1.0
+    return found
+
+
+def _stripes(site: Site) -> list[tuple[int, int, slice]]:
+    """(first row, end, which rows of tiles) of stripes of whole tiles."""
+    width = site.cols[-1][1]
+    found: list[tuple[int, int, slice]] = []
+    first = 0
+    for k, (_, hi) in enumerate(site.rows):
+        following = site.rows[k + 1][1] if k + 1 < len(site.rows) else None
+        if following is None or (following - site.rows[first][0]) * width > _STRIPE:
+            found.append((site.rows[first][0], hi, slice(first, k + 1)))
+            first = k + 1
+    return found
+
+
+def _counts(site: Site) -> Tensor:
+    """Elements of each tile, [R, C]."""
+    rows, cols = (torch.tensor([hi - lo for lo, hi in cuts], dtype=torch.float64) for cuts in (site.rows, site.cols))
+    return rows[:, None] * cols[None, :]

@@ -1,0 +1,174 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The `blocks` wire format: gradients of the chosen tiles go down, their new values (or what they add) come up.
+
+No whole gradient is ever made where a linear layer hands over its activations; a stacked expert tensor's is made by
+autograd, read and dropped at once.
+
+*Value form*: the weight holds the tiles' values, and each update writes them into it. *Delta form*: the weight is never
+written; the layer adds x D^T for D = master - original.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from meft_ds.offload.flat import FlatUnit
+from meft_ds.offload.host_adam import FlatAdam
+from meft_ds.offload.partition import Ranks
+from meft_ds.offload.taps import tap, untap
+from meft_ds.offload.wire import AdamHyper, Footprint
+from meft_ds.sparse_matrix.blocks import Blocks
+from meft_ds.sparse_matrix.linear import correct
+
+Form = Literal["value", "delta"]
+
+
+class BlocksUnit(FlatUnit):
+    """The chosen tiles of one layer's weights of one dtype and one parameter group.
+
+    Args:
+        name, layer, params, group, ranks, on_device: as in `FlatUnit`.
+        matrices: in the order of their parts of the payload; every parameter has at least one.
+        modules: by parameter: the linear layer whose activations give the gradient; None where autograd does.
+        wire_dtype: dtype of the gradients on the bus.
+        moments_dtype: float32 or bfloat16.
+        form: "value" or "delta".
+    """
+
+    wire = "blocks"
+
+    def __init__(
+        self,
+        *,
+        name: str,
+        layer: int,
+        params: list[tuple[str, nn.Parameter]],
+        matrices: list[Blocks],
+        modules: list[nn.Module | None],
+        group: int,
+        ranks: Ranks,
+        wire_dtype: torch.dtype,
+        moments_dtype: torch.dtype,
+        on_device: bool,
+        form: Form,
+    ) -> None:
+        self._original_bytes = params[0][1].dtype.itemsize
+        super().__init__(
+            name=name,
+            layer=layer,
+            params=params,
+            group=group,
+            ranks=ranks,
+            numel=sum(matrix.numel for matrix in matrices),
+            wire_dtype=wire_dtype,
+            state_bytes=4 + 2 * moments_dtype.itemsize + self._original_bytes,
+            on_device=on_device,
+        )
+        self.matrices, self._modules, self.form = matrices, modules, form
+        self._of_param = [[m for m in matrices if m.param == index] for index in range(len(params))]
+        self._moments_dtype = moments_dtype
+        self._adam: FlatAdam | None = None
+        self._delta: Tensor | None = None
+
+    def allocate(self) -> None:
+        """Also take master, moments and the original values, and start listening to the modules."""
+        super().allocate()
+        where = self._device if self.on_device else torch.device("cpu")
+        self.original = self.values()[self._lo : self._hi].to(where, copy=True)
+        self._adam = FlatAdam(
+            self.original.float() if self._dtype != torch.float32 else self.original.clone(),
+            self._reply if self.form == "value" else None,
+            self._moments_dtype,
+        )
+        if self.form == "delta":
+            self._delta = torch.zeros(self.numel, dtype=self._dtype, device=self._device)
+        self.after_load()
+        for index, module in enumerate(self._modules):
+            if module is None:
+                continue
+            (blocks,) = self._of_param[index]
+            if self._delta is None:
+                tap(module, self, index, blocks.keep)
+            else:
+                correct(module, self, index, blocks, blocks.part(self._delta))
+
+    def release(self) -> None:
+        """Stop listening; in the delta form the weights take on what was learned, so the model stays what it is."""
+        super().release()
+        if self._delta is not None:
+            self._write(self.values())
+        for module in self._modules:
+            if module is not None:
+                untap(module)
+        self._delta = None
+
+    def footprint(self) -> Footprint:
+        plain = super().footprint()
+        delta = self.numel * self._dtype.itemsize if self.form == "delta" else 0
+        return replace(plain, device=plain.device + delta)
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of this rank's master and moments."""
+        return (self._hi - self._lo) * (self._state_bytes - self._original_bytes)
+
+    # -- gradients -----------------------------------------------------------------------------------------------------
+
+    def tapped(self, index: int, x: Tensor, dy: Tensor) -> None:
+        """A backward came by a linear layer: x [..., kept], dy [..., out]."""
+        self._begin()
+        (blocks,) = self._of_param[index]
+        blocks.add_product(blocks.part(self._acc), x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1]))
+        self._received(index)
+
+    def add_gradient(self, index: int, grad: Tensor) -> None:
+        for blocks in self._of_param[index]:
+            blocks.add_gradient(blocks.part(self._acc), blocks.matrix(grad))
+
+    # -- stages --------------------------------------------------------------------------------------------------------
+
+    def update(self, grad: Tensor, reply: Tensor, hyper: AdamHyper, *, step: int, grad_scale: float) -> None:
+        assert self._adam is not None
+        self._adam.step(grad, hyper, step=step, grad_scale=grad_scale)
+        if self.form == "delta":
+            torch.sub(self._adam.master, self.original, out=reply)
+
+    def change(self, reply: Tensor) -> None:
+        if self._delta is not None:
+            self._delta.copy_(reply)
+        else:
+            self._write(reply)
+
+    # -- values --------------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def values(self) -> Tensor:
+        """What the tiles are in the model's function now, flat [numel] in the weights' dtype, on the device."""
+        parts = [blocks.read(self._matrix(blocks)) for blocks in self.matrices]
+        whole = torch.cat(parts)
+        return whole if self._delta is None else whole.float().add_(self._delta).to(self._dtype)
+
+    def _write(self, flat: Tensor) -> None:
+        for blocks in self.matrices:
+            blocks.write(self._matrix(blocks), blocks.part(flat))
+
+    def _matrix(self, blocks: Blocks) -> Tensor:
+        # detached, not .data: a forward that read the old weights and has yet to run backward must fail, not be wrong
+        return blocks.matrix(self.params[blocks.param][1].detach())
+
+    # -- state ---------------------------------------------------------------------------------------------------------
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        assert self._adam is not None
+        return {**self._adam.tensors(), "original": self.original}
+
+    def after_load(self) -> None:
+        assert self._adam is not None
+        if self.form == "delta":
+            torch.sub(self._adam.master, self.original, out=self._reply)
+        else:
+            self._reply.copy_(self._adam.master)
