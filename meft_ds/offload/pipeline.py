@@ -35,6 +35,7 @@ from meft_ds.offload.partition import LaneRanks, Ranks, all_reduce_sum
 from meft_ds.offload.schedule import Mode
 from meft_ds.offload.timeline import Timeline, WindowTimes
 from meft_ds.offload.tuner import Tuner
+from meft_ds.offload.verdict import agree
 from meft_ds.offload.window import Entry, StepResult, StepSettings, Window, clip_factor
 from meft_ds.offload.wire import AdamHyper, Unit
 
@@ -316,28 +317,11 @@ class Pipeline:
         while True:
             with self.timeline.span("main", "norm"):
                 self._wait_for(self._entries, "measured")
-                total, late = self._agree()
+                total, late = agree(self._entries, self.tuner, self.bus.device, self._ranks_of.down)
             if not late:
                 return total
             for entry in reversed(late):  # deepest first
                 self._send(entry)
-
-    def _agree(self) -> tuple[float, list[Entry]]:
-        """The sum of squares, and the units to which a gradient came after they had been sent, on any rank."""
-        n = len(self._entries)
-        learning = any(entry.ready for entry in self._entries)
-        values = [entry.sq_norm for entry in self._entries]
-        values += [float(entry.late) for entry in self._entries]
-        values += [float(learning and not entry.ready) for entry in self._entries]
-        values += self.tuner.report()
-        values = all_reduce_sum(values, self.bus.device, self._ranks_of.down)
-        late = [entry for entry, flag in zip(self._entries, values[n : 2 * n], strict=True) if flag]
-        unfinished = [entry for entry, flag in zip(self._entries, values[2 * n : 3 * n], strict=True) if flag]
-        for entry in [*late, *unfinished]:
-            entry.reliable = False
-        if not late:
-            self.tuner.agreed([value / self.ranks.world for value in values[3 * n :]])
-        return sum(values[:n]), late
 
     # -- updates -------------------------------------------------------------------------------------------------------
 
