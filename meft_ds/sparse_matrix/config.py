@@ -80,8 +80,8 @@ class SparseMatrixConfig(BaseModel):
         "abs_mean",
         description="What ranks tiles. abs_mean: mean |g| of a tile, summed over batches. l2: root mean square of g, "
         "likewise. mean_abs: |mean of g|, likewise; costs no weight gradient. paper: mean |g summed over the batches|, "
-        "which takes a copy of the scored weights on the host. random and magnitude (mean |W|): baselines without "
-        "gradients. Default: abs_mean, the paper's score without that copy.",
+        "which takes two float32 copies of the scored weights on the host. random and magnitude (mean |W|): baselines "
+        "without gradients. Default: abs_mean, the paper's score without those copies.",
     )
     normalize: bool | None = Field(
         None,

@@ -3,7 +3,7 @@
 
 Weights stay as they are. A linear layer hands over its activations, its gradient is made a stripe of rows at a time,
 reduced to one number per tile and dropped; of a stacked expert tensor autograd makes the gradient, and it is dropped as
-soon as it is scored. Only "paper" keeps a gradient: the sum over all batches, on the host.
+soon as it is scored. Only "paper" keeps gradients: the sums over all batches and over the open window's, on the host.
 
 The kinds, for the gradients g_b of the micro-batches b of all ranks, |R| elements in tile R:
 
@@ -11,6 +11,8 @@ The kinds, for the gradients g_b of the micro-batches b of all ranks, |R| elemen
     l2        sum over b of sqrt(sum_R g_b^2 / |R|)
     mean_abs  sum over b of |sum_R g_b| / |R|           from sums over tokens: no gradient is made at all
     paper     sum_R |sum over b of g_b| / |R|           (SMT, section 3: the accumulated gradient)
+
+Of a layer that a forward calls several times, all kinds but "paper" take each call's gradient for itself.
 """
 
 from __future__ import annotations
@@ -49,21 +51,25 @@ class Scorer:
         self._unscale = 1.0
         self._window = [torch.zeros(site.grid, dtype=torch.float64, device=device) for site in sites]
         self._total = [torch.zeros_like(scores) for scores in self._window]
-        # float32 sums of whole gradients, on the host
+        # float32 sums of whole gradients, on the host; the open window's apart, because it may come to nothing
         self._sums = [torch.zeros(site.weight.shape) for site in sites] if kind == "paper" else []
-        self._edges = [(_indicator(site.rows, device), _indicator(site.cols, device)) for site in sites]
+        self._open_sums = [torch.zeros_like(total) for total in self._sums]
+        # one for all layers of a shape: together they would take as much as a few matrices
+        cuts = {cuts for site in sites for cuts in (site.rows, site.cols)}
+        edges = {cut: _indicator(cut, device) for cut in cuts}
+        self._edges = [(edges[site.rows], edges[site.cols]) for site in sites]
         self._counts = [_counts(site).to(device) for site in sites]
         self._hooks: list[Any] = []
         for index, site in enumerate(sites):
             if site.tapped:
                 tap(site.module, self, index)
-            else:
-                self._hooks.append(site.weight.register_post_accumulate_grad_hook(_Taker(self, index)))
+            # of a tapped layer too: its weight may also be read elsewhere, and that gradient must not stay
+            self._hooks.append(site.weight.register_post_accumulate_grad_hook(_Taker(self, index)))
 
     @staticmethod
     def host_bytes(sites: Sequence[Site], kind: str) -> int:
         """What a rank's scorer holds on the host."""
-        return 4 * sum(site.weight.numel() for site in sites) if kind == "paper" else 0
+        return 8 * sum(site.weight.numel() for site in sites) if kind == "paper" else 0
 
     def release(self) -> None:
         """Stop listening."""
@@ -98,7 +104,7 @@ class Scorer:
     def take(self, index: int, p: Tensor) -> None:
         """Autograd made a whole gradient."""
         if p.grad is None:
-            return
+            return  # autograd came by without a gradient: a tapped layer's weight
         grad, p.grad = p.grad, None
         site = self._sites[index]
         for expert in range(site.grid[0]):
@@ -126,31 +132,28 @@ class Scorer:
         self._window[index][expert, r] += found.double() * self._unscale
 
     def _remember(self, index: int, expert: int, lo: int, hi: int, g: Tensor) -> None:
-        whole = self._sums[index]
+        whole = self._open_sums[index]
         matrix = whole if whole.dim() == 2 else whole[expert]
-        g = g.float().mul(self._unscale)
-        if bool(g.isfinite().all()):
-            matrix[lo:hi] += g.cpu()
-        else:  # it would spoil the sum for good; the window is not counted, although other layers' parts of it stay
-            self._window[index][:] = torch.nan
+        matrix[lo:hi] += g.float().mul(self._unscale).cpu()
 
     # -- windows -------------------------------------------------------------------------------------------------------
 
     def close_window(self) -> bool:
         """End a window: keep its scores if every rank's are finite, else drop them. Collective."""
-        local = float(sum(int(not bool(scores.isfinite().all())) for scores in self._window))
+        seen = [*self._window, *self._open_sums]
+        local = float(sum(not bool(part.isfinite().all()) for part in seen))
         (bad,) = all_reduce_sum([local], self._device, self._ranks)
-        for total, scores in zip(self._total, self._window, strict=True):
-            if not bad:
-                total += scores
-            scores.zero_()
-        self.windows += not bad
+        if not bad:
+            self.windows += 1
+            for total, part in zip([*self._total, *self._sums], seen, strict=True):
+                total += part
+        self.drop_window()
         return not bad
 
     def drop_window(self) -> None:
         """Forget what the open window has seen."""
-        for scores in self._window:
-            scores.zero_()
+        for part in (*self._window, *self._open_sums):
+            part.zero_()
 
     def scores(self) -> dict[str, Tensor]:
         """Mean per window of the sum over its micro-batches, float64 [experts, R, C] on the host, by the weights'
