@@ -13,17 +13,30 @@ from meft_ds import autoload
 
 if TYPE_CHECKING:
     from meft_ds.config import MeftConfig, parse_config
-    from meft_ds.plugin.export import save_adapter
+    from meft_ds.plugin.export import save_adapter, save_tiles
     from meft_ds.sparse_adapter.files import load_adapter
+    from meft_ds.sparse_matrix.files import apply_tiles, revert_tiles
 
 __version__ = "0.1.0"
-__all__ = ["MeftConfig", "__version__", "load_adapter", "parse_config", "save_adapter"]
+__all__ = [
+    "MeftConfig",
+    "__version__",
+    "apply_tiles",
+    "load_adapter",
+    "parse_config",
+    "revert_tiles",
+    "save_adapter",
+    "save_tiles",
+]
 
 _LAZY = {
     "MeftConfig": "meft_ds.config",
     "parse_config": "meft_ds.config",
     "save_adapter": "meft_ds.plugin.export",
+    "save_tiles": "meft_ds.plugin.export",
     "load_adapter": "meft_ds.sparse_adapter.files",
+    "apply_tiles": "meft_ds.sparse_matrix.files",
+    "revert_tiles": "meft_ds.sparse_matrix.files",
 }
 
 autoload.arm()

@@ -140,8 +140,8 @@ class MeftEngine(DeepSpeedEngine):
         call_at_exit(self._at_meft_exit)
         self._open_meft_window()
         self.module.meft_stats = lambda: e.meft_stats() if (e := engine()) is not None else {}
-        if self._meft_config.sparse_adapter is not None:
-            export.save_adapter_with_model(self.module)
+        if self._meft_config.sparse_adapter is not None or self._meft_config.sparse_matrix is not None:
+            export.save_plain_weights(self.module)
         if self.global_rank == 0:
             announce(self._first_line(plan))
 

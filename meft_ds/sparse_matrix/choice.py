@@ -17,6 +17,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from meft_ds.sparse_matrix.discover import Site
 
+Range = tuple[int, int]
 _FORMAT = 1
 _MOST_LISTED = 20
 
@@ -150,7 +151,8 @@ def check_choice(choice: Choice, sites: Sequence[Site]) -> None:
                 if not fault:
                     of_matrix[name, tile.expert].append(tile)
     for tiles in of_matrix.values():
-        faults += [f"{_where(tile)}: overlaps another tile" for tile in _overlapping(tiles)]
+        again = overlapping([(tile.rows, tile.cols) for tile in tiles])
+        faults += [f"{_where(tiles[index])}: overlaps another tile" for index in again]
     if faults:
         more = f"; and {len(faults) - _MOST_LISTED} more" if len(faults) > _MOST_LISTED else ""
         raise ValueError(
@@ -159,32 +161,39 @@ def check_choice(choice: Choice, sites: Sequence[Site]) -> None:
         )
 
 
-def _misfit(tile: Tile, site: Site) -> str:
-    """Why a tile cannot be one of the site's; "" if it can."""
-    shape = site.weight.shape
-    if (tile.expert is None) != (len(shape) == 2) or not 0 <= (tile.expert or 0) < site.experts:
-        return f"expert {tile.expert} of {site.experts if len(shape) == 3 else 'a weight without experts'}"
-    for (low, high), size, along in zip((tile.rows, tile.cols), shape[-2:], ("rows", "columns"), strict=True):
+def misplaced(shape: Sequence[int], expert: int | None, rows: Range, cols: Range) -> str:
+    """Why a weight of this shape cannot have this tile; "" if it can."""
+    experts = shape[0] if len(shape) == 3 else 1
+    if (expert is None) != (len(shape) == 2) or not 0 <= (expert or 0) < experts:
+        return f"expert {expert} of {experts if len(shape) == 3 else 'a weight without experts'}"
+    for (low, high), size, along in zip((rows, cols), shape[-2:], ("rows", "columns"), strict=True):
         if not 0 <= low < high <= size:
             return f"{along} {low}:{high} are out of bounds 0:{size}"
+    return ""
+
+
+def overlapping(tiles: Sequence[tuple[Range, Range]]) -> list[int]:
+    """Which tiles (rows, columns) of one matrix cover what one before them covers."""
+    row_edges = {edge: i for i, edge in enumerate(sorted({edge for rows, _ in tiles for edge in rows}))}
+    col_edges = {edge: i for i, edge in enumerate(sorted({edge for _, cols in tiles for edge in cols}))}
+    taken = np.zeros((len(row_edges), len(col_edges)), dtype=bool)
+    found = []
+    for index, (rows, cols) in enumerate(tiles):
+        (a, b), (c, d) = (row_edges[e] for e in rows), (col_edges[e] for e in cols)
+        if taken[a:b, c:d].any():
+            found.append(index)
+        taken[a:b, c:d] = True
+    return found
+
+
+def _misfit(tile: Tile, site: Site) -> str:
+    """Why a tile cannot be one of the site's; "" if it can."""
+    if fault := misplaced(site.weight.shape, tile.expert, tile.rows, tile.cols):
+        return fault
     low, high = tile.cols if site.input_first else tile.rows
     cuts = site.cols if site.input_first else site.rows
     roles = [role for (a, b), role in zip(cuts, site.roles, strict=True) if a < high and low < b]
     return f"spans parts {', '.join(dict.fromkeys(roles))} of a fused weight" if len(set(roles)) > 1 else ""
-
-
-def _overlapping(tiles: list[Tile]) -> list[Tile]:
-    """Tiles of one matrix that cover what one before them covers."""
-    row_edges = {edge: i for i, edge in enumerate(sorted({edge for t in tiles for edge in t.rows}))}
-    col_edges = {edge: i for i, edge in enumerate(sorted({edge for t in tiles for edge in t.cols}))}
-    taken = np.zeros((len(row_edges), len(col_edges)), dtype=bool)
-    found = []
-    for tile in tiles:
-        (a, b), (c, d) = (row_edges[e] for e in tile.rows), (col_edges[e] for e in tile.cols)
-        if taken[a:b, c:d].any():
-            found.append(tile)
-        taken[a:b, c:d] = True
-    return found
 
 
 def _where(tile: Tile) -> str:

@@ -1,0 +1,304 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Trained tiles in one file: what they are and what they were, to be put into a plain model and taken out again.
+
+A safetensors file holds, per weight that has tiles, two flat tensors in the weight's dtype: `values.<name>` and
+`original.<name>`, tile after tile, each row by row. Its header says under "meft_tiles" (JSON) where the tiles lie, and
+under "sha256" what all of that must add up to.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from meft_ds.offload.taps import Tapped
+from meft_ds.sparse_matrix.choice import Choice, Range, misplaced, overlapping
+from meft_ds.sparse_matrix.linear import Corrected
+from meft_ds.sparse_matrix.unit import BlocksUnit
+
+__all__ = ["SavedTiles", "apply_tiles", "collect_tiles", "merge_tiles", "read_tiles", "revert_tiles", "write_tiles"]
+
+_FORMAT = 1
+_KEY = "meft_tiles"
+_MOST_LISTED = 20
+Place = tuple[int | None, Range, Range]
+"""A tile of a weight: expert, rows and columns."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SavedTiles:
+    """What a file of tiles holds; all by the weight's name.
+
+    Attributes:
+        digest: of the choice that these tiles are.
+        shapes: of the weights.
+        places: of the tiles, in the order of their values.
+        values, originals: flat, in the weight's dtype, on the host.
+    """
+
+    digest: str
+    shapes: dict[str, tuple[int, ...]]
+    places: dict[str, list[Place]]
+    values: dict[str, Tensor]
+    originals: dict[str, Tensor]
+
+
+def apply_tiles(model: nn.Module, path: str | Path) -> nn.Module:
+    """Write the tiles that `save_tiles` wrote into a plain model; returns the model.
+
+    Args:
+        model: the base that they were trained on, in the dtype it was trained in.
+        path: the file.
+
+    Raises:
+        ValueError: when the file is damaged, or when the model's weights have other shapes or another dtype, or do not
+        hold bit for bit what these tiles were trained from. The model is then as it was.
+    """
+    saved = read_tiles(path)
+    weights = _weights(model, saved, path)
+    differing = _differing(weights, saved.places, saved.originals)
+    if differing:
+        if not _differing(weights, saved.places, saved.values):
+            raise ValueError(f"{path}: these tiles are applied already; revert_tiles takes them out")
+        raise ValueError(
+            f"{path}: {_listed(differing)} does not hold what these tiles were trained from: the model is not the base "
+            "that they belong to, or other tiles are applied to it; load that base, or revert those first"
+        )
+    _put(weights, saved.places, saved.values)
+    return model
+
+
+def revert_tiles(model: nn.Module, path: str | Path) -> nn.Module:
+    """Undo `apply_tiles`, or the training itself: the tiles get back what they were, bit for bit; returns the model.
+
+    Raises:
+        ValueError: as `apply_tiles`; the tiles must hold the file's values.
+    """
+    saved = read_tiles(path)
+    weights = _weights(model, saved, path)
+    differing = _differing(weights, saved.places, saved.values)
+    if differing:
+        if not _differing(weights, saved.places, saved.originals):
+            raise ValueError(f"{path}: these tiles are not applied to this model; there is nothing to revert")
+        raise ValueError(
+            f"{path}: {_listed(differing)} does not hold the values of these tiles: the model is another one, or other "
+            "tiles are applied to it, or it was trained further; revert with the file that was applied or saved last"
+        )
+    _put(weights, saved.places, saved.originals)
+    return model
+
+
+def merge_tiles(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """`state` (of `model.state_dict()`) as plain weights: what layers in the delta form add is in copies of theirs.
+
+    The copies are on the host; everything else is as it was given.
+    """
+    plain = dict(state)
+    for name, module in model.named_modules():
+        forward = module.__dict__.get("forward")
+        full = f"{name}.weight" if name else "weight"
+        if not isinstance(forward, Corrected) or full not in plain:
+            continue
+        assert isinstance(module.weight, Tensor)
+        before = forward.blocks.read(module.weight.detach())
+        after = before.float().add_(forward.delta).to(before.dtype).cpu()
+        plain[full] = plain[full].detach().to("cpu", copy=True)
+        for (rows, cols), values in forward.blocks.tiles(after):
+            plain[full][rows[0] : rows[1], cols[0] : cols[1]] = values
+    return plain
+
+
+def collect_tiles(
+    choice: Choice, units: Sequence[BlocksUnit], values: Sequence[Tensor], originals: Sequence[Tensor]
+) -> SavedTiles:
+    """The tiles of a choice from the units' flat payloads `values` and `originals`."""
+    now, was = (_by_place(units, flats) for flats in (values, originals))
+    places: dict[str, list[Place]] = defaultdict(list)
+    for tile in choice.tiles:
+        places[tile.name].append((tile.expert, tile.rows, tile.cols))
+    return SavedTiles(
+        digest=choice.digest(),
+        shapes={name: choice.shapes[name] for name in places},
+        places=dict(places),
+        values={name: torch.cat([now[name, at].reshape(-1) for at in found]) for name, found in places.items()},
+        originals={name: torch.cat([was[name, at].reshape(-1) for at in found]) for name, found in places.items()},
+    )
+
+
+def _by_place(units: Sequence[BlocksUnit], flats: Sequence[Tensor]) -> dict[tuple[str, Place], Tensor]:
+    found: dict[tuple[str, Place], Tensor] = {}
+    for unit, flat in zip(units, flats, strict=True):
+        for blocks in unit.matrices:
+            name = unit.params[blocks.param][0]
+            for (rows, cols), values in blocks.tiles(blocks.part(flat)):
+                found[name, (blocks.expert, rows, cols)] = values
+    return found
+
+
+# -- the file ----------------------------------------------------------------------------------------------------------
+
+
+def write_tiles(path: str | Path, saved: SavedTiles) -> None:
+    """Write them. Whoever reads `path` meanwhile finds the file as it was, or the new one whole."""
+    path = Path(path)
+    tensors = {f"values.{name}": t.contiguous() for name, t in saved.values.items()}
+    tensors |= {f"original.{name}": t.contiguous() for name, t in saved.originals.items()}
+    weights = {name: {"shape": saved.shapes[name], "tiles": places} for name, places in saved.places.items()}
+    about = json.dumps({"format": _FORMAT, "digest": saved.digest, "weights": weights}, separators=(",", ":"))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        save_file(tensors, part, metadata={"format": "pt", _KEY: about, "sha256": _sha256(about, tensors)})
+        with open(part, "rb+") as file:
+            os.fsync(file.fileno())  # a name must never stand for half a file
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def read_tiles(path: str | Path) -> SavedTiles:
+    """Read and check what `write_tiles` wrote. Raises ValueError, with the path, for anything else."""
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            about = file.metadata() or {}
+            tensors = {key: file.get_tensor(key) for key in file.keys()} if _KEY in about else {}
+    except OSError as fault:
+        raise ValueError(f"{path}: cannot read these tiles: {fault.strerror or fault}") from None
+    except SafetensorError as fault:
+        raise ValueError(f"{path}: damaged, or not a safetensors file: {fault}; save the tiles again") from None
+    if _KEY not in about:
+        raise ValueError(f"{path} holds no tiles; pass a file that meft_ds.save_tiles wrote")
+    try:
+        found = json.loads(about[_KEY])
+        version = found["format"]
+        if version == _FORMAT and _sha256(about[_KEY], tensors) != about["sha256"]:
+            raise ValueError("its SHA-256 is not the one that it was written with")
+        saved = _parsed(found, tensors) if version == _FORMAT else None
+    except (KeyError, TypeError, AttributeError, ValueError) as fault:
+        why = fault if isinstance(fault, ValueError) else repr(fault)
+        raise ValueError(f"{path}: damaged: {why}; save the tiles again") from None
+    if saved is None:
+        raise ValueError(f"{path}: format {version!r}, this version reads {_FORMAT}; update meft-ds")
+    return saved
+
+
+def _parsed(about: dict[str, Any], tensors: dict[str, Tensor]) -> SavedTiles:
+    shapes: dict[str, tuple[int, ...]] = {}
+    places: dict[str, list[Place]] = {}
+    for name, weight in about["weights"].items():
+        shapes[name] = tuple(weight["shape"])
+        places[name] = [(expert, (rows[0], rows[1]), (cols[0], cols[1])) for expert, rows, cols in weight["tiles"]]
+        elements = 0
+        of_expert: dict[int | None, list[tuple[Range, Range]]] = defaultdict(list)
+        for expert, rows, cols in places[name]:
+            if fault := misplaced(shapes[name], expert, rows, cols):
+                raise ValueError(f"{name}: {fault}")
+            of_expert[expert].append((rows, cols))
+            elements += (rows[1] - rows[0]) * (cols[1] - cols[0])
+        if any(overlapping(tiles) for tiles in of_expert.values()):
+            raise ValueError(f"{name}: tiles overlap")
+        now, was = tensors[f"values.{name}"], tensors[f"original.{name}"]
+        if not (now.shape == was.shape == (elements,) and now.dtype == was.dtype):
+            raise ValueError(f"{name}: expected {elements} values and as many originals")
+    return SavedTiles(
+        digest=about["digest"],
+        shapes=shapes,
+        places=places,
+        values={name: tensors[f"values.{name}"] for name in places},
+        originals={name: tensors[f"original.{name}"] for name in places},
+    )
+
+
+def _sha256(about: str, tensors: Mapping[str, Tensor]) -> str:
+    found = hashlib.sha256(about.encode())
+    for key in sorted(tensors):
+        found.update(f"\n{key} {tensors[key].dtype}\n".encode())
+        found.update(tensors[key].reshape(-1).view(torch.uint8).numpy().data)
+    return found.hexdigest()
+
+
+# -- the model ---------------------------------------------------------------------------------------------------------
+
+
+def _weights(model: nn.Module, saved: SavedTiles, path: str | Path) -> dict[str, Tensor]:
+    """The weights that the tiles belong to, detached. Raises ValueError when some of them do not fit."""
+    for name, module in model.named_modules():
+        forward = module.__dict__.get("forward")
+        if isinstance(forward, Corrected) or (isinstance(forward, Tapped) and forward.find and forward.find()):
+            raise ValueError(
+                f"{name or type(model).__name__} is being trained by an engine, which goes on from values of its own; "
+                "call engine.destroy() first, or load the model anew"
+            )
+    found = dict(model.named_parameters(remove_duplicate=False))
+    names_of: dict[int, list[str]] = defaultdict(list)
+    for name, weight in found.items():
+        names_of[id(weight)].append(name)
+    faults = []
+    for name, shape in saved.shapes.items():
+        p = found.get(name)
+        if fault := _misfit(p, shape, saved.values[name].dtype):
+            faults.append(f"{name}: {fault}")
+        elif len(same := names_of[id(p)]) > 1:
+            faults.append(f"{name}: it is tied to {', '.join(other for other in same if other != name)} here")
+    if faults:
+        more = f"; and {len(faults) - _MOST_LISTED} more" if len(faults) > _MOST_LISTED else ""
+        raise ValueError(
+            f"{path}: these tiles do not fit this {type(model).__name__}: " + "; ".join(faults[:_MOST_LISTED]) + more
+        )
+    return {name: found[name].detach() for name in saved.shapes}
+
+
+def _misfit(p: nn.Parameter | None, shape: tuple[int, ...], dtype: torch.dtype) -> str:
+    """Why a weight cannot be the one that a file means; "" if it can."""
+    if p is None:
+        return "the model has no such parameter"
+    if type(p.data) is not Tensor or p.is_meta:
+        kind = "on the meta device" if p.is_meta else f"a {type(p.data).__name__}"
+        return f"it is {kind}; load the model whole, without sharding, offload or quantization"
+    if tuple(p.shape) != shape:
+        return f"shape {tuple(p.shape)}, the tiles' weight had {shape}"
+    if p.dtype != dtype:
+        return f"{p.dtype}, the tiles are {dtype}: load the model with that dtype, or nothing could be reverted exactly"
+    return ""
+
+
+def _differing(weights: dict[str, Tensor], places: dict[str, list[Place]], wanted: dict[str, Tensor]) -> list[str]:
+    """Names of weights whose tiles do not hold these bits."""
+    differing = []
+    for name, weight in weights.items():
+        held = torch.cat([tile.reshape(-1) for tile, _ in _tiles(weight, places[name], wanted[name])])
+        if not torch.equal(held.cpu().view(torch.uint8), wanted[name].view(torch.uint8)):
+            differing.append(name)
+    return differing
+
+
+@torch.no_grad()
+def _put(weights: dict[str, Tensor], places: dict[str, list[Place]], flats: dict[str, Tensor]) -> None:
+    for name, weight in weights.items():
+        for tile, values in _tiles(weight, places[name], flats[name].to(weight.device)):
+            tile.copy_(values)
+
+
+def _tiles(weight: Tensor, places: list[Place], flat: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Each tile of a weight, a view, with its values in a flat vector."""
+    start = 0
+    for expert, (top, bottom), (left, right) in places:
+        matrix = weight if expert is None else weight[expert]
+        shape = bottom - top, right - left
+        yield matrix[top:bottom, left:right], flat[start : start + shape[0] * shape[1]].view(shape)
+        start += shape[0] * shape[1]
+
+
+def _listed(names: list[str]) -> str:
+    return names[0] if len(names) == 1 else f"{names[0]} (the first of {len(names)})"
