@@ -126,6 +126,16 @@ class BlocksUnit(FlatUnit):
         self._received(index)
 
     def add_gradient(self, index: int, grad: Tensor) -> None:
+        """Autograd made a whole gradient: of a stacked expert tensor, or of a weight read outside its layer.
+
+        Raises:
+            RuntimeError: in the delta form, where who reads the weight itself does not get what was learned.
+        """
+        if self.form == "delta":
+            raise RuntimeError(
+                f"meft-ds: {self.params[index][0]} is read outside its layer's forward, where the delta form adds "
+                'nothing; set sparse_matrix.form to "value"'
+            )
         for blocks in self._of_param[index]:
             blocks.add_gradient(blocks.part(self._acc), blocks.matrix(grad))
 
