@@ -16,8 +16,8 @@ pytestmark = pytest.mark.compat
 HERE = Path(__file__).parent
 
 
-def config_file(folder: Path, *, block: bool = True, precision: str = "bf16", optimizer: bool = True) -> Path:
-    """A ds_config as Hugging Face users write it, with "auto" wherever Trainer fills it in."""
+def config_file(folder: Path, *, block: Any = ..., precision: str = "bf16", optimizer: bool = True) -> Path:
+    """A ds_config as Hugging Face users write it, with "auto" wherever Trainer fills it in (no block with None)."""
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": "auto",
         "gradient_accumulation_steps": "auto",
@@ -38,8 +38,8 @@ def config_file(folder: Path, *, block: bool = True, precision: str = "bf16", op
                 "total_num_steps": "auto",
             },
         }
-    if block:
-        config["meft_offload"] = {"sparse_adapter": dict(ADAPTER)}
+    if block is not None:
+        config["meft_offload"] = {"sparse_adapter": dict(ADAPTER)} if block is ... else block
     path = folder / "ds.json"
     folder.mkdir(exist_ok=True)
     path.write_text(json.dumps(config))
@@ -95,7 +95,7 @@ def test_the_same_program_runs_on_two_ranks_and_without_the_block(tmp_path: Path
     config = str(config_file(tmp_path))
     two = run("trainer_program.py", str(tmp_path / "two"), config, world=2)
     assert two["losses"][-1] < two["losses"][0]
-    plain = run("trainer_program.py", str(tmp_path / "plain"), str(config_file(tmp_path / "p", block=False)))
+    plain = run("trainer_program.py", str(tmp_path / "plain"), str(config_file(tmp_path / "p", block=None)))
     assert plain["rows"] is None
 
 

@@ -1,19 +1,36 @@
 # SPDX-License-Identifier: Apache-2.0
 """An ordinary Hugging Face Trainer program (it never names meft_ds), started by test_trainer.py.
 
-Usage: trainer_program.py FOLDER CONFIG.json [--resume] [--checkpointing reentrant|nonreentrant]
+Usage: trainer_program.py FOLDER CONFIG.json [--resume] [--checkpointing reentrant|nonreentrant] [--watch]
+    [--steps N]
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import Trainer, TrainingArguments
+from torch import nn
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from tests.toy import batch, tiny_llama
+
+
+class Watch(TrainerCallback):
+    """Takes the digest of all weights after every step."""
+
+    def __init__(self) -> None:
+        self.digests: list[str] = []
+
+    def on_step_end(self, *args: Any, model: nn.Module, **kwargs: Any) -> None:
+        found = hashlib.sha256()
+        for t in model.state_dict().values():
+            found.update(t.contiguous().view(torch.uint8).numpy().data)
+        self.digests.append(found.hexdigest())
 
 
 def main() -> None:
@@ -22,6 +39,8 @@ def main() -> None:
     parser.add_argument("config")
     parser.add_argument("--resume", action="store_true")
     parser.add_argument("--checkpointing")
+    parser.add_argument("--watch", action="store_true")
+    parser.add_argument("--steps", type=int, default=6)
     given = parser.parse_args()
     whole = batch(0, rows=32)
     data = [{k: t[i] for k, t in whole.items()} for i in range(32)]
@@ -35,7 +54,7 @@ def main() -> None:
         learning_rate=1e-2,
         lr_scheduler_type="linear",
         warmup_steps=1,
-        max_steps=6,
+        max_steps=given.steps,
         save_steps=3,
         eval_strategy="steps",
         eval_steps=2,
@@ -47,17 +66,23 @@ def main() -> None:
         gradient_checkpointing_kwargs={"use_reentrant": given.checkpointing == "reentrant"},
     )
     trainer = Trainer(model=tiny_llama(), args=args, train_dataset=data, eval_dataset=data[:4])
+    watch = Watch()
+    if given.watch:
+        trainer.add_callback(watch)
     trainer.train(resume_from_checkpoint=True if given.resume else None)
     trainer.save_model(str(given.folder / "final"))
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     norms = [entry["grad_norm"] for entry in trainer.state.log_history if "grad_norm" in entry]
     rates = [entry["learning_rate"] for entry in trainer.state.log_history if "learning_rate" in entry]
+    evals = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
     trainer.model.eval()
     with torch.no_grad():
         logits = trainer.model(**{k: t[:2] for k, t in whole.items() if k != "labels"}).logits
     torch.save(logits, given.folder / "logits.pt")
     stats = getattr(trainer.model, "meft_stats", dict)()
-    print(json.dumps({"losses": losses, "norms": norms, "rates": rates, "rows": stats.get("bytes", {}).get("rows")}))
+    found = {"losses": losses, "norms": norms, "rates": rates, "evals": evals, "digests": watch.digests}
+    found |= {"rows": stats.get("bytes", {}).get("rows"), "tiles": stats.get("sparse_matrix")}
+    print(json.dumps(found))
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()  # else gloo threads that run while the interpreter ends may abort it
 
