@@ -182,6 +182,12 @@ def _lsp(model: Any, spec: dict[str, Any]) -> Any:
     return _with_block(model, {**_shipped("meft"), "meft_offload": block}, spec)
 
 
+def _smt(model: Any, spec: dict[str, Any]) -> Any:
+    # random tiles need no scoring, and a step costs about the same wherever they are
+    block = {"sparse_matrix": {"score": "random"}}
+    return _with_block(model, {**_shipped("meft"), "meft_offload": block}, spec)
+
+
 def _with_block(model: Any, config: dict[str, Any], spec: dict[str, Any]) -> Any:
     import meft_ds  # noqa: F401  (arms the hook also where PyTorch's autoload is off)
 
@@ -198,6 +204,7 @@ ROWS: dict[str, Callable[[Any, dict[str, Any]], Any]] = {
     "lora": _lora,
     "meft": _meft,
     "lsp": _lsp,
+    "smt": _smt,
 }
 
 

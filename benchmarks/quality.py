@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is learned: the subspace method and others on the example's tasks, with equal steps, batches and tuning.
+"""What is learned: the methods of meft-ds and others on the example's tasks, with equal steps, batches and tuning.
 
     python benchmarks/quality.py --methods full lsp_k4                  # facts
     python benchmarks/quality.py --tasks arithmetic --methods full lsp_k4 --lrs 1e-3 2e-3
@@ -16,6 +16,9 @@ sums that were not trained on. `values` are those with Adam moments: of the comp
 how the loss changes at a multiple of 100 steps, where projectors change: the mean of the ten losses after over that of
 the ten before, averaged over those steps; what it is without a change of projectors is what "full" shows on the same
 batches. `lora` trains embeddings and norms as the subspace method does, `lora_only` nothing but the adapters.
+
+`smt` and its variants train tiles of 32 x 32 and nothing else; `lora_equal` has adapters of exactly as many values.
+The 20 steps in which smt only scores count as steps; the learning rate's schedule spans those that are left.
 
 Prints a line per run, tables, and one line of JSON last. Seconds are those of training alone, on a machine whose cores
 may be shared.
@@ -123,7 +126,8 @@ def train(name: str, method: str, lr: float, seed: int, steps: int, num_eval: in
     start = time.perf_counter()
     for step, chosen in enumerate(orders(len(rows), BATCH[name], steps, seed)):
         batch = {key: t for key, t in collate([rows[i] for i in chosen]).items()}
-        losses.append(learner.step(batch, lr * rate(step, steps)))
+        training = step - learner.scoring
+        losses.append(learner.step(batch, lr * rate(training, steps - learner.scoring) if training >= 0 else 0.0))
     more = learner.finish()
     seconds = time.perf_counter() - start
     right = tasks.count_exact(learner.model, tokenizer, task.test[:num_eval])

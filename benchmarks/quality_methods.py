@@ -3,7 +3,7 @@
 
 All clip the gradient they see to norm 1 and use Adam's defaults without weight decay, as the example does. The
 gradient that full fine-tuning and GaLore clip is the whole one; that of the subspace method is made of the compressed
-gradients and the uncompressed rest; that of LoRA is the gradient of what it trains.
+gradients and the uncompressed rest; those of LoRA and of sparse matrix tuning are the gradients of what they train.
 """
 
 from __future__ import annotations
@@ -21,6 +21,9 @@ CLIP, BETAS, EPS = 1.0, (0.9, 0.999), 1e-8
 COMPRESSED = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 LORA_RANK, GALORE_RANK = 21, 33
 """About as many values (352,128 and 346,368) as S has at d = n/2 (351,232) on the embedded base."""
+LORA_RANK_OF_TILES = 32
+TILES = {"density": 0.1642, "block_size": 32, "warmup_steps": 20}
+"""524 tiles of the embedded base are 536,576 values, exactly as many as adapters of rank 32 have on all its layers."""
 
 
 class Learner(Protocol):
@@ -30,11 +33,13 @@ class Learner(Protocol):
         model: what is scored.
         compressed: values with moments that stand for the compressed matrices.
         state: all values with moments.
+        scoring: first steps that change no weight.
     """
 
     model: Any
     compressed: int
     state: int
+    scoring: int
 
     def step(self, batch: dict[str, Tensor], lr: float) -> float:
         """One update; the loss before it."""
@@ -48,6 +53,8 @@ class Learner(Protocol):
 
 class Plain:
     """AdamW of torch on every parameter that has `requires_grad`: full fine-tuning, unless some have not."""
+
+    scoring = 0
 
     def __init__(self, model: Any, compressed: int | None = None) -> None:
         self.model = model.train()
@@ -74,8 +81,10 @@ class Plain:
         pass
 
 
-class Subspace:
-    """The product: a DeepSpeed engine with a "subspace" block, fp32, ZeRO-2, one rank."""
+class Engine:
+    """The product: a DeepSpeed engine with one method's block, fp32, ZeRO-2, one rank."""
+
+    scoring = 0
 
     def __init__(self, model: Any, block: dict[str, Any], batch: int) -> None:
         import deepspeed
@@ -87,15 +96,11 @@ class Subspace:
             "gradient_clipping": CLIP,
             "optimizer": {"type": "AdamW", "params": {"lr": 0.0, "betas": BETAS, "eps": EPS, "weight_decay": 0.0}},
             "steps_per_print": 10**9,
-            "meft_offload": {"subspace": block},
+            "meft_offload": block,
         }
-        matrices = sum(p.numel() for name, p in model.named_parameters() if _is_compressed(name))
-        rest = sum(p.numel() for p in model.parameters()) - matrices
         self.engine = deepspeed.initialize(model=model, model_parameters=list(model.parameters()), config=config)[0]
         self.model = self.engine.module.train()
-        units = (unit for unit in self.engine.optimizer.pipeline.units if unit.wire == "subspace")
-        self.compressed = sum(matrix.numel for unit in units for matrix in unit.matrices)
-        self.state = self.compressed + rest
+        self.compressed = self.state = 0
 
     def step(self, batch: dict[str, Tensor], lr: float) -> float:
         for group in self.engine.optimizer.param_groups:
@@ -107,11 +112,42 @@ class Subspace:
 
     def finish(self) -> dict[str, Any]:
         self.engine.meft_flush()
-        bias = next(s for s in _dicts(self.engine.meft_stats()) if "held_out_bias_mean" in s)
-        return {key: bias[key] for key in ("held_out_bias_mean", "held_out_bias_max", "checks", "check_s")}
+        return {}
 
     def close(self) -> None:
         self.engine.destroy()
+
+
+class Subspace(Engine):
+    """ "subspace": the whole model trains."""
+
+    def __init__(self, model: Any, block: dict[str, Any], batch: int) -> None:
+        matrices = sum(p.numel() for name, p in model.named_parameters() if _is_compressed(name))
+        rest = sum(p.numel() for p in model.parameters()) - matrices
+        super().__init__(model, {"subspace": block}, batch)
+        units = (unit for unit in self.engine.optimizer.pipeline.units if unit.wire == "subspace")
+        self.compressed = sum(matrix.numel for unit in units for matrix in unit.matrices)
+        self.state = self.compressed + rest
+
+    def finish(self) -> dict[str, Any]:
+        super().finish()
+        bias = next(s for s in _dicts(self.engine.meft_stats()) if "held_out_bias_mean" in s)
+        return {key: bias[key] for key in ("held_out_bias_mean", "held_out_bias_max", "checks", "check_s")}
+
+
+class SparseMatrix(Engine):
+    """ "sparse_matrix": nothing but tiles trains, once they are chosen."""
+
+    def __init__(self, model: Any, block: dict[str, Any], batch: int) -> None:
+        super().__init__(model, {"sparse_matrix": block}, batch)
+        baseline = block["score"] in ("random", "magnitude")
+        self.scoring = 0 if baseline else block["warmup_steps"]
+
+    def finish(self) -> dict[str, Any]:
+        super().finish()
+        stats = self.engine.meft_stats()["sparse_matrix"]
+        self.compressed = self.state = stats["parameters"]
+        return {"tiles": stats["tiles"], "scoring_steps": self.scoring}
 
 
 class GaLore(Plain):
@@ -186,6 +222,13 @@ def subspace(**block: Any) -> Callable[[Any, int, int], Learner]:
     return make
 
 
+def tiles(**block: Any) -> Callable[[Any, int, int], Learner]:
+    def make(model: Any, seed: int, batch: int) -> Learner:
+        return SparseMatrix(model, {**TILES, "score": "abs_mean", "seed": seed, **block}, batch)
+
+    return make
+
+
 # (model, seed, batch) -> Learner
 METHODS: dict[str, Callable[[Any, int, int], Learner]] = {
     "full": lambda model, seed, batch: Plain(model),
@@ -197,7 +240,13 @@ METHODS: dict[str, Callable[[Any, int, int], Learner]] = {
     "lsp_random_redrawn": subspace(nonzeros=4, refit_interval=100, projectors="random"),
     "lora": lambda model, seed, batch: lora(model, rest=True),
     "lora_only": lambda model, seed, batch: lora(model, rest=False),
+    "lora_equal": lambda model, seed, batch: lora(model, rest=False, rank=LORA_RANK_OF_TILES),
     "galore": lambda model, seed, batch: GaLore(model),
+    "smt": tiles(),
+    "smt_mean_abs": tiles(score="mean_abs"),
+    "smt_paper": tiles(score="paper", preset="paper"),
+    "smt_magnitude": tiles(score="magnitude"),
+    "smt_random": tiles(score="random"),
 }
 
 
