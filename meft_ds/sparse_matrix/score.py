@@ -120,7 +120,7 @@ class Scorer:
             return
         g = g.float()
         if self._kind == "abs_mean":
-            g.abs_()  # nobody else has it, so one matrix is enough
+            g.abs_()  # in place, because nobody else has it and one matrix is enough
         elif self._kind == "l2":
             g.square_()
         found = rows[lo:hi, r].t() @ (g @ cols)
@@ -134,7 +134,7 @@ class Scorer:
     def _remember(self, index: int, expert: int, lo: int, hi: int, g: Tensor) -> None:
         whole = self._open_sums[index]
         matrix = whole if whole.dim() == 2 else whole[expert]
-        matrix[lo:hi] += g.float().mul(self._unscale).cpu()
+        matrix[lo:hi] += g.float().mul_(self._unscale).cpu()
 
     # -- windows -------------------------------------------------------------------------------------------------------
 
