@@ -2,8 +2,8 @@
 """Trained tiles in one file: what they are and what they were, to be put into a plain model and taken out again.
 
 A safetensors file holds, per weight that has tiles, two flat tensors in the weight's dtype: `values.<name>` and
-`original.<name>`, tile after tile, each row by row. Its header says under "meft_tiles" (JSON) where the tiles lie, and
-under "sha256" what all of that must add up to.
+`original.<name>`, tile after tile, each row by row. Its header says under "meft_tiles" (JSON) where the tiles lie and
+what SHA-256 all of it has. The same tiles give the same bytes.
 """
 
 from __future__ import annotations
@@ -155,11 +155,13 @@ def write_tiles(path: str | Path, saved: SavedTiles) -> None:
     tensors = {f"values.{name}": t.contiguous() for name, t in saved.values.items()}
     tensors |= {f"original.{name}": t.contiguous() for name, t in saved.originals.items()}
     weights = {name: {"shape": saved.shapes[name], "tiles": places} for name, places in saved.places.items()}
-    about = json.dumps({"format": _FORMAT, "digest": saved.digest, "weights": weights}, separators=(",", ":"))
+    about: dict[str, Any] = {"format": _FORMAT, "digest": saved.digest, "weights": weights}
+    about["sha256"] = _sha256(about, tensors)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        save_file(tensors, part, metadata={"format": "pt", _KEY: about, "sha256": _sha256(about, tensors)})
+        # one key: safetensors writes several in any order
+        save_file(tensors, part, metadata={_KEY: _compact(about)})
         with open(part, "rb+") as file:
             os.fsync(file.fileno())  # a name must never stand for half a file
         os.replace(part, path)
@@ -182,7 +184,7 @@ def read_tiles(path: str | Path) -> SavedTiles:
     try:
         found = json.loads(about[_KEY])
         version = found["format"]
-        if version == _FORMAT and _sha256(about[_KEY], tensors) != about["sha256"]:
+        if version == _FORMAT and _sha256(found, tensors) != found["sha256"]:
             raise ValueError("its SHA-256 is not the one that it was written with")
         saved = _parsed(found, tensors) if version == _FORMAT else None
     except (KeyError, TypeError, AttributeError, ValueError) as fault:
@@ -220,12 +222,16 @@ def _parsed(about: dict[str, Any], tensors: dict[str, Tensor]) -> SavedTiles:
     )
 
 
-def _sha256(about: str, tensors: Mapping[str, Tensor]) -> str:
-    found = hashlib.sha256(about.encode())
+def _sha256(about: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
+    found = hashlib.sha256(_compact({key: value for key, value in about.items() if key != "sha256"}).encode())
     for key in sorted(tensors):
         found.update(f"\n{key} {tensors[key].dtype}\n".encode())
         found.update(tensors[key].reshape(-1).view(torch.uint8).numpy().data)
     return found.hexdigest()
+
+
+def _compact(about: Mapping[str, Any]) -> str:
+    return json.dumps(about, separators=(",", ":"))
 
 
 # -- the model ---------------------------------------------------------------------------------------------------------
