@@ -35,10 +35,15 @@ def tap(module: nn.Module, receiver: Receiver, index: int, keep: Tensor | None =
     module.forward = Tapped(module, weakref.ref(receiver), index, keep)  # type: ignore[assignment]
 
 
-def untap(module: nn.Module) -> None:
-    """Undo `tap`."""
-    if isinstance(module.__dict__.get("forward"), Tapped):
-        del module.forward
+def untap(module: nn.Module, receiver: Receiver | None = None) -> bool:
+    """Undo `tap`; with `receiver`, only if nobody else has tapped the module since. Returns whether it did."""
+    forward = module.__dict__.get("forward")
+    if not isinstance(forward, Tapped):
+        return False
+    if receiver is not None and (forward.find is None or forward.find() is not receiver):
+        return False
+    del module.forward
+    return True
 
 
 def can_tap(module: nn.Module) -> bool:

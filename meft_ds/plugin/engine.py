@@ -223,6 +223,7 @@ class MeftEngine(DeepSpeedEngine):
             self.optimizer.pipeline.publish()
             if moments:
                 self.optimizer.load_counters(manifest["counters"])
+            self._open_meft_window()  # the loss scale may be another one now
         return path, client_state
 
     # -- for users ---------------------------------------------------------------------------------------------------
@@ -293,6 +294,8 @@ class MeftEngine(DeepSpeedEngine):
         self._at_meft_end()
 
     def _at_meft_end(self) -> None:
+        for method in self._meft_methods:
+            method.release()
         if self._meft_trace is not None:
             self._meft_trace.close()
         try:

@@ -17,12 +17,13 @@ from meft_ds.offload.layers import count_layers, layer_of
 from meft_ds.offload.method import Method, Run
 from meft_ds.offload.partition import Ranks
 from meft_ds.offload.placement import state_on_device
+from meft_ds.offload.taps import Tapped
 from meft_ds.offload.wire import Footprint, Unit
-from meft_ds.sparse_matrix.blocks import Blocks
+from meft_ds.sparse_matrix.blocks import Blocks, Rectangle
 from meft_ds.sparse_matrix.choice import Choice, check_choice
 from meft_ds.sparse_matrix.config import SparseMatrixConfig
 from meft_ds.sparse_matrix.discover import Site, elements_of_2d_weights, find_sites
-from meft_ds.sparse_matrix.score import Scorer
+from meft_ds.sparse_matrix.score import Scorer, tile_elements
 from meft_ds.sparse_matrix.select import choose, most_elements, weight_scores
 from meft_ds.sparse_matrix.unit import BlocksUnit
 
@@ -48,10 +49,12 @@ class SparseMatrixMethod(Method):
         self._units: list[BlocksUnit] = []
         self._scorer: Scorer | None = None
         self._on_device = False
+        self._trainable: list[nn.Parameter] = []
         self.choice: Choice | None = None
 
     def prepare(self, model: nn.Module) -> None:
         # now, because what the program froze can no longer be told once the base is frozen
+        self._trainable = [p for p in model.parameters() if p.requires_grad]
         self._sites, excluded = find_sites(model, self._config)
         self._total = elements_of_2d_weights(model)
         self._layers = count_layers(model)
@@ -80,12 +83,14 @@ class SparseMatrixMethod(Method):
             check_choice(self.choice, self._sites)
         elif config.windows == 0:
             self.choice = self._decide(run, lambda: weight_scores(self._sites, config))
-        sites = self._sites if self.choice is None else self._chosen_sites()
+        else:
+            self._check_budget()
+        sites = self._sites if self.choice is None else self._chosen_sites(self.choice)
         for site in sites:
             site.weight.requires_grad_(True)
         self._on_device = state_on_device(config.state_device, run.bus.device, self._state_bytes(run))
         if self.choice is not None:
-            self._units = self._make_units(run)
+            self._units = self._make_units(run, self.choice)
         return {id(site.weight) for site in sites}
 
     def footprints(self, run: Run) -> list[Footprint]:
@@ -99,6 +104,15 @@ class SparseMatrixMethod(Method):
         for unit in self._units:
             unit.allocate()
         return list(self._units)
+
+    def release(self) -> None:
+        """The model trains what it did before, so that another engine finds the same weights to choose from."""
+        if self._scorer is not None:
+            self._scorer.release()
+        if not any(isinstance(site.module.__dict__.get("forward"), Tapped) for site in self._sites):  # else it has come
+            for p in self._trainable:
+                p.requires_grad_(True)
+        self._trainable = []
 
     # -- observing -----------------------------------------------------------------------------------------------------
 
@@ -126,7 +140,7 @@ class SparseMatrixMethod(Method):
         if self._scorer is not None:
             return {"windows": self._scorer.windows}, self._scorer.state()
         assert self.choice is not None
-        return {"choice": self.choice.to_json()}, {}
+        return {"choice": self.choice.to_json(), "units": {unit.name: unit.numel for unit in self._units}}, {}
 
     def load_state(self, run: Run, state: dict[str, Any], tensors: dict[str, Tensor], *, moments: bool) -> list[Unit]:
         if self._scorer is None:
@@ -138,6 +152,12 @@ class SparseMatrixMethod(Method):
             return []
         choice = Choice.from_json(state["choice"])
         check_choice(choice, self._sites)
+        here = {unit.name: unit.numel for unit in self._make_units(run, choice)}
+        if here != state["units"]:
+            raise ValueError(
+                f"the checkpoint's tiles are kept as {state['units']}, this run would keep them as {here}; make the "
+                "precision and the optimizer's parameter groups those of the run that saved it"
+            )
         return self._begin(run, choice)
 
     def _begin(self, run: Run, choice: Choice) -> list[Unit]:
@@ -145,10 +165,10 @@ class SparseMatrixMethod(Method):
         assert self._scorer is not None
         self._scorer.release()
         self._scorer, self.choice = None, choice
-        chosen = {id(site.weight) for site in self._chosen_sites()}
+        chosen = {id(site.weight) for site in self._chosen_sites(choice)}
         for site in self._sites:
             site.weight.requires_grad_(id(site.weight) in chosen)
-        self._units = self._make_units(run)
+        self._units = self._make_units(run, choice)
         for unit in self._units:
             unit.allocate()
         return list(self._units)
@@ -156,10 +176,19 @@ class SparseMatrixMethod(Method):
     def _decide(self, run: Run, scores: Any, **made_by: Any) -> Choice:
         """The first rank decides, the others follow."""
         config = self._config
-        choice = _shared(lambda: choose(self._sites, scores(), config, self._total, made_by), run.ranks)
-        if config.choice_out is not None and run.ranks.rank == 0:
-            choice.save(config.choice_out)
-        return choice
+
+        def decide() -> Choice:
+            choice = choose(self._sites, scores(), config, self._total, made_by)
+            if config.choice_out is not None:
+                choice.save(config.choice_out)
+            return choice
+
+        return _shared(decide, run.ranks)
+
+    def _check_budget(self) -> None:
+        """Refuse a budget too small for any tile now, not after scoring: here the smallest tiles are the best."""
+        sizes = {site.name: tile_elements(site).reciprocal().expand(site.grid) for site in self._sites}
+        choose(self._sites, sizes, self._config.model_copy(update={"normalize": False}), self._total)
 
     # -- about ---------------------------------------------------------------------------------------------------------
 
@@ -232,16 +261,15 @@ class SparseMatrixMethod(Method):
             host_private=scoring + state + moved, payload=own * wire, device=device, down=own * wire, up=own * size
         )
 
-    def _chosen_sites(self) -> list[Site]:
-        assert self.choice is not None
-        names = {tile.name for tile in self.choice.tiles}
+    def _chosen_sites(self, choice: Choice) -> list[Site]:
+        names = {tile.name for tile in choice.tiles}
         return [site for site in self._sites if site.name in names]
 
-    def _make_units(self, run: Run) -> list[BlocksUnit]:
+    def _make_units(self, run: Run, choice: Choice) -> list[BlocksUnit]:
         layer = layer_of(run.model, self._layers)
         group_of = {id(p): index for index, group in enumerate(run.groups) for p in group["params"]}
         sorted_in: dict[tuple[int, int, torch.dtype], list[Site]] = defaultdict(list)
-        for site in self._chosen_sites():
+        for site in self._chosen_sites(choice):
             sorted_in[layer[site.name], group_of.get(id(site.weight), 0), site.weight.dtype].append(site)
         units = []
         for (at, group, dtype), found in sorted(sorted_in.items(), key=lambda item: (item[0][:2], str(item[0][2]))):
@@ -250,7 +278,7 @@ class SparseMatrixMethod(Method):
                     name=f"layer{at}.blocks.g{group}.{str(dtype).removeprefix('torch.')}",
                     layer=at,
                     params=[(site.name, site.weight) for site in found],
-                    matrices=self._matrices(found),
+                    matrices=_matrices(found, choice),
                     modules=[site.module if site.tapped else None for site in found],
                     group=group,
                     ranks=run.ranks,
@@ -262,40 +290,41 @@ class SparseMatrixMethod(Method):
             )
         return units
 
-    def _matrices(self, sites: list[Site]) -> list[Blocks]:
-        assert self.choice is not None
-        tiles: dict[tuple[str, int | None], list[Any]] = defaultdict(list)
-        for tile in self.choice.tiles:
-            tiles[tile.name, tile.expert].append((tile.rows, tile.cols))
-        matrices: list[Blocks] = []
-        offset = 0
-        for index, site in enumerate(sites):
-            for name, expert in [key for key in tiles if key[0] == site.name]:
-                matrices.append(
-                    Blocks(
-                        name=name if expert is None else f"{name}.{expert}",
-                        param=index,
-                        expert=expert,
-                        tiles=tiles[name, expert],
-                        input_first=site.input_first,
-                        features=site.weight.shape[-2 if site.input_first else -1],
-                        offset=offset,
-                        device=site.weight.device,
-                    )
+
+def _matrices(sites: list[Site], choice: Choice) -> list[Blocks]:
+    """Of these sites, one after another in a payload."""
+    tiles: dict[str, dict[int | None, list[Rectangle]]] = defaultdict(lambda: defaultdict(list))
+    for tile in choice.tiles:
+        tiles[tile.name][tile.expert].append((tile.rows, tile.cols))
+    matrices: list[Blocks] = []
+    offset = 0
+    for index, site in enumerate(sites):
+        for expert, rectangles in tiles[site.name].items():
+            matrices.append(
+                Blocks(
+                    name=site.name if expert is None else f"{site.name}.{expert}",
+                    param=index,
+                    expert=expert,
+                    tiles=rectangles,
+                    input_first=site.input_first,
+                    features=site.weight.shape[-2 if site.input_first else -1],
+                    offset=offset,
+                    device=site.weight.device,
                 )
-                offset += matrices[-1].numel
-        return matrices
+            )
+            offset += matrices[-1].numel
+    return matrices
 
 
 def _shared(make: Callable[[], Choice], ranks: Ranks) -> Choice:
-    """What `make` gives on the first rank, on every rank; so is its ValueError."""
+    """What `make` gives on the first rank, on every rank; a fault of it is a ValueError there."""
     if ranks.world == 1:
         return make()
     made: Choice | str | None = None
     if ranks.rank == 0:
         try:
             made = make()
-        except ValueError as fault:
+        except (ValueError, OSError) as fault:
             made = str(fault)
     everyone: list[Any] = [made.to_json() if isinstance(made, Choice) else made]
     dist.broadcast_object_list(

@@ -58,7 +58,7 @@ class Scorer:
         cuts = {cuts for site in sites for cuts in (site.rows, site.cols)}
         edges = {cut: _indicator(cut, device) for cut in cuts}
         self._edges = [(edges[site.rows], edges[site.cols]) for site in sites]
-        self._counts = [_counts(site).to(device) for site in sites]
+        self._counts = [tile_elements(site).to(device) for site in sites]
         self._hooks: list[Any] = []
         for index, site in enumerate(sites):
             if site.tapped:
@@ -77,7 +77,7 @@ class Scorer:
             hook.remove()
         for site in self._sites:
             if site.tapped:
-                untap(site.module)
+                untap(site.module, self)
 
     # -- gradients -----------------------------------------------------------------------------------------------------
 
@@ -238,7 +238,7 @@ def _stripes(site: Site) -> list[tuple[int, int, slice]]:
     return found
 
 
-def _counts(site: Site) -> Tensor:
+def tile_elements(site: Site) -> Tensor:
     """Elements of each tile, [R, C]."""
     rows, cols = (torch.tensor([hi - lo for lo, hi in cuts], dtype=torch.float64) for cuts in (site.rows, site.cols))
     return rows[:, None] * cols[None, :]

@@ -99,11 +99,11 @@ class BlocksUnit(FlatUnit):
     def release(self) -> None:
         """Stop listening; in the delta form the weights take on what was learned, so the model stays what it is."""
         super().release()
-        if self._delta is not None:
-            self._write(self.values())
-        for module in self._modules:
-            if module is not None:
-                untap(module)
+        values = None if self._delta is None else self.values()
+        for index, module in enumerate(self._modules):
+            # not where another engine has taken over, which an engine that is collected late must leave alone
+            if module is not None and untap(module, self) and values is not None:
+                self._write(values, self._of_param[index])
         self._delta = None
 
     def footprint(self) -> Footprint:
@@ -151,7 +151,7 @@ class BlocksUnit(FlatUnit):
         if self._delta is not None:
             self._delta.copy_(reply)
         else:
-            self._write(reply)
+            self._write(reply, self.matrices)
 
     # -- values --------------------------------------------------------------------------------------------------------
 
@@ -162,8 +162,8 @@ class BlocksUnit(FlatUnit):
         whole = torch.cat(parts)
         return whole if self._delta is None else whole.float().add_(self._delta).to(self._dtype)
 
-    def _write(self, flat: Tensor) -> None:
-        for blocks in self.matrices:
+    def _write(self, flat: Tensor, matrices: list[Blocks]) -> None:
+        for blocks in matrices:
             blocks.write(self._matrix(blocks), blocks.part(flat))
 
     def _matrix(self, blocks: Blocks) -> Tensor:

@@ -122,7 +122,7 @@ class SubspaceUnit(FlatUnit):
         super().release()
         for module in self._modules:
             if module is not None:
-                untap(module)
+                untap(module, self)
 
     def footprint(self) -> Footprint:
         plain = super().footprint()
