@@ -83,8 +83,11 @@ def figures(trainer: Trainer, task: Task, before: float | None, after: float | N
 
 
 def trainable_parameters(model: PreTrainedModel, stats: dict[str, Any]) -> int:
-    """Parameters with a gradient (whole, even where ZeRO-3 holds a part) and adapter rows outside the model."""
+    """Parameters with a gradient (whole, even where ZeRO-3 holds a part) and adapter rows outside the model; of
+    matrices that have tiles only these."""
     inside = sum(int(getattr(p, "ds_numel", p.numel())) for p in model.parameters() if p.requires_grad)
+    tiles = stats.get("sparse_matrix", {"parameters": 0, "matrix_parameters": 0})
+    inside += tiles["parameters"] - tiles["matrix_parameters"]
     return inside + int(stats.get("rows_total", 0)) * 2 * int(model.config.hidden_size)
 
 

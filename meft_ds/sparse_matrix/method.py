@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -220,6 +221,8 @@ class SparseMatrixMethod(Method):
         stats: dict[str, Any] = {
             "device_bytes": sum(unit.footprint().device for unit in units),
             "parameters": sum(unit.numel for unit in units),
+            # those matrices require grad as a whole, so who counts what trains must know how much is in them
+            "matrix_parameters": 0 if self.choice is None else sum(map(math.prod, self.choice.shapes.values())),
             "tiles": 0 if self.choice is None else len(self.choice.tiles),
             "state_bytes": sum(unit.state_bytes for unit in units),
             "gradient_bytes": sum(4 * unit.numel for unit in units),
