@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from meft_ds.offload.flat import FlatUnit
 from meft_ds.offload.host_adam import FlatAdam
 from meft_ds.offload.partition import Ranks
+from meft_ds.offload.weights import WHOLE, Weights, numel_of
 from meft_ds.offload.wire import AdamHyper
 
 
@@ -20,7 +21,7 @@ class DenseUnit(FlatUnit):
     """All trainable tensors of one layer, one dtype and one parameter group, flattened one after another.
 
     Args:
-        name, layer, params, group, ranks: as in `FlatUnit`.
+        name, layer, params, group, ranks, weights, device: as in `FlatUnit`.
         moments_dtype: float32 or bfloat16.
     """
 
@@ -35,8 +36,10 @@ class DenseUnit(FlatUnit):
         group: int,
         ranks: Ranks,
         moments_dtype: torch.dtype,
+        weights: Weights = WHOLE,
+        device: torch.device | None = None,
     ) -> None:
-        sizes = [p.numel() for _, p in params]
+        sizes = [numel_of(p) for _, p in params]
         super().__init__(
             name=name,
             layer=layer,
@@ -46,6 +49,8 @@ class DenseUnit(FlatUnit):
             numel=sum(sizes),
             wire_dtype=torch.float32,
             state_bytes=4 + 2 * moments_dtype.itemsize,
+            weights=weights,
+            device=device,
         )
         self._moments_dtype = moments_dtype
         self._offsets = [sum(sizes[:index]) for index in range(len(sizes))]
@@ -54,8 +59,7 @@ class DenseUnit(FlatUnit):
     def allocate(self) -> None:
         """Also take master and moments; the master starts as the parameters are now."""
         super().allocate()
-        flat = torch.cat([p.detach().reshape(-1) for _, p in self.params])
-        own = flat[self._lo : self._hi].cpu()
+        own = torch.cat([self._own_part(p, offset) for (_, p), offset in zip(self.params, self._offsets, strict=True)])
         self._adam = FlatAdam(own.float().clone(), self._reply, self._moments_dtype)
         self._reply.copy_(own)
 
@@ -69,8 +73,13 @@ class DenseUnit(FlatUnit):
 
     def change(self, reply: Tensor) -> None:
         for (_, p), offset in zip(self.params, self._offsets, strict=True):
-            # not p.data: a forward that read the old weights and has yet to run backward must fail, not be wrong
-            p.copy_(reply[offset : offset + p.numel()].view_as(p))
+            self.weights.write(p, reply[offset : offset + numel_of(p)])
+
+    def _own_part(self, p: nn.Parameter, offset: int) -> Tensor:
+        """What this rank owns of a parameter, as it is now, on the host."""
+        lo, hi = (min(max(edge - offset, 0), numel_of(p)) for edge in (self._lo, self._hi))
+        with self.weights.whole([p]):
+            return p.detach().reshape(-1)[lo:hi].cpu()
 
     def state_tensors(self) -> dict[str, Tensor]:
         assert self._adam is not None

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from meft_ds import ops
 from meft_ds.offload.bus import Bus
 from meft_ds.offload.partition import Ranks, owned_range
+from meft_ds.offload.weights import WHOLE, Weights
 from meft_ds.offload.wire import AdamHyper, Footprint, Unit
 
 
@@ -33,6 +34,8 @@ class FlatUnit(Unit):
         numel: length of the vector.
         wire_dtype: dtype of the payload on the bus.
         state_bytes: bytes of state per element.
+        weights: how to get at the parameters.
+        device: where the model computes; default: where the parameters are.
         on_device: keep the state where the model is and update it there; then nothing uses the bus.
     """
 
@@ -48,13 +51,16 @@ class FlatUnit(Unit):
         wire_dtype: torch.dtype,
         state_bytes: int,
         on_device: bool = False,
+        weights: Weights = WHOLE,
+        device: torch.device | None = None,
     ) -> None:
         self.name, self.layer, self.group, self._ranks = name, layer, group, ranks
         self.on_device = on_device
         self.params, self.numel = params, numel
         self._wire_dtype, self._state_bytes = wire_dtype, state_bytes
         self._lo, self._hi = owned_range(numel, ranks)
-        self._dtype, self._device = params[0][1].dtype, params[0][1].device
+        self.weights = weights
+        self._dtype, self._device = params[0][1].dtype, params[0][1].device if device is None else device
         self._on_host = self._device.type == "cpu"
         self._payload: Tensor | None = None
         self._host_payload: Tensor | None = None
@@ -80,7 +86,8 @@ class FlatUnit(Unit):
                 self._reply = self._replies[-1][: self._hi - self._lo]
         self._await_all()
         for index, (_, p) in enumerate(self.params):
-            self._hooks.append(p.register_post_accumulate_grad_hook(_Taker(self, index)))
+            if p.requires_grad:  # not the weight of a layer that is tapped by an anchor
+                self._hooks.append(p.register_post_accumulate_grad_hook(_Taker(self, index)))
 
     def release(self) -> None:
         """Stop collecting gradients."""

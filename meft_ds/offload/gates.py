@@ -36,7 +36,10 @@ def install(model: nn.Module, units: Sequence[FlatUnit], pipeline: Pipeline) -> 
         model.register_forward_hook(_Close(gates), always_call=True),
         model.register_state_dict_pre_hook(_Flush(gates)),
     ]
-    handles += [module.register_forward_pre_hook(_Pass(gates, found)) for module, found in guarded.items()]
+    # first, because under ZeRO-3 a hook of DeepSpeed's gathers what the gate may still change
+    handles += [
+        module.register_forward_pre_hook(_Pass(gates, found), prepend=True) for module, found in guarded.items()
+    ]
     return handles
 
 

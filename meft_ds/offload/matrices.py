@@ -8,6 +8,8 @@ from collections.abc import Iterator
 
 from torch import nn
 
+from meft_ds.offload.weights import shape_of
+
 
 def weights(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, nn.Parameter]]:
     """(module name, module, key, weight) of linear layers [m, n] and of expert tensors [experts, m, n]."""
@@ -18,7 +20,7 @@ def weights(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, nn.Paramete
             yield name, module, "weight", module.weight  # type: ignore[misc]
         elif not isinstance(module, nn.modules.conv._ConvNd):
             for key, p in module._parameters.items():
-                if p is not None and p.dim() == 3 and min(p.shape[-2:]) > 1:
+                if p is not None and len(shape_of(p)) == 3 and min(shape_of(p)[-2:]) > 1:
                     yield name, module, key, p  # type: ignore[misc]
 
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from meft_ds.offload.arena import Specs
 from meft_ds.offload.bus import Bus
 from meft_ds.offload.partition import Ranks
+from meft_ds.offload.weights import WHOLE, Weights
 from meft_ds.offload.wire import Footprint, Unit
 
 
@@ -25,8 +26,8 @@ from meft_ds.offload.wire import Footprint, Unit
 class Run:
     """What the engine has settled on.
 
-    `groups` are the optimizer's parameter groups; `dtype` is the compute dtype, `grad_dtype` that of a method's
-    gradients on the bus.
+    `weights` is how the model's parameters are read and written; `groups` are the optimizer's parameter groups; `dtype`
+    is the compute dtype, `grad_dtype` that of a method's gradients on the bus.
     """
 
     model: nn.Module
@@ -36,6 +37,7 @@ class Run:
     dtype: torch.dtype
     moments_dtype: torch.dtype
     grad_dtype: torch.dtype
+    weights: Weights = WHOLE
 
 
 class Method(ABC):

@@ -26,13 +26,16 @@ class Receiver(Protocol):
         """
 
 
-def tap(module: nn.Module, receiver: Receiver, index: int, keep: Tensor | None = None) -> None:
+def tap(
+    module: nn.Module, receiver: Receiver, index: int, keep: Tensor | None = None, anchor: Tensor | None = None
+) -> None:
     """Make an nn.Linear or Conv1D hand its activations to `receiver`, which is held weakly.
 
     `keep`: int64 [kept], input features that the receiver wants; None for all. Only a copy of them lives on until
-    backward, a view would hold the whole input.
+    backward, a view would hold the whole input. `anchor`: a tensor that requires grad, in the place of a weight that
+    must not, because its storage is swapped between forward and backward (ZeRO-3).
     """
-    module.forward = Tapped(module, weakref.ref(receiver), index, keep)  # type: ignore[assignment]
+    module.forward = Tapped(module, weakref.ref(receiver), index, keep, anchor)  # type: ignore[assignment]
 
 
 def untap(module: nn.Module, receiver: Receiver | None = None) -> bool:
@@ -55,8 +58,15 @@ def can_tap(module: nn.Module) -> bool:
 class Tapped:
     """A module's forward. Copies of the module (deepcopy, pickle) get one that hands nothing over."""
 
-    def __init__(self, module: nn.Module, find: Any = None, index: int = 0, keep: Tensor | None = None) -> None:
-        self.module, self.find, self.index, self.keep = module, find, index, keep
+    def __init__(
+        self,
+        module: nn.Module,
+        find: Any = None,
+        index: int = 0,
+        keep: Tensor | None = None,
+        anchor: Tensor | None = None,
+    ) -> None:
+        self.module, self.find, self.index, self.keep, self.anchor = module, find, index, keep, anchor
 
     def __call__(self, *args: Tensor, **kwargs: Tensor) -> Tensor:
         (x,) = (*args, *kwargs.values())  # by whatever name
@@ -64,13 +74,16 @@ class Tapped:
         receiver = None if self.find is None else self.find()
         weight = module.weight
         assert isinstance(weight, Tensor)
-        if receiver is None or not (torch.is_grad_enabled() and weight.requires_grad):
+        trains = weight.requires_grad or self.anchor is not None
+        if receiver is None or not (torch.is_grad_enabled() and trains):
             return self.plain(receiver, x)
+        if self.anchor is None:
+            weight = weight.detach()
         if isinstance(module, nn.Linear):
-            return self.product(receiver, F.linear(x, weight.detach(), module.bias), x)
+            return self.product(receiver, F.linear(x, weight, module.bias), x)
         bias = module.bias
         assert isinstance(bias, Tensor)
-        flat = torch.addmm(bias, x.reshape(-1, x.shape[-1]), weight.detach())
+        flat = torch.addmm(bias, x.reshape(-1, x.shape[-1]), weight)
         return self.product(receiver, flat, x).view(*x.shape[:-1], weight.shape[1])
 
     def plain(self, receiver: Receiver | None, x: Tensor) -> Tensor:
@@ -79,7 +92,8 @@ class Tapped:
 
     def product(self, receiver: Receiver, y: Tensor, x: Tensor) -> Tensor:
         """The module's output, made of y [..., out] (or [tokens, out]), the product of x with the weight as it is."""
-        return _Tap.apply(y, x, self.module.weight, receiver, self.index, self.keep)
+        anchor = self.module.weight if self.anchor is None else self.anchor
+        return _Tap.apply(y, x, anchor, receiver, self.index, self.keep)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Tapped:
         return Tapped(copy.deepcopy(self.module, memo))
@@ -89,11 +103,11 @@ class Tapped:
 
 
 class _Tap(torch.autograd.Function):
-    """Identity on y. `weight` is an input so that the output needs a gradient whenever the weight trains."""
+    """Identity on y. `anchor` is an input so that the output needs a gradient whenever the weight trains."""
 
     @staticmethod
     def forward(
-        ctx: Any, y: Tensor, x: Tensor, weight: Tensor, receiver: Receiver, index: int, keep: Tensor | None
+        ctx: Any, y: Tensor, x: Tensor, anchor: Tensor, receiver: Receiver, index: int, keep: Tensor | None
     ) -> Tensor:
         ctx.mark_dirty(y)  # the same tensor, not a view of it: what follows may change it in place
         ctx.save_for_backward(x if keep is None else x.index_select(-1, keep))

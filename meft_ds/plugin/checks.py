@@ -28,14 +28,18 @@ def conflicts(ds_config: Mapping[str, Any]) -> list[str]:
     faults = []
     zero = ds_config.get("zero_optimization") or {}
     stage = zero.get("stage", 0)
-    if stage not in (0, 1, 2):
-        faults.append(
-            f"zero_optimization.stage: {stage} is not supported with meft_offload yet (expected 0, 1 or 2; base "
-            "weights stay whole on each rank); set it to 2"
-        )
-    for key in ("zenflow", "offload_param"):
+    if stage not in (0, 1, 2, 3):
+        faults.append(f"zero_optimization.stage: expected 0, 1, 2 or 3, got {stage!r}")
+    for key in ("zenflow", "zero_quantized_weights", "zero_quantized_nontrainable_weights"):
         if _is_on(zero.get(key)):
             faults.append(f"zero_optimization.{key}: does not go with meft_offload; remove it")
+    if stage == 3 and zero.get("zero_hpz_partition_size", 1) > 1:
+        faults.append("zero_optimization.zero_hpz_partition_size: does not go with meft_offload; set it to 1")
+    offload = zero.get("offload_param")
+    if _is_on(offload) and stage != 3:
+        faults.append("zero_optimization.offload_param: works with stage 3 only; remove it or set stage to 3")
+    elif offload and offload.get("device") == "nvme":
+        faults.append('zero_optimization.offload_param.device: "nvme" does not go with meft_offload; use "cpu"')
     for key in ("hybrid_engine", "amp", "compression_training", "sparse_gradients"):
         if _is_on(ds_config.get(key)):
             faults.append(f"{key}: does not go with meft_offload; remove it")

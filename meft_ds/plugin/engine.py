@@ -7,8 +7,10 @@ the same thing here: partitioning of the little state that is left is the pipeli
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import weakref
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +24,13 @@ from meft_ds.config import BLOCK, MeftConfig, parse_config
 from meft_ds.monitor import WindowMonitor
 from meft_ds.offload.at_exit import call_at_exit
 from meft_ds.offload.bus import Bus
+from meft_ds.offload.flat import FlatUnit
 from meft_ds.offload.method import Method, Run
 from meft_ds.offload.trace import Trace
+from meft_ds.offload.weights import WHOLE, Weights
 from meft_ds.offload.window import StepResult
 from meft_ds.offload.wire import Unit
-from meft_ds.plugin import checkpoint, checks, export, methods, setup
+from meft_ds.plugin import checkpoint, checks, export, methods, setup, zero3
 from meft_ds.plugin.optimizer import MeftOptimizer, adamw_from_config, check_client_optimizer
 from meft_ds.plugin.stats import Stats
 
@@ -52,6 +56,9 @@ class MeftEngine(DeepSpeedEngine):
             raise ValueError(
                 "meft_offload does not go with model parallelism (mpu); call deepspeed.initialize without it"
             )
+        self._meft_stage3 = (ds_config.get("zero_optimization") or {}).get("stage") == 3
+        self._meft_stage = 0
+        self._meft_whole: dict[str, torch.Tensor] | None = None
         super().__init__(*args, **kwargs)
         if self.optimizer is None:
             raise ValueError(
@@ -67,7 +74,11 @@ class MeftEngine(DeepSpeedEngine):
 
     def zero_optimization_stage(self) -> int:
         """As above: no ZeRO path of the engine may wait for a ZeRO optimizer."""
-        return 0
+        return self._meft_stage
+
+    def zero_optimization_partition_weights(self) -> bool:
+        """Stage 3 partitions parameters as ever. Only checkpoints are as in the other stages: whole, and so of any."""
+        return self._meft_stage3 and self._meft_whole is None
 
     def _configure_distributed_model(self, model: nn.Module) -> None:
         """Adapters must be in the model before DeepSpeed casts, moves and broadcasts it."""
@@ -87,6 +98,9 @@ class MeftEngine(DeepSpeedEngine):
             made = client_optimizer if hasattr(client_optimizer, "param_groups") else client_optimizer(model_parameters)
             check_client_optimizer(made)
             self.basic_optimizer = made
+        weights = WHOLE
+        if self._meft_stage3:
+            weights = self._partition(self.device)
         ranks = setup.single_node_ranks(self.seq_data_parallel_group, self.seq_dp_world_size, self.device)
         bus = Bus(torch.device(self.device))
         config = self._meft_config
@@ -98,6 +112,7 @@ class MeftEngine(DeepSpeedEngine):
             dtype=self._compute_dtype(),
             moments_dtype=setup.DTYPES[config.moments_dtype],
             grad_dtype=setup.grad_dtype(config, self._compute_dtype()),
+            weights=weights,
         )
         claimed = {p for method in self._meft_methods for p in method.claim(run)}
         units, plan = setup.build_units(run, self._meft_methods, config, claimed)
@@ -110,7 +125,7 @@ class MeftEngine(DeepSpeedEngine):
             settings=lambda: _alive(engine).optimizer.settings(),
             closes_window=lambda: _alive(engine)._closes_window(),
         )
-        self._meft_gates = setup.install_gates(self.module, pipeline)
+        self._meft_gates = setup.install_gates(self.module, pipeline, weights)
         self.optimizer = MeftOptimizer(
             self.basic_optimizer,
             pipeline,
@@ -162,13 +177,14 @@ class MeftEngine(DeepSpeedEngine):
         """DeepSpeed's checkpoint plus ours; `latest` is written when both are complete."""
         tag = f"global_step{self.global_steps}" if tag is None else str(tag)
         self.meft_flush()
-        super().save_checkpoint(
-            save_dir,
-            tag=tag,
-            client_state=client_state or {},
-            save_latest=False,
-            exclude_frozen_parameters=exclude_frozen_parameters,
-        )
+        with self._as_whole(read=True):
+            super().save_checkpoint(
+                save_dir,
+                tag=tag,
+                client_state=client_state or {},
+                save_latest=False,
+                exclude_frozen_parameters=exclude_frozen_parameters,
+            )
         ranks = self._meft_run.ranks
         checkpoint.save(
             Path(save_dir) / tag / checkpoint.FOLDER,
@@ -208,15 +224,16 @@ class MeftEngine(DeepSpeedEngine):
         )
         moments = load_optimizer_states and not load_module_only
         self._load_methods(folder, manifest, moments=moments)
-        path, client_state = super().load_checkpoint(
-            load_dir,
-            tag=tag,
-            load_module_strict=load_module_strict,
-            load_optimizer_states=load_optimizer_states,
-            load_lr_scheduler_states=load_lr_scheduler_states,
-            load_module_only=load_module_only,
-            custom_load_fn=custom_load_fn,
-        )
+        with self._as_whole():
+            path, client_state = super().load_checkpoint(
+                load_dir,
+                tag=tag,
+                load_module_strict=load_module_strict,
+                load_optimizer_states=load_optimizer_states,
+                load_lr_scheduler_states=load_lr_scheduler_states,
+                load_module_only=load_module_only,
+                custom_load_fn=custom_load_fn,
+            )
         if path is not None:
             self.optimizer.pipeline.give_up_window()
             checkpoint.load(folder, manifest, self.optimizer.pipeline.units, moments=moments)
@@ -225,6 +242,26 @@ class MeftEngine(DeepSpeedEngine):
                 self.optimizer.load_counters(manifest["counters"])
             self._open_meft_window()  # the loss scale may be another one now
         return path, client_state
+
+    def _configure_checkpointing(self) -> None:
+        """Who writes is decided as in the other stages."""
+        with self._as_whole():
+            super()._configure_checkpointing()
+
+    def module_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """In a checkpoint of stage 3: the whole weights, gathered before."""
+        if not self._meft_stage3 or not self._meft_whole:
+            return super().module_state_dict(*args, **kwargs)
+        frozen = {n for n, p in self.module.named_parameters(remove_duplicate=False) if not self._trains(p)}
+        left_out = frozen if kwargs.get("exclude_frozen_parameters") else set()
+        return {name: t for name, t in self._meft_whole.items() if name not in left_out}
+
+    def load_module_state_dict(self, checkpoint: Any, strict: bool = True, *args: Any, **kwargs: Any) -> None:
+        """In stage 3 every rank takes its slices from the whole weights of the file, and nothing is gathered."""
+        if not self._meft_stage3 or kwargs.get("custom_load_fn") is not None:
+            super().load_module_state_dict(checkpoint, strict, *args, **kwargs)
+            return
+        zero3.load_consolidated(self.module, checkpoint["module"], self._meft_run.weights, strict=strict)
 
     # -- for users ---------------------------------------------------------------------------------------------------
 
@@ -242,13 +279,40 @@ class MeftEngine(DeepSpeedEngine):
 
     # -- helpers -----------------------------------------------------------------------------------------------------
 
+    def _partition(self, device: Any) -> Weights:
+        """DeepSpeed's own hooks that gather and partition parameters, without its optimizer."""
+        self._meft_stage = 3
+        try:
+            self._meft_zero3 = super()._configure_zero_optimizer(optimizer=None)
+        finally:
+            self._meft_stage = 0
+        return zero3.PartitionedWeights(torch.device(device), self.seq_data_parallel_group)
+
+    @contextlib.contextmanager
+    def _as_whole(self, *, read: bool = False) -> Iterator[None]:
+        """Inside, stage 3 passes for one with whole weights; `read`: gather them, on the first rank. Collective."""
+        before = self._meft_whole
+        self._meft_whole = (zero3.consolidated(self.module) or {}) if self._meft_stage3 and read else {}
+        try:
+            yield
+        finally:
+            self._meft_whole = before
+
+    def _trains(self, p: nn.Parameter) -> bool:
+        return p.requires_grad or any(
+            p is q for unit in self.optimizer.pipeline.units if isinstance(unit, FlatUnit) for _, q in unit.params
+        )
+
     def _closes_window(self) -> bool:
         if any(method.observing for method in self._meft_methods):
             return False  # nothing of a watched window is sent
         return not self.inside_no_sync_ctxt and self.is_gradient_accumulation_boundary()
 
     def _observed_window(self) -> bool | None:
-        """None when no method watches; else whether the window that ends counts."""
+        """None when no method watches; else whether the window that ends counts. The first thing in a step."""
+        if self._meft_stage3:
+            # modules whose backward did not end in a hook still hold theirs, and slices are about to change
+            self._meft_zero3.partition_all_parameters()
         watching = [method for method in self._meft_methods if method.observing]
         return None if not watching else all([method.end_observed_window() for method in watching])
 
@@ -274,7 +338,7 @@ class MeftEngine(DeepSpeedEngine):
         pipeline.admit(units)
         for handle in self._meft_gates:
             handle.remove()
-        self._meft_gates = setup.install_gates(self.module, pipeline)
+        self._meft_gates = setup.install_gates(self.module, pipeline, self._meft_run.weights)
 
     def _announce(self, method: Method) -> None:
         if self.global_rank == 0:
@@ -296,6 +360,8 @@ class MeftEngine(DeepSpeedEngine):
     def _at_meft_end(self) -> None:
         for method in self._meft_methods:
             method.release()
+        if self._meft_stage3:
+            self._meft_zero3.destroy()
         if self._meft_trace is not None:
             self._meft_trace.close()
         try:

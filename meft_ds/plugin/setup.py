@@ -29,8 +29,10 @@ from meft_ds.offload.partition import LaneRanks, Ranks, all_reduce_sum
 from meft_ds.offload.pipeline import Pipeline
 from meft_ds.offload.threads import HostThreads, host_threads
 from meft_ds.offload.threads import enter as enter_threads
+from meft_ds.offload.weights import Weights
 from meft_ds.offload.window import StepSettings
 from meft_ds.offload.wire import Footprint, Unit
+from meft_ds.plugin.zero3 import guard_gathers
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -111,7 +113,16 @@ def dense_units(run: Run, layers: int, elsewhere: set[int]) -> list[DenseUnit]:
     for (at, group, dtype), params in sorted(sorted_in.items(), key=lambda item: (item[0][:2], str(item[0][2]))):
         name = f"layer{at}.dense.g{group}.{str(dtype).removeprefix('torch.')}"
         units.append(
-            DenseUnit(name=name, layer=at, params=params, group=group, ranks=run.ranks, moments_dtype=run.moments_dtype)
+            DenseUnit(
+                name=name,
+                layer=at,
+                params=params,
+                group=group,
+                ranks=run.ranks,
+                moments_dtype=run.moments_dtype,
+                weights=run.weights,
+                device=run.bus.device,
+            )
         )
     return units
 
@@ -197,9 +208,11 @@ def pipeline(
     )
 
 
-def install_gates(model: nn.Module, pipe: Pipeline) -> list[Any]:
+def install_gates(model: nn.Module, pipe: Pipeline, weights: Weights) -> list[Any]:
     """Let no forward read what is being updated; returns the hooks' handles."""
-    return gates.install(model, [unit for unit in pipe.units if isinstance(unit, FlatUnit)], pipe)
+    units = [unit for unit in pipe.units if isinstance(unit, FlatUnit)]
+    guards = guard_gathers(model, units, pipe) if weights.partitioned else []
+    return [*guards, *gates.install(model, units, pipe)]
 
 
 def grad_dtype(config: MeftConfig, compute: torch.dtype) -> torch.dtype:

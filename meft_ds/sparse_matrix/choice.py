@@ -142,8 +142,8 @@ def check_choice(choice: Choice, sites: Sequence[Site]) -> None:
         site = by_name.get(name)
         if site is None:
             faults.append(f"{name}: this model has no such weight that may have tiles")
-        elif tuple(site.weight.shape) != shape:
-            faults.append(f"{name}: shape {shape}, but it is {tuple(site.weight.shape)} here")
+        elif tuple(site.shape) != shape:
+            faults.append(f"{name}: shape {shape}, but it is {tuple(site.shape)} here")
         else:
             for tile in of_weight[name]:
                 fault = _misfit(tile, site)
@@ -188,7 +188,7 @@ def overlapping(tiles: Sequence[tuple[Range, Range]]) -> list[int]:
 
 def _misfit(tile: Tile, site: Site) -> str:
     """Why a tile cannot be one of the site's; "" if it can."""
-    if fault := misplaced(site.weight.shape, tile.expert, tile.rows, tile.cols):
+    if fault := misplaced(site.shape, tile.expert, tile.rows, tile.cols):
         return fault
     low, high = tile.cols if site.input_first else tile.rows
     cuts = site.cols if site.input_first else site.rows

@@ -6,10 +6,12 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
 from meft_ds.offload.matrices import Sharing, output_embeddings, weights
 from meft_ds.offload.taps import can_tap
+from meft_ds.offload.weights import numel_of, shape_of
 from meft_ds.sparse_matrix.config import SparseMatrixConfig
 from meft_ds.sparse_matrix.segments import input_first, names_of_parts, parts_of
 
@@ -43,9 +45,14 @@ class Site:
     layer: int | None
 
     @property
+    def shape(self) -> torch.Size:
+        """Of the weight, also where it is partitioned."""
+        return shape_of(self.weight)
+
+    @property
     def experts(self) -> int:
         """Matrices in the weight."""
-        return self.weight.shape[0] if self.weight.dim() == 3 else 1
+        return self.shape[0] if len(self.shape) == 3 else 1
 
     @property
     def grid(self) -> tuple[int, int, int]:
@@ -74,7 +81,7 @@ def find_sites(model: nn.Module, config: SparseMatrixConfig) -> tuple[list[Site]
     for name, module, key, weight in weights(model):
         full = f"{name}.{key}" if name else key
         candidates.append(name)
-        given = config.segments_of(name if weight.dim() == 2 else full)
+        given = config.segments_of(name if len(shape_of(weight)) == 2 else full)
         if given is not None:
             unused_segments.discard(given[0])
         if patterns is not None:
@@ -108,8 +115,10 @@ def find_sites(model: nn.Module, config: SparseMatrixConfig) -> tuple[list[Site]
 def elements_of_2d_weights(model: nn.Module) -> int:
     """Elements of all matrices of the model, which `density` is a fraction of: embeddings, head and expert tensors
     too, tied ones once."""
-    matrices = {id(p): p.numel() for n, p in model.named_parameters() if p.dim() == 2 and not n.endswith("bias")}
-    matrices.update((id(weight), weight.numel()) for _, _, _, weight in weights(model))
+    matrices = {
+        id(p): numel_of(p) for n, p in model.named_parameters() if len(shape_of(p)) == 2 and not n.endswith("bias")
+    }
+    matrices.update((id(weight), numel_of(weight)) for _, _, _, weight in weights(model))
     return sum(matrices.values())
 
 
@@ -124,14 +133,15 @@ def _cut(
 ) -> tuple[Site, str]:
     """The weight's site, and what is not known about its parts."""
     full = f"{name}.{key}" if name else key
-    linear = weight.dim() == 2
+    shape = shape_of(weight)
+    linear = len(shape) == 2
     above, _, last = name.rpartition(".")
     if linear:
         holder, first, own = model.get_submodule(above), not isinstance(module, nn.Linear), name
     else:
-        first = input_first(model, module, last if key == "weight" else key, tuple(weight.shape))
+        first = input_first(model, module, last if key == "weight" else key, tuple(shape))
         holder, own = module, full.removesuffix(".weight")
-    inputs, out = weight.shape[-2:] if first else reversed(weight.shape[-2:])
+    inputs, out = shape[-2:] if first else reversed(shape[-2:])
     if given is None:
         parts, unknown = parts_of(model, own, holder, out, inputs)
     else:

@@ -14,13 +14,15 @@ from meft_ds.offload.taps import Receiver, Tapped
 from meft_ds.sparse_matrix.blocks import Blocks
 
 
-def correct(module: nn.Module, receiver: Receiver, index: int, blocks: Blocks, delta: Tensor) -> None:
+def correct(
+    module: nn.Module, receiver: Receiver, index: int, blocks: Blocks, delta: Tensor, anchor: Tensor | None = None
+) -> None:
     """Make an nn.Linear or Conv1D add its tiles' product and hand its activations to `receiver` (held weakly).
 
     delta: flat [blocks.numel] in the weight's dtype, live: it may change between forward and the next forward.
     """
     module.forward = Corrected(  # type: ignore[assignment]
-        module, weakref.ref(receiver), index, blocks.keep, blocks=blocks, delta=delta
+        module, weakref.ref(receiver), index, blocks.keep, anchor, blocks=blocks, delta=delta
     )
 
 
@@ -33,11 +35,12 @@ class Corrected(Tapped):
         find: Any = None,
         index: int = 0,
         keep: Tensor | None = None,
+        anchor: Tensor | None = None,
         *,
         blocks: Blocks,
         delta: Tensor,
     ) -> None:
-        super().__init__(module, find, index, keep)
+        super().__init__(module, find, index, keep, anchor)
         self.blocks, self.delta = blocks, delta
 
     def plain(self, receiver: Receiver | None, x: Tensor) -> Tensor:

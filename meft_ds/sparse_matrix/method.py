@@ -26,7 +26,7 @@ from meft_ds.sparse_matrix.config import SparseMatrixConfig
 from meft_ds.sparse_matrix.discover import Site, elements_of_2d_weights, find_sites
 from meft_ds.sparse_matrix.score import Scorer, tile_elements
 from meft_ds.sparse_matrix.select import choose, most_elements, weight_scores
-from meft_ds.sparse_matrix.unit import BlocksUnit
+from meft_ds.sparse_matrix.unit import BlocksUnit, Form
 
 _logger = logging.getLogger("meft_ds")
 
@@ -51,6 +51,7 @@ class SparseMatrixMethod(Method):
         self._scorer: Scorer | None = None
         self._on_device = False
         self._trainable: list[nn.Parameter] = []
+        self._form: Form = "delta" if config.form == "delta" else "value"
         self.choice: Choice | None = None
 
     def prepare(self, model: nn.Module) -> None:
@@ -70,6 +71,7 @@ class SparseMatrixMethod(Method):
     def claim(self, run: Run) -> set[int]:
         # weights that "train" names train whole
         self._sites = [site for site in self._sites if not site.weight.requires_grad]
+        self._form = self._form_for(run)
         if self._form == "delta":
             self._sites = [site for site in self._sites if site.tapped]
         if not self._sites:
@@ -83,12 +85,14 @@ class SparseMatrixMethod(Method):
             self.choice = _shared(lambda: Choice.load(str(config.choice_file)), run.ranks)
             check_choice(self.choice, self._sites)
         elif config.windows == 0:
-            self.choice = self._decide(run, lambda: weight_scores(self._sites, config))
+            # on every rank, although one decides: reading partitioned weights takes all
+            scores = weight_scores(self._sites, config, run.weights)
+            self.choice = self._decide(run, lambda: scores)
         else:
             self._check_budget()
         sites = self._sites if self.choice is None else self._chosen_sites(self.choice)
         for site in sites:
-            site.weight.requires_grad_(True)
+            site.weight.requires_grad_(run.weights.anchor is None)
         self._on_device = state_on_device(config.state_device, run.bus.device, self._state_bytes(run))
         if self.choice is not None:
             self._units = self._make_units(run, self.choice)
@@ -101,7 +105,7 @@ class SparseMatrixMethod(Method):
 
     def build(self, run: Run, memory: Mapping[str, Tensor]) -> list[Unit]:
         if self.choice is None:
-            self._scorer = Scorer(self._sites, self._config.score, run.ranks, run.bus.device)
+            self._scorer = Scorer(self._sites, self._config.score, run.ranks, run.bus.device, run.weights.anchor)
         for unit in self._units:
             unit.allocate()
         return list(self._units)
@@ -168,7 +172,7 @@ class SparseMatrixMethod(Method):
         self._scorer, self.choice = None, choice
         chosen = {id(site.weight) for site in self._chosen_sites(choice)}
         for site in self._sites:
-            site.weight.requires_grad_(id(site.weight) in chosen)
+            site.weight.requires_grad_(id(site.weight) in chosen and run.weights.anchor is None)
         self._units = self._make_units(run, choice)
         for unit in self._units:
             unit.allocate()
@@ -232,9 +236,16 @@ class SparseMatrixMethod(Method):
 
     # -- units ---------------------------------------------------------------------------------------------------------
 
-    @property
-    def _form(self) -> str:
-        return "value" if self._config.form == "auto" else self._config.form
+    def _form_for(self, run: Run) -> Form:
+        form = self._config.form
+        if run.weights.partitioned and form == "value":
+            raise ValueError(
+                'sparse_matrix.form: "value" writes tiles into whole weights, which ZeRO-3 does not have; use "delta" '
+                'or "auto"'
+            )
+        if form == "auto":
+            return "delta" if run.weights.partitioned else "value"
+        return form
 
     @property
     def _budget(self) -> int:
@@ -281,20 +292,22 @@ class SparseMatrixMethod(Method):
                     name=f"layer{at}.blocks.g{group}.{str(dtype).removeprefix('torch.')}",
                     layer=at,
                     params=[(site.name, site.weight) for site in found],
-                    matrices=_matrices(found, choice),
+                    matrices=_matrices(found, choice, run.bus.device),
                     modules=[site.module if site.tapped else None for site in found],
                     group=group,
                     ranks=run.ranks,
                     wire_dtype=run.grad_dtype,
                     moments_dtype=run.moments_dtype,
                     on_device=self._on_device,
-                    form="value" if self._form == "value" else "delta",
+                    form=self._form,
+                    weights=run.weights,
+                    device=run.bus.device,
                 )
             )
         return units
 
 
-def _matrices(sites: list[Site], choice: Choice) -> list[Blocks]:
+def _matrices(sites: list[Site], choice: Choice, device: torch.device) -> list[Blocks]:
     """Of these sites, one after another in a payload."""
     tiles: dict[str, dict[int | None, list[Rectangle]]] = defaultdict(lambda: defaultdict(list))
     for tile in choice.tiles:
@@ -310,9 +323,9 @@ def _matrices(sites: list[Site], choice: Choice) -> list[Blocks]:
                     expert=expert,
                     tiles=rectangles,
                     input_first=site.input_first,
-                    features=site.weight.shape[-2 if site.input_first else -1],
+                    features=site.shape[-2 if site.input_first else -1],
                     offset=offset,
-                    device=site.weight.device,
+                    device=device,
                 )
             )
             offset += matrices[-1].numel

@@ -40,19 +40,22 @@ class Scorer:
         kind: see the module's docstring.
         ranks: whose scores are summed.
         device: of the model.
+        anchor: see `meft_ds.offload.taps.tap`.
 
     Attributes:
         windows: those that counted.
     """
 
-    def __init__(self, sites: Sequence[Site], kind: str, ranks: Ranks, device: torch.device) -> None:
+    def __init__(
+        self, sites: Sequence[Site], kind: str, ranks: Ranks, device: torch.device, anchor: Tensor | None = None
+    ) -> None:
         self._sites, self._kind, self._ranks, self._device = list(sites), kind, ranks, device
         self.windows = 0
         self._unscale = 1.0
         self._window = [torch.zeros(site.grid, dtype=torch.float64, device=device) for site in sites]
         self._total = [torch.zeros_like(scores) for scores in self._window]
         # float32 sums of whole gradients, on the host; the open window's apart, because it may come to nothing
-        self._sums = [torch.zeros(site.weight.shape) for site in sites] if kind == "paper" else []
+        self._sums = [torch.zeros(site.shape) for site in sites] if kind == "paper" else []
         self._open_sums = [torch.zeros_like(total) for total in self._sums]
         # one for all layers of a shape: together they would take as much as a few matrices
         cuts = {cuts for site in sites for cuts in (site.rows, site.cols)}
@@ -62,14 +65,15 @@ class Scorer:
         self._hooks: list[Any] = []
         for index, site in enumerate(sites):
             if site.tapped:
-                tap(site.module, self, index)
+                tap(site.module, self, index, anchor=anchor)
             # of a tapped layer too: its weight may also be read elsewhere, and that gradient must not stay
-            self._hooks.append(site.weight.register_post_accumulate_grad_hook(_Taker(self, index)))
+            if site.weight.requires_grad:
+                self._hooks.append(site.weight.register_post_accumulate_grad_hook(_Taker(self, index)))
 
     @staticmethod
     def host_bytes(sites: Sequence[Site], kind: str) -> int:
         """What a rank's scorer holds on the host."""
-        return 8 * sum(site.weight.numel() for site in sites) if kind == "paper" else 0
+        return 8 * sum(site.shape.numel() for site in sites) if kind == "paper" else 0
 
     def release(self) -> None:
         """Stop listening."""

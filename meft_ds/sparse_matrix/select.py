@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from meft_ds.offload.weights import WHOLE, Weights
 from meft_ds.sparse_matrix.choice import Choice, Tile, check_choice
 from meft_ds.sparse_matrix.config import SparseMatrixConfig
 from meft_ds.sparse_matrix.discover import Site
@@ -59,7 +60,7 @@ def choose(
         del settings["density"]
     return Choice(
         tiles=tiles,
-        shapes={site.name: tuple(site.weight.shape) for site in sites if site.name in named},
+        shapes={site.name: tuple(site.shape) for site in sites if site.name in named},
         total=total,
         made_by={**settings, "normalized": config.normalized, **(made_by or {})},
         cells=tuple((layer, role, n) for (layer, role), n in _cells(sites).items()),
@@ -71,14 +72,20 @@ def most_elements(sites: Sequence[Site], config: SparseMatrixConfig, total: int)
     return sum(budget for _, budget in _budgets(sites, config, total))
 
 
-def weight_scores(sites: Sequence[Site], config: SparseMatrixConfig) -> dict[str, Tensor]:
+def weight_scores(sites: Sequence[Site], config: SparseMatrixConfig, weights: Weights = WHOLE) -> dict[str, Tensor]:
     """Scores that need no gradients, float64 [experts, rows, columns] on the host by site.
 
     "random": uniform, by seed, name and shape of the grid; torch's global state is not touched. "magnitude": mean |W|
-    of each tile; no copy of W larger than one row of tiles is made.
+    of each tile; no copy of W larger than one row of tiles is made. Collective where weights are partitioned.
     """
     assert config.score in ("random", "magnitude"), config.score
-    return {site.name: _random(site, config.seed) if config.score == "random" else _magnitude(site) for site in sites}
+    if config.score == "random":
+        return {site.name: _random(site, config.seed) for site in sites}
+    found = {}
+    for site in sites:
+        with weights.whole([site.weight]):
+            found[site.name] = _magnitude(site)
+    return found
 
 
 def _budgets(sites: Sequence[Site], config: SparseMatrixConfig, total: int) -> list[tuple[tuple[str, ...] | None, int]]:
@@ -173,7 +180,7 @@ class _Grid:
         r, c = divmod(rest, n_cols)
         return Tile(
             name=site.name,
-            expert=expert if site.weight.dim() == 3 else None,
+            expert=expert if len(site.shape) == 3 else None,
             rows=site.rows[r],
             cols=site.cols[c],
             role=site.role(r, c),

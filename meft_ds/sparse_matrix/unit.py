@@ -20,6 +20,7 @@ from meft_ds.offload.flat import FlatUnit
 from meft_ds.offload.host_adam import FlatAdam
 from meft_ds.offload.partition import Ranks
 from meft_ds.offload.taps import tap, untap
+from meft_ds.offload.weights import WHOLE, Weights
 from meft_ds.offload.wire import AdamHyper, Footprint
 from meft_ds.sparse_matrix.blocks import Blocks
 from meft_ds.sparse_matrix.linear import correct
@@ -31,7 +32,7 @@ class BlocksUnit(FlatUnit):
     """The chosen tiles of one layer's weights of one dtype and one parameter group.
 
     Args:
-        name, layer, params, group, ranks, on_device: as in `FlatUnit`.
+        name, layer, params, group, ranks, on_device, weights, device: as in `FlatUnit`.
         matrices: in the order of their parts of the payload; every parameter has at least one.
         modules: by parameter: the linear layer whose activations give the gradient; None where autograd does.
         wire_dtype: dtype of the gradients on the bus.
@@ -55,6 +56,8 @@ class BlocksUnit(FlatUnit):
         moments_dtype: torch.dtype,
         on_device: bool,
         form: Form,
+        weights: Weights = WHOLE,
+        device: torch.device | None = None,
     ) -> None:
         self._original_bytes = params[0][1].dtype.itemsize
         super().__init__(
@@ -67,6 +70,8 @@ class BlocksUnit(FlatUnit):
             wire_dtype=wire_dtype,
             state_bytes=4 + 2 * moments_dtype.itemsize + self._original_bytes,
             on_device=on_device,
+            weights=weights,
+            device=device,
         )
         self.matrices, self._modules, self.form = matrices, modules, form
         self._of_param = [[m for m in matrices if m.param == index] for index in range(len(params))]
@@ -92,13 +97,16 @@ class BlocksUnit(FlatUnit):
                 continue
             (blocks,) = self._of_param[index]
             if self._delta is None:
-                tap(module, self, index, blocks.keep)
+                tap(module, self, index, blocks.keep, self.weights.anchor)
             else:
-                correct(module, self, index, blocks, blocks.part(self._delta))
+                correct(module, self, index, blocks, blocks.part(self._delta), self.weights.anchor)
 
     def release(self) -> None:
-        """Stop listening; in the delta form the weights take on what was learned, so the model stays what it is."""
+        """Stop listening. The model stays what it is: in the delta form weights take on what was learned, and layers
+        with partitioned ones go on adding it."""
         super().release()
+        if self.weights.partitioned:
+            return
         values = None if self._delta is None else self.values()
         for index, module in enumerate(self._modules):
             # not where another engine has taken over, which an engine that is collected late must leave alone
@@ -157,8 +165,14 @@ class BlocksUnit(FlatUnit):
 
     @torch.no_grad()
     def values(self) -> Tensor:
-        """What the tiles are in the model's function now, flat [numel] in the weights' dtype, on the device."""
-        parts = [blocks.read(self._matrix(blocks)) for blocks in self.matrices]
+        """What the tiles are in the model's function now, flat [numel] in the weights' dtype, on the device.
+
+        Collective where weights are partitioned.
+        """
+        parts = []
+        for blocks in self.matrices:
+            with self.weights.whole([self.params[blocks.param][1]]):
+                parts.append(blocks.read(self._matrix(blocks)))
         whole = torch.cat(parts)
         return whole if self._delta is None else whole.float().add_(self._delta).to(self._dtype)
 

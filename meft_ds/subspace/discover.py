@@ -10,6 +10,7 @@ from torch import nn
 
 from meft_ds.offload.matrices import Sharing, output_embeddings, weights
 from meft_ds.offload.taps import can_tap
+from meft_ds.offload.weights import shape_of
 from meft_ds.subspace.config import SubspaceConfig
 
 # Siblings that read the same tensor in the models of Hugging Face: they share the sketch of it, and so its projector.
@@ -74,11 +75,11 @@ def find_matrices(model: nn.Module, config: SubspaceConfig) -> tuple[list[Site],
         if sharing.shares(module, weight):
             excluded.append(f"{full} is tied or used by several modules")
             continue
-        d = config.dim_of(*weight.shape[-2:])
+        d = config.dim_of(*shape_of(weight)[-2:])
         if d == 0:
-            excluded.append(f"{full} {tuple(weight.shape)} is too small for subspace.dim {config.dim}")
+            excluded.append(f"{full} {tuple(shape_of(weight))} is too small for subspace.dim {config.dim}")
             continue
-        linear = weight.dim() == 2
+        linear = len(shape_of(weight)) == 2
         site = Site(
             name=full,
             module=module,
@@ -103,5 +104,5 @@ def _shares(name: str, weight: nn.Parameter, d: int) -> str:
     parent, _, own = name.rpartition(".")
     for group in _SHARE_INPUT:
         if own in group:
-            return f"{parent}.{'+'.join(group)}[{weight.shape[1]}->{d}]"
+            return f"{parent}.{'+'.join(group)}[{shape_of(weight)[1]}->{d}]"
     return name

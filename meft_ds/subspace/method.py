@@ -15,6 +15,7 @@ from meft_ds.offload.checkpointing import feed_checkpoints
 from meft_ds.offload.layers import count_layers, layer_of
 from meft_ds.offload.method import Method, Run
 from meft_ds.offload.placement import state_on_device
+from meft_ds.offload.weights import shape_of
 from meft_ds.offload.wire import Footprint, Unit
 from meft_ds.subspace.config import SubspaceConfig
 from meft_ds.subspace.discover import Site, find_matrices
@@ -52,6 +53,15 @@ class SubspaceMethod(Method):
         if excluded and run.ranks.rank == 0:
             more = f" and {len(excluded) - 8} more" if len(excluded) > 8 else ""
             _logger.info("meft-ds: subspace leaves uncompressed: %s%s", "; ".join(excluded[:8]), more)
+        if run.weights.partitioned:
+            if self._config.rounding == "residual":
+                raise ValueError(
+                    'subspace.rounding: "residual" keeps what rounding loses of whole weights, which ZeRO-3 does not '
+                    'have; use "stochastic"'
+                )
+            for site in sites:
+                # a tapped layer needs no gradient of autograd's, and must not get one where weights are swapped
+                site.weight.requires_grad_(not site.tapped)
         self._refit = Refit(self._config, run.ranks)
         self._units = self._make_units(run, sites)
         return {id(site.weight) for site in sites}
@@ -108,12 +118,12 @@ class SubspaceMethod(Method):
             stack = stacks.setdefault(_stack_of(site.name), len(stacks))
             key = (layer[site.name], stack, group_of.get(id(site.weight), 0), site.weight.dtype)
             sorted_in.setdefault(key, []).append(site)
-        values = sum(site.d**2 * (site.weight.shape[0] if site.weight.dim() == 3 else 1) for site in sites)
+        values = sum(site.d**2 * math.prod(shape_of(site.weight)[:-2]) for site in sites)
         nbytes = values * 2 * run.moments_dtype.itemsize // run.ranks.world
         on_device = state_on_device(config.state_device, run.bus.device, nbytes)
         units = []
         for (at, stack, group, dtype), found in sorted(sorted_in.items(), key=lambda i: (i[0][:3], str(i[0][3]))):
-            matrices = self._matrices(found)
+            matrices = self._matrices(found, run.bus.device)
             of_stack = f".s{stack}" if stack else ""
             units.append(
                 SubspaceUnit(
@@ -132,24 +142,26 @@ class SubspaceMethod(Method):
                     residual=config.rounding == "residual",
                     seed=config.seed,
                     calibrator=self._refit,
+                    weights=run.weights,
+                    device=run.bus.device,
                 )
             )
         return units
 
-    def _matrices(self, sites: list[Site]) -> list[Matrix]:
+    def _matrices(self, sites: list[Site], device: torch.device) -> list[Matrix]:
         sides: dict[str, Side] = {}
 
         def side(name: str, m: int, site: Site) -> Side:
             if name not in sides:
-                sides[name] = Side(name, first_draw(self._config, name, m, site.d, 0, site.weight.device))
+                sides[name] = Side(name, first_draw(self._config, name, m, site.d, 0, device))
             sides[name].users += 1
             return sides[name]
 
         matrices: list[Matrix] = []
         offset = 0
         for index, site in enumerate(sites):
-            m, n = site.weight.shape[-2:]
-            for expert in range(site.weight.shape[0]) if site.weight.dim() == 3 else (None,):
+            *experts, m, n = shape_of(site.weight)
+            for expert in range(experts[0]) if experts else (None,):
                 name = site.name if expert is None else f"{site.name}.{expert}"
                 shares = site.shares if expert is None else name
                 matrices.append(

@@ -7,7 +7,8 @@ Each rank holds the moments of its 1/N of the layer's S, flattened one after ano
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -19,6 +20,7 @@ from meft_ds.offload.flat import FlatUnit
 from meft_ds.offload.partition import Ranks
 from meft_ds.offload.projector import Projector, compress, seed_of
 from meft_ds.offload.taps import tap, untap
+from meft_ds.offload.weights import WHOLE, Weights, numel_of, rectangles, shape_of
 from meft_ds.offload.wire import AdamHyper, Footprint
 from meft_ds.subspace.fit import transport
 from meft_ds.subspace.matrix import Matrix
@@ -82,6 +84,8 @@ class SubspaceUnit(FlatUnit):
         seed: int,
         calibrator: Calibrator,
         stack: int = 0,
+        weights: Weights = WHOLE,
+        device: torch.device | None = None,
     ) -> None:
         super().__init__(
             name=name,
@@ -93,6 +97,8 @@ class SubspaceUnit(FlatUnit):
             wire_dtype=wire_dtype,
             state_bytes=2 * moments_dtype.itemsize,
             on_device=on_device,
+            weights=weights,
+            device=device,
         )
         self.matrices, self._modules, self.depth = matrices, modules, (stack, layer)
         self._of_param = [[m for m in matrices if m.param == index] for index in range(len(params))]
@@ -113,10 +119,10 @@ class SubspaceUnit(FlatUnit):
         self.exp_avg = torch.zeros(self._hi - self._lo, dtype=self._moments_dtype, device=where)
         self.exp_avg_sq = torch.zeros_like(self.exp_avg)
         if self._keep_residual:
-            self._residuals = [torch.zeros(p.shape, device=self._device) for _, p in self.params]
+            self._residuals = [torch.zeros(shape_of(p), device=self._device) for _, p in self.params]
         for index, module in enumerate(self._modules):
             if module is not None:
-                tap(module, self, index)
+                tap(module, self, index, anchor=self.weights.anchor)
 
     def release(self) -> None:
         super().release()
@@ -126,7 +132,7 @@ class SubspaceUnit(FlatUnit):
 
     def footprint(self) -> Footprint:
         plain = super().footprint()
-        residual = 4 * sum(p.numel() for _, p in self.params) if self._keep_residual else 0
+        residual = 4 * sum(numel_of(p) for _, p in self.params) if self._keep_residual else 0
         return replace(plain, device=plain.device + residual + sum(side.projector.nbytes() for side in self.sides))
 
     # -- gradients -----------------------------------------------------------------------------------------------------
@@ -247,22 +253,35 @@ class SubspaceUnit(FlatUnit):
         if self._update is None:
             return  # state that was just loaded; the weights came with the model
         hyper, step, _ = self._update
-        for matrix in self.matrices:
-            p = self.params[matrix.param][1].detach()
-            residual = self._residuals[matrix.param] if self._residuals else None
-            if matrix.expert is not None:
-                p, residual = p[matrix.expert], None if residual is None else residual[matrix.expert]
-            ops.subspace_apply_(
-                p,
-                matrix.part(reply),
-                matrix.left.projector.rows,
-                matrix.right.projector.rows,
-                alpha=-hyper.lr * (matrix.adam_scale() if self._scale == "adam" else float(self._scale)),
-                decay=1.0 - hyper.lr * hyper.weight_decay,
-                key=seed_of(self._seed, matrix.name),
-                step=step,
-                residual=residual,
-            )
+        for index, (_, p) in enumerate(self.params):
+            for matrix in self._of_param[index]:
+                for piece in self._pieces(matrix, p):
+                    residual = self._residuals[index] if self._residuals else None
+                    ops.subspace_apply_(
+                        piece.weight,
+                        matrix.part(reply),
+                        _sliced(matrix.left.projector, piece.rows),
+                        _sliced(matrix.right.projector, piece.cols),
+                        alpha=-hyper.lr * (matrix.adam_scale() if self._scale == "adam" else float(self._scale)),
+                        decay=1.0 - hyper.lr * hyper.weight_decay,
+                        key=seed_of(self._seed, piece.name),
+                        step=step,
+                        residual=residual if residual is None or matrix.expert is None else residual[matrix.expert],
+                    )
+            self.weights.changed(p)
+
+    def _pieces(self, matrix: Matrix, p: nn.Parameter) -> Iterator[_Piece]:
+        """The rectangles of a matrix that this rank writes: all of it, or what its slice of the flat weight has."""
+        m, n = matrix.left.projector.m, matrix.right.projector.m
+        if not self.weights.partitioned:
+            w = p.detach()
+            yield _Piece(matrix.name, w if matrix.expert is None else w[matrix.expert], slice(0, m), slice(0, n))
+            return
+        flat, first = self.weights.local(p)
+        first -= m * n * (matrix.expert or 0)  # of the matrix
+        for lo, hi, rows, cols in rectangles(max(first, 0), min(first + flat.numel(), m * n), n):
+            weight = flat[lo - first : hi - first].view(rows.stop - rows.start, cols.stop - cols.start)
+            yield _Piece(f"{matrix.name}@{lo}", weight, rows, cols)
 
     def settle(self, ranks: Ranks) -> None:
         """Carry the moments over to the projectors that this window switched to."""
@@ -351,6 +370,21 @@ class SubspaceUnit(FlatUnit):
     def after_load(self) -> None:
         self._update = None
         self._reply.zero_()
+
+
+@dataclass(frozen=True, eq=False)
+class _Piece:
+    """A part of a matrix: rows x cols; `name` gives its rounding bits of its own."""
+
+    name: str
+    weight: Tensor
+    rows: slice
+    cols: slice
+
+
+def _sliced(projector: Projector, rows: slice) -> tuple[Tensor, Tensor]:
+    index, value = projector.rows
+    return index[rows], value[rows]
 
 
 def _same(a: Tensor, b: Tensor) -> bool:

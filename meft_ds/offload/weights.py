@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The model's weights as units see them: whole on every rank, or partitioned over ranks (ZeRO-3).
+
+A partitioned parameter is empty between the forwards and backwards that read it; its shape is in `ds_shape`, and each
+rank holds a contiguous slice of it, flattened. `meft_ds.plugin.zero3` knows how to get at those.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+
+def shape_of(p: Tensor) -> torch.Size:
+    """Shape of the whole parameter, partitioned or not."""
+    return getattr(p, "ds_shape", p.shape)
+
+
+def numel_of(p: Tensor) -> int:
+    """Elements of the whole parameter."""
+    return shape_of(p).numel()
+
+
+class Weights:
+    """Parameters that are whole on every rank.
+
+    Attributes:
+        partitioned: whether ranks hold slices, and parameters may be read only inside `whole` or their module's forward
+            and backward.
+        anchor: stands for the weights of tapped layers where those must not require grad themselves.
+    """
+
+    partitioned = False
+    anchor: Tensor | None = None
+
+    @contextlib.contextmanager
+    def whole(self, params: Sequence[Tensor]) -> Iterator[None]:
+        """Inside, `params` can be read whole. Collective."""
+        yield
+
+    def local(self, p: Tensor) -> tuple[Tensor, int]:
+        """This rank's slice of the flattened parameter, to be written in place, and where it begins."""
+        return p.detach().view(-1), 0
+
+    def changed(self, p: Tensor) -> None:
+        """`local` was written; nobody reads the parameter now."""
+
+    def write(self, p: Tensor, flat: Tensor) -> None:
+        """Give a parameter all new values, flat [numel]; under no_grad."""
+        # not p.data: a forward that read the old weights and has yet to run backward must fail, not be wrong
+        p.copy_(flat.view_as(p))
+
+
+WHOLE = Weights()
+
+
+def rectangles(lo: int, hi: int, n: int) -> Iterator[tuple[int, int, slice, slice]]:
+    """Elements [lo, hi) of a row-major matrix with n columns as at most three rectangles, each of elements that follow
+    each other: (first element, end, rows, columns)."""
+    while lo < hi:
+        row, col = divmod(lo, n)
+        whole = (hi - lo) // n if col == 0 else 0
+        if whole:
+            end = lo + whole * n
+            yield lo, end, slice(row, row + whole), slice(0, n)
+        else:
+            end = min(hi, (row + 1) * n)
+            yield lo, end, slice(row, row + 1), slice(col, col + end - lo)
+        lo = end
