@@ -13,7 +13,9 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
+
+# torch's own: where ZeRO-3 was ever used, DeepSpeed has replaced F.linear by one that keeps the whole input
+_linear = torch._C._nn.linear
 
 
 class Receiver(Protocol):
@@ -80,7 +82,7 @@ class Tapped:
         if self.anchor is None:
             weight = weight.detach()
         if isinstance(module, nn.Linear):
-            return self.product(receiver, F.linear(x, weight, module.bias), x)
+            return self.product(receiver, _linear(x, weight, module.bias), x)
         bias = module.bias
         assert isinstance(bias, Tensor)
         flat = torch.addmm(bias, x.reshape(-1, x.shape[-1]), weight)

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from meft_ds.plugin import setup
+from meft_ds.plugin.checks import conflicts
 from tests.toy import ADAPTER, ds_config, make_engine, single_rank, tiny_llama
 
 
@@ -74,8 +75,18 @@ def test_a_model_without_an_ffn_gets_the_candidate_names() -> None:
     assert "first" in message and "target_modules" in message
 
 
-def test_stage_3_is_refused_for_now() -> None:
-    assert "zero_optimization.stage: 3 is not supported" in refused(ds_config(zero_optimization={"stage": 3}))
+@pytest.mark.parametrize(
+    ("zero", "told"),
+    [
+        ({"stage": 4}, "zero_optimization.stage: expected 0, 1, 2 or 3, got 4"),
+        ({"stage": 2, "offload_param": {"device": "cpu"}}, "offload_param: works with stage 3 only"),
+        ({"stage": 3, "offload_param": {"device": "nvme"}}, '"nvme" does not go with meft_offload; use "cpu"'),
+        ({"stage": 3, "zero_hpz_partition_size": 2}, "zero_hpz_partition_size: does not go with"),
+        ({"stage": 3, "zero_quantized_weights": True}, "zero_quantized_weights: does not go with"),
+    ],
+)
+def test_zero_settings_that_do_not_go_with_it_are_refused(zero: dict[str, Any], told: str) -> None:
+    assert told in "; ".join(conflicts({"zero_optimization": zero}))
 
 
 def test_pipeline_models_are_refused() -> None:
