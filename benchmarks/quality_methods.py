@@ -243,6 +243,7 @@ METHODS: dict[str, Callable[[Any, int, int], Learner]] = {
     "lora_equal": lambda model, seed, batch: lora(model, rest=False, rank=LORA_RANK_OF_TILES),
     "galore": lambda model, seed, batch: GaLore(model),
     "smt": tiles(),
+    "smt_per_module": tiles(budget="per_module"),
     "smt_mean_abs": tiles(score="mean_abs"),
     "smt_paper": tiles(score="paper", preset="paper"),
     "smt_magnitude": tiles(score="magnitude"),

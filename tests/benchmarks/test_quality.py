@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 METHODS = ("full", "lsp_random_fixed", "lora", "lora_only", "galore")
-TILES = ("lora_equal", "smt", "smt_mean_abs", "smt_paper", "smt_magnitude", "smt_random")
+TILES = ("lora_equal", "smt", "smt_per_module", "smt_mean_abs", "smt_paper", "smt_magnitude", "smt_random")
 
 
 @pytest.mark.slow
@@ -38,7 +38,7 @@ def test_tiles_and_the_adapter_they_are_compared_with_train_equally_many_values(
     runs = {r["method"]: r for r in result([*command, "--seeds", "0", "--steps", "22", "--num-eval", "2"])["runs"]}
     assert len({runs[method]["state"] for method in TILES}) == 1
     assert all(runs[method]["compressed"] == runs[method]["state"] for method in TILES)
-    assert [runs[method]["scoring_steps"] for method in TILES[1:]] == [20, 20, 20, 0, 0]
+    assert [runs[method]["scoring_steps"] for method in TILES[1:]] == [20, 20, 20, 20, 0, 0]
     assert runs["smt"]["losses"][:2] == runs["smt_paper"]["losses"][:2] != runs["smt_random"]["losses"][:2]
     assert runs["smt"]["losses"][2] != runs["smt_paper"]["losses"][2]
 

@@ -43,6 +43,16 @@ def test_example_runs_with_the_block_and_reports_its_traffic(tmp_path: Path, con
     assert (tmp_path / "loss.png").stat().st_size > 1000
 
 
+def test_example_scores_tiles_then_trains_them_and_nothing_else(tmp_path: Path) -> None:
+    # 20 steps score, so two train
+    result = launch("smt.json", tmp_path, "--max_steps", "22")
+    choice = json.loads((tmp_path / "out" / "tiles.json").read_text())
+    assert result["steps"] == 22 and result["bytes_down_per_step"] > 0
+    ranges = [(*tile["rows"], *tile["cols"]) for tile in choice["tiles"]]
+    trained = sum((hi - lo) * (right - left) for lo, hi, left, right in ranges)
+    assert result["trainable_parameters"] == trained < 0.21 * choice["total"]
+
+
 @pytest.mark.parametrize(
     "config",
     [
