@@ -60,6 +60,8 @@ def test_scoring_windows_change_no_weight_moment_or_buffer(kind: str, others: di
         assert [name for name, t in before.items() if name != "steps" and not torch.equal(t, after[name])] == []
         assert all(p.grad is None for p in engine.module.parameters())
         assert engine.optimizer.applied_steps == 0 and engine.get_lr() == rate
+        moved = engine.meft_stats()["bytes"]
+        assert not any(moved[wire]["down"] for wire in ("rows", "dense", "blocks") if wire in moved)
     stats = engine.meft_stats()["sparse_matrix"]
     assert not method_of(engine).observing and stats["scored_steps"] is None and stats["tiles"] == 11
     json.dumps(engine.meft_stats())
@@ -70,6 +72,8 @@ def test_scoring_windows_change_no_weight_moment_or_buffer(kind: str, others: di
     assert any("rows/master" in name for name in changed) == ("sparse_adapter" in others)
     assert ("model/model.norm.weight" in changed) == ("train" in others)
     tiled = {tile.name for tile in method_of(engine).choice.tiles}
+    assert others or {n for n, p in engine.module.named_parameters() if p.requires_grad} == tiled
+    assert len(tiled) < 14
     assert "model.layers.1.self_attn.q_proj.weight" not in tiled or "train" not in others
     for name in tiled:
         assert f"model/{name}" in changed
