@@ -185,7 +185,10 @@ class SparseMatrixMethod(Method):
         def decide() -> Choice:
             choice = choose(self._sites, scores(), config, self._total, made_by)
             if config.choice_out is not None:
-                choice.save(config.choice_out)
+                try:
+                    choice.save(config.choice_out)
+                except OSError as fault:
+                    raise ValueError(f"sparse_matrix.choice_out: cannot write {config.choice_out}: {fault}") from None
             return choice
 
         return _shared(decide, run.ranks)
@@ -333,14 +336,14 @@ def _matrices(sites: list[Site], choice: Choice, device: torch.device) -> list[B
 
 
 def _shared(make: Callable[[], Choice], ranks: Ranks) -> Choice:
-    """What `make` gives on the first rank, on every rank; a fault of it is a ValueError there."""
+    """What `make` gives on the first rank, on every rank; so is its ValueError."""
     if ranks.world == 1:
         return make()
     made: Choice | str | None = None
     if ranks.rank == 0:
         try:
             made = make()
-        except (ValueError, OSError) as fault:
+        except ValueError as fault:
             made = str(fault)
     everyone: list[Any] = [made.to_json() if isinstance(made, Choice) else made]
     dist.broadcast_object_list(
