@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from meft_ds import ops
+from meft_ds.ops import adam, torch_adam
 
 from .oracles import HYPER, Case, adamw, assert_same_state, cases, lazy
 
@@ -58,6 +59,30 @@ def test_lazy_rows_equal_a_loop_over_rows(path: str, case: Case, scale: float) -
     if case.replica is not None:
         assert torch.equal(case.replica[case.ids], case.p[case.ids].to(case.replica.dtype))
         assert not case.replica[asleep].any()
+
+
+@some
+@given(case=cases(), scale=st.sampled_from([1.0, 0.125, 3.0]), step=st.sampled_from([1, 2, 1000]), data=st.data())
+def test_adamw_by_direction_equals_oracle(path: str, case: Case, scale: float, step: int, data: st.DataObject) -> None:
+    """What runs where the state lies on an accelerator: flat, a chunk at a time."""
+    expected, grad, replica = case.copy(), case.dense_grad(), case.replica
+    chunk, adam._CHUNK = adam._CHUNK, data.draw(st.sampled_from([1 << 22, 1000, 7 * case.p.numel() // 16 + 1]))
+    try:
+        flat = [t.view(-1) for t in (*case.state, grad)]
+        hyper = torch_adam.Hyper(*HYPER.values(), scale)
+        before = grad.clone()
+        adam.adamw_by_direction(*flat, hyper, step, None if replica is None else replica.view(-1))
+    finally:
+        adam._CHUNK = chunk
+    adamw(*expected.state, grad, step, scale, **HYPER)
+    assert_same_state(case, expected)
+    assert torch.equal(grad, before) and (replica is None or torch.equal(replica, case.p.to(replica.dtype)))
+
+
+def test_adamw_by_direction_of_nothing_does_nothing(path: str) -> None:
+    """A rank that owns no element of a vector shorter than the ranks are many."""
+    hyper = torch_adam.Hyper(*HYPER.values(), 1.0)
+    adam.adamw_by_direction(*(torch.zeros(0) for _ in range(4)), hyper, 1, torch.zeros(0))
 
 
 @pytest.mark.parametrize("shape", [(1,), (17,), (3, 5, 7), (2, 70000)])
