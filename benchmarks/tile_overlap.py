@@ -5,8 +5,8 @@
     python benchmarks/tile_overlap.py --density 0.05 --block-size 16
 
 Each kind scores the untrained base in `--steps` windows of 32 facts, through the product; "abs_mean, other batches" is
-how far the choice depends on the batches. The preset is "all" unless the name says "preset paper". Prints tables and
-one line of JSON last.
+how far the choice depends on the batches. Budget "global" and preset "all" where the name says nothing else. Also how
+many tiles each layer and role gets. Prints a table and one line of JSON last.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ KINDS: dict[str, tuple[dict[str, Any], int]] = {
     "mean_abs": ({"score": "mean_abs"}, 0),
     "magnitude": ({"score": "magnitude"}, 0),
     "random": ({"score": "random"}, 0),
+    "abs_mean, per module": ({"score": "abs_mean", "budget": "per_module"}, 0),
     "abs_mean, not normalized": ({"score": "abs_mean", "normalize": False}, 0),
     "paper, preset paper": ({"score": "paper", "preset": "paper"}, 0),
 }
@@ -59,17 +60,20 @@ def main() -> None:
             "kind": name,
             "tiles": len(tiles[name]),
             "shared": len(tiles[name] & tiles[REFERENCE]) / len(tiles[REFERENCE]),
-            "roles": by_role(choice),
+            "layers": count(choice, "layer"),
+            "roles": count(choice, "role"),
         }
         for name, choice in choices.items()
     ]
     there = sum(elements for _, _, elements in choices[REFERENCE].cells)
     chance = choices[REFERENCE].elements / there
-    roles = list(dict.fromkeys(role for _, role, _ in choices[REFERENCE].cells))
-    print(f"\n{'kind':<26}{'tiles':>6}{'shared':>8}  tiles of " + "".join(f"{role:>6}" for role in roles))
+    layers, roles = (list(dict.fromkeys(cell[i] for cell in choices[REFERENCE].cells)) for i in (0, 1))
+    heads = "".join(f"{layer!s:>5}" for layer in layers) + "  role" + "".join(f"{role:>6}" for role in roles)
+    print(f"\n{'kind':<26}{'tiles':>6}{'shared':>8}  layer{heads}")
     for row in rows:
-        of_roles = "".join(f"{row['roles'].get(role, 0):>6}" for role in roles)
-        print(f"{row['kind']:<26}{row['tiles']:>6}{row['shared']:>8.1%}           {of_roles}")
+        cells = "".join(f"{row['layers'].get(layer, 0):>5}" for layer in layers) + " " * 6
+        cells += "".join(f"{row['roles'].get(role, 0):>6}" for role in roles)
+        print(f"{row['kind']:<26}{row['tiles']:>6}{row['shared']:>8.1%}       {cells}")
     print(f"by chance {chance:.1%}: the chosen share of what could be chosen")
     print(json.dumps({"benchmark": "tile_overlap", **settings, "reference": REFERENCE, "chance": chance, "rows": rows}))
 
@@ -91,10 +95,11 @@ def choose(block: dict[str, Any], seed: int, steps: int) -> Choice:
         return Choice.load(path)
 
 
-def by_role(choice: Choice) -> dict[str, int]:
-    found: dict[str, int] = {}
+def count(choice: Choice, what: str) -> dict[Any, int]:
+    """Tiles by layer or by role."""
+    found: dict[Any, int] = {}
     for row in table(choice):
-        found[row["role"]] = found.get(row["role"], 0) + row["tiles"]
+        found[row[what]] = found.get(row[what], 0) + row["tiles"]
     return found
 
 
