@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -12,16 +13,25 @@ from torch import Tensor
 
 @dataclass(frozen=True, kw_only=True)
 class Ranks:
-    """The data-parallel ranks that share one node's store.
+    """The data-parallel ranks.
 
     `group` works on device tensors, `host_group` on host tensors; both are None when there is only one rank, and
-    `host_group` may be None where `group` does both.
+    `host_group` may be None where `group` does both. With several nodes `layout` lists each node's global ranks, `node`
+    is this rank among those of its node, which share a store, and `across` among those of the same place on all nodes.
     """
 
     rank: int = 0
     world: int = 1
     group: dist.ProcessGroup | None = None
     host_group: dist.ProcessGroup | None = None
+    layout: tuple[tuple[int, ...], ...] = ()
+    node: Ranks | None = None
+    across: Ranks | None = None
+
+    @property
+    def here(self) -> Ranks:
+        """The ranks of this node."""
+        return self if self.node is None else self.node
 
     def barrier(self) -> None:
         """Return once every rank is here."""
@@ -38,7 +48,27 @@ class Ranks:
         members = dist.get_process_group_ranks(self.group) if self.group is not None else None
         host_group = dist.new_group(members, backend="gloo")
         group = host_group if device.type == "cpu" else dist.new_group(members)
-        return replace(self, group=group, host_group=host_group)
+        return replace(self, group=group, host_group=host_group).on_nodes(self.layout, device)
+
+    def on_nodes(self, layout: Sequence[Sequence[int]], device: torch.device) -> Ranks:
+        """The same ranks, which lie on these nodes (global ranks of each, equally many); with groups for them.
+
+        Collective over all processes of the run.
+        """
+        if len(layout) < 2:
+            return self
+        me = dist.get_rank()
+        parts = []
+        for members in (layout, list(zip(*layout, strict=True))):
+            mine = Ranks()
+            for listed in members:
+                # every process makes every group, its own or not
+                host_group = dist.new_group(list(listed), backend="gloo")
+                group = host_group if device.type == "cpu" else dist.new_group(list(listed))
+                if me in listed and len(listed) > 1:
+                    mine = Ranks(rank=list(listed).index(me), world=len(listed), group=group, host_group=host_group)
+            parts.append(mine)
+        return replace(self, layout=tuple(map(tuple, layout)), node=parts[0], across=parts[1])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,12 +140,45 @@ def reduce_rows_to_owners(ids: Tensor, rows: Tensor, n: int, ranks: Ranks) -> tu
     got_rows = torch.empty(sum(out_splits), width, dtype=rows.dtype, device=device)
     dist.all_to_all_single(got_rows, rows.contiguous(), out_splits, in_splits, group=ranks.group)
 
-    union, where = torch.unique(got_ids, sorted=True, return_inverse=True)
-    where = where.to(device)
-    total = torch.zeros(union.numel(), width, dtype=torch.float32, device=device)
+    return _summed(got_ids, got_rows, out_splits)
+
+
+def sum_rows_across(ids: Tensor, rows: Tensor, ranks: Ranks) -> tuple[Tensor, Tensor]:
+    """Sum sparse rows over ranks, each of which gets all of them: what nodes owe each other.
+
+    Args and result as of `reduce_rows_to_owners`, contributions in the order of `ranks`; the same bits on every rank.
+    """
+    if ranks.world == 1:
+        return ids, rows
+    device = rows.device
+    on_host = ranks.host_group is not None
+    control = torch.device("cpu") if on_host else device
+    control_group = ranks.host_group if on_host else ranks.group
+    counts = [torch.zeros(1, dtype=torch.int64, device=control) for _ in range(ranks.world)]
+    dist.all_gather(counts, torch.tensor([ids.numel()], device=control), group=control_group)
+    splits = [int(count) for count in counts]
+    longest = max(splits)  # not every backend gathers parts of different sizes
+    padded_ids = torch.zeros(longest, dtype=torch.int64, device=control)
+    padded_ids[: ids.numel()] = ids.to(control)
+    padded_rows = torch.zeros(longest, rows.shape[1], dtype=rows.dtype, device=device)
+    padded_rows[: rows.shape[0]] = rows
+    all_ids = [torch.empty_like(padded_ids) for _ in splits]
+    all_rows = [torch.empty_like(padded_rows) for _ in splits]
+    dist.all_gather(all_ids, padded_ids, group=control_group)
+    dist.all_gather(all_rows, padded_rows, group=ranks.group)
+    got_ids = torch.cat([part[:count] for part, count in zip(all_ids, splits, strict=True)])
+    got_rows = torch.cat([part[:count] for part, count in zip(all_rows, splits, strict=True)])
+    return _summed(got_ids, got_rows, splits)
+
+
+def _summed(ids: Tensor, rows: Tensor, splits: list[int]) -> tuple[Tensor, Tensor]:
+    """One row per id, float32, from the contributions of several ranks one after another."""
+    union, where = torch.unique(ids, sorted=True, return_inverse=True)
+    where = where.to(rows.device)
+    total = torch.zeros(union.numel(), rows.shape[1], dtype=torch.float32, device=rows.device)
     start = 0
-    for count in out_splits:
+    for count in splits:
         # within one source rank ids are unique, so index_add_ meets no collision and stays deterministic
-        total.index_add_(0, where[start : start + count], got_rows[start : start + count].float())
+        total.index_add_(0, where[start : start + count], rows[start : start + count].float())
         start += count
     return union.cpu(), total

@@ -139,6 +139,11 @@ class Unit(ABC):
     def discard(self) -> None:
         """Drop the window's payload, open the next window, leave weights, moments and counters as they were."""
 
+    @property
+    def saves_state(self) -> bool:
+        """Whether this rank's slice belongs into a checkpoint, and into the norm: not where another node has it too."""
+        return True
+
     @abstractmethod
     def state_tensors(self) -> dict[str, Tensor]:
         """The slice of the state that this rank owns, by name; the tensors are live, not copies."""

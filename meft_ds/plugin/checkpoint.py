@@ -56,7 +56,7 @@ def save(
         (folder / MANIFEST).unlink(missing_ok=True)  # from here until the new one is written this save is unfinished
     ranks.barrier()
     files = {}
-    for unit in units:
+    for unit in (unit for unit in units if unit.saves_state):
         lo, hi, total = unit.state_range()
         name = f"{unit.name}.{ranks.rank:05d}-of-{ranks.world:05d}.safetensors"
         tensors = {key: t.contiguous() for key, t in unit.state_tensors().items()}

@@ -101,7 +101,7 @@ class MeftEngine(DeepSpeedEngine):
         weights = WHOLE
         if self._meft_stage3:
             weights = self._partition(self.device)
-        ranks = setup.single_node_ranks(self.seq_data_parallel_group, self.seq_dp_world_size, self.device)
+        ranks = setup.find_ranks(self.seq_data_parallel_group, self.seq_dp_world_size, self.device)
         bus = Bus(torch.device(self.device))
         config = self._meft_config
         run = self._meft_run = Run(

@@ -3,9 +3,10 @@
 
 from __future__ import annotations
 
+import os
 import re
 import socket
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -22,7 +23,13 @@ from meft_ds.offload.bus import Bus
 from meft_ds.offload.config import ScheduleConfig
 from meft_ds.offload.dense import DenseUnit
 from meft_ds.offload.flat import FlatUnit
-from meft_ds.offload.host_memory import check_host_memory, check_shared_memory, free_host_bytes, free_shared_bytes
+from meft_ds.offload.host_memory import (
+    SHM_DIR,
+    check_host_memory,
+    check_shared_memory,
+    free_host_bytes,
+    free_shared_bytes,
+)
 from meft_ds.offload.layers import layer_of
 from meft_ds.offload.method import Method, Run
 from meft_ds.offload.partition import LaneRanks, Ranks, all_reduce_sum
@@ -48,23 +55,35 @@ class Plan:
     dense_parameters: int
 
 
-def single_node_ranks(group: dist.ProcessGroup | None, world: int, device: torch.device) -> Ranks:
-    """The data-parallel ranks.
+def find_ranks(group: dist.ProcessGroup | None, world: int, device: torch.device) -> Ranks:
+    """The data-parallel ranks, and the nodes that they are on. Collective.
 
     Raises:
-        ValueError: when they do not all run on one machine.
+        ValueError: when nodes have different numbers of them.
     """
     if world == 1:
         return Ranks()
-    machine = f"{socket.gethostname()}:{_boot_id()}"
-    machines: list[str | None] = [None] * world
-    dist.all_gather_object(machines, machine, group=group)
-    if len(set(machines)) > 1:
+    nodes: list[str] = [""] * world
+    dist.all_gather_object(nodes, _this_node(), group=group)
+    members = dist.get_process_group_ranks(group) if group is not None else list(range(world))
+    return Ranks(rank=dist.get_rank(group), world=world, group=group).on_nodes(by_node(members, nodes), device)
+
+
+def by_node(members: Sequence[int], nodes: Sequence[str]) -> list[list[int]]:
+    """Members in the order of the nodes' first ones.
+
+    Raises:
+        ValueError: when nodes have different numbers of them.
+    """
+    layout: dict[str, list[int]] = {}
+    for member, node in zip(members, nodes, strict=True):
+        layout.setdefault(node, []).append(member)
+    if len({len(listed) for listed in layout.values()}) > 1:
+        counts = ", ".join(f"{node.split(':')[0]}: {len(listed)}" for node, listed in layout.items())
         raise ValueError(
-            f"meft_offload runs on one node for now, but the ranks are on {len(set(machines))}: "
-            f"{', '.join(sorted({str(m).split(':')[0] for m in machines}))}; start all ranks on one machine"
+            f"meft_offload needs the same number of ranks on every node, but there are {counts}; start equally many"
         )
-    return Ranks(rank=dist.get_rank(group), world=world, group=group)
+    return list(layout.values())
 
 
 def freeze_base(model: nn.Module, train: Iterable[str], own: set[int]) -> list[str]:
@@ -134,16 +153,21 @@ def preflight(run: Run, methods: list[Method], footprints: list[Footprint], spec
         ValueError: the same on every rank.
     """
     bus, ranks, shared = run.bus, run.ranks, arena_bytes(specs)
-    (private,) = all_reduce_sum([float(sum(f.host_private for f in footprints))], bus.device, ranks)
-    needed = shared + int(private)
     limit = None if config.host_memory_gb == "auto" else config.host_memory_gb
+    several = ranks.here.world > 1
+    mine = [sum(f.host_private for f in footprints), free_host_bytes(), free_shared_bytes() if several else 0]
     # what one rank sees as free is what all must decide by, or some would wait for the others for ever
-    frees = [float(free_host_bytes()) if k == ranks.rank else 0.0 for k in range(ranks.world)]
-    free = int(min(all_reduce_sum(frees, bus.device, ranks)))
-    detail = f"{shared / 2**30:.2f} GiB shared, {private / 2**30:.2f} GiB moments and buffers"
-    check_host_memory(needed, free, limit_gb=limit, detail=detail, knobs=[method.knob for method in methods])
-    if ranks.world > 1:
-        check_shared_memory(shared, free_shared_bytes())
+    told = [float(x) if k == ranks.rank else 0.0 for k in range(ranks.world) for x in mine]
+    told = all_reduce_sum(told, bus.device, ranks)
+    needed = 0
+    for members in _places(ranks):
+        private, free_host, free_shared = ([told[3 * k + i] for k in members] for i in range(3))
+        needed = shared + int(sum(private))
+        detail = f"{shared / 2**30:.2f} GiB shared, {sum(private) / 2**30:.2f} GiB moments and buffers"
+        free, knobs = int(min(free_host)), [method.knob for method in methods]
+        check_host_memory(needed, free, limit_gb=limit, detail=detail, knobs=knobs)
+        if several:
+            check_shared_memory(shared, int(min(free_shared)))
     return needed
 
 
@@ -165,7 +189,7 @@ def build_units(
     for unit in dense:
         unit.allocate()
     pinned = {name for name in specs if name.endswith("replica")} if run.bus.device.type != "cpu" else set()
-    memory = allocate(specs, run.ranks, pinned=pinned) if specs else {}
+    memory = allocate(specs, run.ranks.here, pinned=pinned) if specs else {}
     units: list[Unit] = [*dense, *(unit for method in methods for unit in method.build(run, memory))]
     plan = Plan(
         host=host,
@@ -189,7 +213,7 @@ def pipeline(
     """The pipeline in the configured mode. Collective."""
     if config.mode == "serial":
         return Pipeline(units, bus, ranks, settings, closes_window=closes_window)
-    threads = host_threads(config.host_threads, ranks)
+    threads = host_threads(config.host_threads, ranks.here)
     copier = replace(threads, threads=1)  # one thread fills a bus
 
     def start(plan: HostThreads) -> None:
@@ -218,6 +242,28 @@ def install_gates(model: nn.Module, pipe: Pipeline, weights: Weights) -> list[An
 def grad_dtype(config: MeftConfig, compute: torch.dtype) -> torch.dtype:
     """Dtype of row gradients on the bus."""
     return compute if config.grad_dtype == "auto" else torch.float32
+
+
+def _places(ranks: Ranks) -> list[list[int]]:
+    """Data-parallel ranks by node."""
+    if not ranks.layout:
+        return [list(range(ranks.world))]
+    if ranks.group is None:
+        return [list(members) for members in ranks.layout]
+    return [[dist.get_group_rank(ranks.group, member) for member in members] for members in ranks.layout]
+
+
+def _this_node() -> str:
+    """Equal for ranks that can share memory."""
+    told = os.environ.get("MEFT_DS_NODE")
+    if told:
+        return told
+    try:
+        shm = os.stat(SHM_DIR)
+        place = f"{shm.st_dev}.{shm.st_ino}"  # containers on one machine may each have their own
+    except OSError:
+        place = ""
+    return f"{socket.gethostname()}:{_boot_id()}:{place}"
 
 
 def _boot_id() -> str:

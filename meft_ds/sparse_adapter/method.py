@@ -62,7 +62,7 @@ class SparseAdapterMethod(Method):
     def footprints(self, run: Run) -> list[Footprint]:
         assert all(p.dtype == run.dtype for p in self.own_parameters())
         sizes = self.sizes
-        lo, hi = owned_range(sizes.rows, run.ranks)
+        lo, hi = owned_range(sizes.rows, run.ranks.here)
         one = rows_footprint(
             r=sizes.rows,
             d=sizes.d,
@@ -92,7 +92,7 @@ class SparseAdapterMethod(Method):
                 master=master, replica=replica, capacity=sizes.cache_rows, bus=run.bus, selection=sizes.selection
             )
             keys = init_keys(sizes.rows, sizes.d, sizes.init_std, sizes.seed, layer)
-            initialise_rows(master, replica, keys, *owned_range(sizes.rows, run.ranks))
+            initialise_rows(master, replica, keys, *owned_range(sizes.rows, run.ranks.here))
             rows.is_training = _mode_of(adapter)
             adapter.rows = rows
             self._rows.append(rows)
@@ -113,7 +113,7 @@ class SparseAdapterMethod(Method):
                     compression=compression,
                 )
             )
-        run.ranks.barrier()  # every rank wrote its slice before anybody fetches
+        run.ranks.here.barrier()  # every rank wrote its slice before anybody fetches
         return list(units)
 
     def end_window(self, loss_factor: float) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 from meft_ds import ops
 from meft_ds.offload.bus import Bus
 from meft_ds.offload.host_adam import RowAdam, RowMode
-from meft_ds.offload.partition import Ranks, owned_range, reduce_rows_to_owners
+from meft_ds.offload.partition import Ranks, owned_range, reduce_rows_to_owners, sum_rows_across
 from meft_ds.offload.wire import AdamHyper, Footprint, Unit
 from meft_ds.sparse_adapter.compress import CompressedRowAdam, RowCompression, block_rows, view_bytes
 from meft_ds.sparse_adapter.config import ResolvedCompress
@@ -31,7 +31,7 @@ class RowsUnit(Unit):
         layer: position in layer order.
         rows: the layer's row source.
         group: index of the user's parameter group.
-        ranks: data-parallel ranks; this one owns 1/N of the rows.
+        ranks: data-parallel ranks; this one owns 1/N of the rows, among the N of its node.
         mode: "dense" or "lazy" AdamW.
         moments_dtype: float32 or bfloat16.
         grad_dtype: dtype of the gradients on the bus.
@@ -58,7 +58,7 @@ class RowsUnit(Unit):
         self._ranks, self._mode, self._grad_dtype = ranks, mode, grad_dtype
         self._moments_dtype = moments_dtype
         self._compression = compression
-        self._lo, self._hi = owned_range(rows.r, ranks)
+        self._lo, self._hi = owned_range(rows.r, ranks.here)  # each node has a store
         own = slice(self._lo, self._hi)
         master, replica = rows.store
         state = master[own], None if replica is master else replica[own], moments_dtype, mode
@@ -91,7 +91,9 @@ class RowsUnit(Unit):
         assert self._ids is not None and self._payload is not None
         if ranks.world > 1:
             contribution = self._payload.to(self._grad_dtype)  # the bytes on the bus, also between ranks
-            self._ids, self._payload = reduce_rows_to_owners(self._ids, contribution, self.rows.r, ranks)
+            self._ids, self._payload = reduce_rows_to_owners(self._ids, contribution, self.rows.r, ranks.here)
+        if ranks.across is not None:
+            self._ids, self._payload = sum_rows_across(self._ids, self._payload, ranks.across)
 
     def send(self, bus: Bus) -> None:
         assert self._payload is not None
@@ -99,15 +101,15 @@ class RowsUnit(Unit):
 
     def sq_norm(self) -> float:
         assert self._payload is not None
-        return ops.sq_norm(self._payload)
+        return ops.sq_norm(self._payload) if self.saves_state else 0.0  # all nodes have the same
 
     def host_step(self, hyper: AdamHyper, *, step: int, grad_scale: float) -> None:
         assert self._ids is not None and self._payload is not None
         self.adam.step_rows(self._ids - self._lo, self._payload, hyper, step=step, grad_scale=grad_scale)
 
     def fetch(self, bus: Bus, ranks: Ranks) -> None:
-        ranks.barrier()  # a rank may fetch what another one updated only after it did
-        lazy_alone = self._mode == "lazy" and ranks.world == 1
+        ranks.here.barrier()  # a rank may fetch what another one updated only after it did
+        lazy_alone = self._mode == "lazy" and ranks.here.world == 1
         self.rows.refresh_keys(self._ids if lazy_alone else None)
 
     def apply(self) -> None:
@@ -115,6 +117,10 @@ class RowsUnit(Unit):
 
     def discard(self) -> None:
         self._close(changed=False)
+
+    @property
+    def saves_state(self) -> bool:
+        return self._ranks.across is None or self._ranks.across.rank == 0
 
     def state_tensors(self) -> dict[str, Tensor]:
         return self.adam.tensors()

@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Several nodes, emulated: ranks that share no memory, each node with a store of its own."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from meft_ds.plugin.setup import by_node
+from tests.ranks import run_ranks
+
+PROGRAM = Path(__file__).with_name("nodes_program.py")
+
+
+def run(world: int, cases: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+    """Results by case, then by rank."""
+    outputs = run_ranks(PROGRAM, world, *map(json.dumps, cases))
+    lines = [next(line for line in out.splitlines() if line.startswith("RESULT ")) for out in outputs]
+    return list(zip(*(json.loads(line.removeprefix("RESULT ")) for line in lines), strict=True))  # type: ignore[arg-type]
+
+
+def assert_equal_nodes(ranks: list[dict[str, Any]]) -> None:
+    """All ranks of a case ended with the same stores and weights, bit for bit."""
+    assert len({rank["digest"] for rank in ranks}) == 1 and len({rank["norm"] for rank in ranks}) == 1
+
+
+def assert_same_training(one: list[dict[str, Any]], other: list[dict[str, Any]]) -> None:
+    for a, b in zip(one, other, strict=True):
+        torch.testing.assert_close(a["losses"], b["losses"], atol=1e-5, rtol=0)
+        assert abs(a["norm"] - b["norm"]) < 1e-5 * b["norm"]
+
+
+def test_two_nodes_train_as_one_and_a_checkpoint_of_either_resumes_on_the_other(tmp_path: Path) -> None:
+    one, two, again, whole, moved, back = run(
+        2,
+        [
+            {"block": "dense", "layout": "00", "save": str(tmp_path / "one")},
+            {"block": "dense", "layout": "01", "save": str(tmp_path / "two")},
+            {"block": "dense", "layout": "01"},
+            {"block": "dense", "layout": "00", "steps": 6},
+            {"block": "dense", "layout": "01", "load": str(tmp_path / "one"), "from": 4, "steps": 2},
+            {"block": "dense", "layout": "00", "load": str(tmp_path / "two"), "from": 4, "steps": 2},
+        ],
+    )
+    assert_equal_nodes(two)
+    assert_same_training(one, two)
+    assert [rank["digest"] for rank in two] == [rank["digest"] for rank in again]  # from run to run
+    for resumed in (moved, back):
+        assert_equal_nodes(resumed)
+        for a, b in zip(resumed, whole, strict=True):
+            torch.testing.assert_close(a["losses"], b["losses"][4:], atol=1e-5, rtol=0)
+    # each node's rows are the same, so one of them writes
+    assert sum("rows" in name for name in two[0]["files"]) == 2
+    assert two[0]["host_bytes"] < one[0]["host_bytes"]  # of a node: the rows once, as before, and half the dense state
+
+
+@pytest.mark.slow
+def test_ranks_laid_out_on_nodes_in_any_way_train_alike() -> None:
+    layouts = ("0000", "0011", "0101", "0123")
+    blocks = ("dense", "lazy", "compress", "subspace", "sparse_matrix")
+    found = run(4, [{"block": block, "layout": layout} for block in blocks for layout in layouts])
+    for index in range(0, len(found), len(layouts)):
+        for ranks in found[index : index + len(layouts)]:
+            assert_equal_nodes(ranks)
+            assert_same_training(found[index], ranks)
+
+
+@pytest.mark.slow
+def test_overlap_over_nodes_equals_the_serial_order_bit_for_bit() -> None:
+    cases = [{"block": "dense", "layout": "0011", "mode": mode} for mode in ("serial", "exact")]
+    serial, exact = run(4, cases)
+    assert [rank["digest"] for rank in serial] == [rank["digest"] for rank in exact]
+
+
+def test_nodes_with_different_numbers_of_ranks_are_refused() -> None:
+    assert by_node([0, 1, 2, 3], ["a:x", "b:x", "a:x", "b:x"]) == [[0, 2], [1, 3]]
+    with pytest.raises(ValueError, match="same number of ranks on every node, but there are a: 2, b: 1; start equally"):
+        by_node([0, 1, 2], ["a:x", "a:x", "b:x"])
