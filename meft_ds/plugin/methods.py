@@ -13,11 +13,11 @@ from meft_ds.subspace.method import SubspaceMethod
 def chosen(config: MeftConfig) -> list[Method]:
     """The block's methods; at least one."""
     methods: list[Method] = []
+    if config.sparse_matrix is not None:  # first: what it counts and looks through is the model without adapters
+        methods.append(SparseMatrixMethod(config.sparse_matrix))
     if config.sparse_adapter is not None:
         methods.append(SparseAdapterMethod(config.sparse_adapter))
     if config.subspace is not None:
         methods.append(SubspaceMethod(config.subspace))
-    if config.sparse_matrix is not None:
-        methods.append(SparseMatrixMethod(config.sparse_matrix))
     assert methods, "the block's model fills in the sparse adapter when no method is named"
     return methods

@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from benchmarks.child_process import run_child
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -16,6 +18,7 @@ def _python(code: str) -> list[str]:
     return [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(ROOT)!r})\n{code}"]
 
 
+@pytest.mark.slow
 def test_tiny_preset_measures_native_and_meft_and_reports_what_fails(tmp_path: Path) -> None:
     out = tmp_path / "report.json"
     command = [sys.executable, str(ROOT / "benchmarks" / "gpu_step.py"), "--models", "tiny", "--rows", "native,meft"]

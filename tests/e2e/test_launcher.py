@@ -56,7 +56,7 @@ def test_example_scores_tiles_then_trains_them_and_nothing_else(tmp_path: Path) 
 @pytest.mark.parametrize(
     "config",
     [
-        "zero2_offload.json",
+        pytest.param("zero2_offload.json", marks=pytest.mark.slow),
         pytest.param("zero3.json", marks=pytest.mark.slow),
         pytest.param("zero3_offload.json", marks=pytest.mark.slow),
     ],

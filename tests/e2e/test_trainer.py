@@ -91,6 +91,7 @@ def test_trainers_gradient_checkpointing_changes_nothing(tmp_path: Path, kind: s
     assert checkpointed["losses"] == plain["losses"]
 
 
+@pytest.mark.slow
 def test_the_same_program_runs_on_two_ranks_and_without_the_block(tmp_path: Path) -> None:
     config = str(config_file(tmp_path))
     two = run("trainer_program.py", str(tmp_path / "two"), config, world=2)

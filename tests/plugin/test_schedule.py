@@ -63,7 +63,14 @@ def assert_same_state(one: Any, other: Any) -> None:
     ],
     ids=["dense-host", "lazy-device", "spilling-fp16"],
 )
-@pytest.mark.parametrize("checkpointing", ["none", "reentrant", "nonreentrant"])
+@pytest.mark.parametrize(
+    "checkpointing",
+    [
+        "none",
+        pytest.param("reentrant", marks=pytest.mark.slow),
+        pytest.param("nonreentrant", marks=pytest.mark.slow),
+    ],
+)
 def test_fifty_random_schedules_of_exact_equal_serial_bit_for_bit(
     checkpointing: str, precision: str, adapter: dict[str, Any]
 ) -> None:
