@@ -51,9 +51,13 @@ def main() -> None:
     parser.add_argument("--density", type=float, default=TILES["density"])
     parser.add_argument("--block-size", type=int, default=TILES["block_size"])
     parser.add_argument("--steps", type=int, default=TILES["warmup_steps"], help="windows that score")
+    parser.add_argument("--keep", type=Path, default=None, help="folder for the choices, <kind>.json")
     args = parser.parse_args()
     settings = {"density": args.density, "block_size": args.block_size, "warmup_steps": args.steps}
     choices = {name: choose({**settings, **block}, seed, args.steps) for name, (block, seed) in KINDS.items()}
+    if args.keep is not None:
+        for name, choice in choices.items():
+            choice.save(args.keep / f"{name.replace(', ', '_').replace(' ', '_')}.json")
     tiles = {name: {(t.name, t.rows, t.cols) for t in choice.tiles} for name, choice in choices.items()}
     rows: list[dict[str, Any]] = [
         {

@@ -3,6 +3,7 @@
 
     deepspeed examples/finetune.py --deepspeed ds_configs/meft.json            # 256 facts, the embedded base
     deepspeed examples/finetune.py --deepspeed ds_configs/lsp.json             # the same job, subspace projectors
+    deepspeed examples/finetune.py --deepspeed ds_configs/smt.json             # the same job, sparse matrix tuning
     deepspeed examples/finetune.py --deepspeed ds_configs/zero2_offload.json   # the same job, full fine-tuning
     python examples/finetune.py                                                # without DeepSpeed
     deepspeed examples/finetune.py --deepspeed ds_configs/meft.json --model_name_or_path MODEL --data_file my.jsonl
