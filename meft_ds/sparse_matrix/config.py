@@ -109,7 +109,7 @@ class SparseMatrixConfig(BaseModel):
     form: Literal["auto", "value", "delta"] = Field(
         "auto",
         description="value: tiles train in place and the model is exported as it is. delta: the weight stays as it "
-        "is and tiles are added in the forward. auto = value under ZeRO stages 0 to 2.",
+        "is and tiles are added in the forward. auto = value under ZeRO stages 0 to 2, delta under 3.",
     )
     state_device: Literal["auto", "cpu", "accelerator"] = Field(
         "auto",
