@@ -57,11 +57,16 @@ def run(case: dict[str, Any]) -> dict[str, Any]:
     for p in engine.module.parameters():
         digest.update(p.detach().numpy().tobytes())
     stats = engine.meft_stats()
+    rows = [unit for unit in engine.optimizer.pipeline.units if unit.wire == "rows"]
+    stores = {t.data_ptr(): t.numel() * t.element_size() for unit in rows for t in unit.rows.store}
+    moments = [t for unit in rows for name, t in unit.state_tensors().items() if name.startswith("exp_avg")]
     found = {
         "losses": losses,
         "norm": engine.get_global_grad_norm(),
         "digest": digest.hexdigest(),
         "host_bytes": stats["host_bytes"],
+        "store": sum(stores.values()),
+        "moments": sum(t.numel() * t.element_size() for t in moments),
         "files": sorted(p.name for p in Path(case["save"]).glob("*/meft/*")) if "save" in case else [],
     }
     engine.destroy()

@@ -76,6 +76,17 @@ def test_overlap_over_nodes_equals_the_serial_order_bit_for_bit() -> None:
     assert [rank["digest"] for rank in serial] == [rank["digest"] for rank in exact]
 
 
+@pytest.mark.slow
+def test_store_and_moments_of_a_node_do_not_grow_with_its_ranks() -> None:
+    held = {}
+    for world in (1, 2, 4):
+        (ranks,) = run(world, [{"block": "dense", "layout": "0" * world, "steps": 1}])
+        assert len({rank["store"] for rank in ranks}) == 1  # one, which all ranks of the node see
+        held[world] = ranks[0]["store"] + sum(rank["moments"] for rank in ranks)
+        assert ranks[0]["host_bytes"] >= held[world]
+    assert held[1] > 0 and all(abs(bytes_ - held[1]) <= 0.05 * held[1] for bytes_ in held.values())
+
+
 def test_nodes_with_different_numbers_of_ranks_are_refused() -> None:
     assert by_node([0, 1, 2, 3], ["a:x", "b:x", "a:x", "b:x"]) == [[0, 2], [1, 3]]
     with pytest.raises(ValueError, match="same number of ranks on every node, but there are a: 2, b: 1; start equally"):
