@@ -37,12 +37,15 @@ class Weights:
     anchor: Tensor | None = None
 
     @contextlib.contextmanager
-    def whole(self, params: Sequence[Tensor]) -> Iterator[None]:
-        """Inside, `params` can be read whole. Collective."""
+    def whole(self, params: Sequence[Tensor], *, change: bool = False) -> Iterator[None]:
+        """Inside, `params` can be read whole; with `change` also written, the same on every rank. Collective."""
         yield
 
     def local(self, p: Tensor) -> tuple[Tensor, int]:
-        """This rank's slice of the flattened parameter, to be written in place, and where it begins."""
+        """This rank's slice of the flattened parameter where the model computes, and where it begins.
+
+        It may be written in place, and then `changed` is to be called.
+        """
         return p.detach().view(-1), 0
 
     def changed(self, p: Tensor) -> None:

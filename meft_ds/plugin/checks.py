@@ -35,6 +35,8 @@ def conflicts(ds_config: Mapping[str, Any]) -> list[str]:
             faults.append(f"zero_optimization.{key}: does not go with meft_offload; remove it")
     if stage == 3 and zero.get("zero_hpz_partition_size", 1) > 1:
         faults.append("zero_optimization.zero_hpz_partition_size: does not go with meft_offload; set it to 1")
+    if stage == 3 and zero.get("mics_shard_size", -1) > 0:
+        faults.append("zero_optimization.mics_shard_size: does not go with meft_offload; remove it")
     offload = zero.get("offload_param")
     if _is_on(offload) and stage != 3:
         faults.append("zero_optimization.offload_param: works with stage 3 only; remove it or set stage to 3")

@@ -1,17 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """`MeftEngine`: DeepSpeed's engine with the fewest overrides that let the pipeline own gradients and updates.
 
-Each override says in one line why it is needed. Weights of the base stay whole on every rank (ZeRO stages 0 to 2 are
-the same thing here: partitioning of the little state that is left is the pipeline's own).
+Each override says in one line why it is needed. ZeRO stages 0 to 2 are the same thing here: the base is whole on every
+rank, and partitioning of the little state that is left is the pipeline's own. Stage 3 and files:
+`meft_ds.plugin.saving`.
 """
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import weakref
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,23 +22,21 @@ from meft_ds.config import BLOCK, MeftConfig, parse_config
 from meft_ds.monitor import WindowMonitor
 from meft_ds.offload.at_exit import call_at_exit
 from meft_ds.offload.bus import Bus
-from meft_ds.offload.flat import FlatUnit
 from meft_ds.offload.method import Method, Run
 from meft_ds.offload.trace import Trace
-from meft_ds.offload.weights import WHOLE, Weights
+from meft_ds.offload.weights import WHOLE
 from meft_ds.offload.window import StepResult
 from meft_ds.offload.wire import Unit
-from meft_ds.plugin import checkpoint, checks, export, methods, setup, zero3
+from meft_ds.plugin import checks, export, methods, setup
 from meft_ds.plugin.optimizer import MeftOptimizer, adamw_from_config, check_client_optimizer
+from meft_ds.plugin.saving import SavingEngine
 from meft_ds.plugin.stats import Stats
 
 
-class MeftEngine(DeepSpeedEngine):
+class MeftEngine(SavingEngine):
     """What `deepspeed.initialize` returns for a config with a "meft_offload" block."""
 
     _meft_config: MeftConfig
-    _meft_methods: list[Method]
-    _meft_run: Run
     _meft_stats: Stats
     _meft_monitor: WindowMonitor
     _meft_trace: Trace | None
@@ -57,8 +53,6 @@ class MeftEngine(DeepSpeedEngine):
                 "meft_offload does not go with model parallelism (mpu); call deepspeed.initialize without it"
             )
         self._meft_stage3 = (ds_config.get("zero_optimization") or {}).get("stage") == 3
-        self._meft_stage = 0
-        self._meft_whole: dict[str, torch.Tensor] | None = None
         super().__init__(*args, **kwargs)
         if self.optimizer is None:
             raise ValueError(
@@ -67,18 +61,6 @@ class MeftEngine(DeepSpeedEngine):
             )
 
     # -- overrides ---------------------------------------------------------------------------------------------------
-
-    def zero_optimization(self) -> bool:
-        """ZeRO's own optimizer is never built: the pipeline partitions the state."""
-        return False
-
-    def zero_optimization_stage(self) -> int:
-        """As above: no ZeRO path of the engine may wait for a ZeRO optimizer."""
-        return self._meft_stage
-
-    def zero_optimization_partition_weights(self) -> bool:
-        """Stage 3 partitions parameters as ever. Only checkpoints are as in the other stages: whole, and so of any."""
-        return self._meft_stage3 and self._meft_whole is None
 
     def _configure_distributed_model(self, model: nn.Module) -> None:
         """Adapters must be in the model before DeepSpeed casts, moves and broadcasts it."""
@@ -166,103 +148,6 @@ class MeftEngine(DeepSpeedEngine):
     def clip_fp32_gradients(self) -> None:
         """Clipping uses the norm over all units, inside the step."""
 
-    def save_checkpoint(
-        self,
-        save_dir: str,
-        tag: str | None = None,
-        client_state: dict[str, Any] | None = None,
-        save_latest: bool = True,
-        exclude_frozen_parameters: bool = False,
-    ) -> bool:
-        """DeepSpeed's checkpoint plus ours; `latest` is written when both are complete."""
-        tag = f"global_step{self.global_steps}" if tag is None else str(tag)
-        self.meft_flush()
-        with self._as_whole(read=True):
-            super().save_checkpoint(
-                save_dir,
-                tag=tag,
-                client_state=client_state or {},
-                save_latest=False,
-                exclude_frozen_parameters=exclude_frozen_parameters,
-            )
-        ranks = self._meft_run.ranks
-        checkpoint.save(
-            Path(save_dir) / tag / checkpoint.FOLDER,
-            self.optimizer.pipeline.units,
-            ranks,
-            counters=self.optimizer.counters(),
-            about=self._about(),
-            methods={method.name: method.state(self._meft_run) for method in self._meft_methods},
-        )
-        if save_latest and ranks.rank == 0:
-            checkpoint.write_text(Path(save_dir) / "latest", tag)
-        ranks.barrier()
-        return True
-
-    def load_checkpoint(
-        self,
-        load_dir: str,
-        tag: str | None = None,
-        load_module_strict: bool = True,
-        load_optimizer_states: bool = True,
-        load_lr_scheduler_states: bool = True,
-        load_module_only: bool = False,
-        custom_load_fn: Any = None,
-    ) -> tuple[str | None, Any]:
-        """Our state is verified before DeepSpeed touches the model, and loaded after it did."""
-        tag = tag if tag is not None else _latest_tag(load_dir)
-        if tag is None:
-            return super().load_checkpoint(load_dir)  # logs what is missing, as without us
-        folder = Path(load_dir) / str(tag) / checkpoint.FOLDER
-        self.meft_flush()  # what is under way must not land in the loaded state
-        manifest = checkpoint.verify(
-            folder,
-            self.optimizer.pipeline.units,
-            self._meft_run.ranks,
-            about=self._about(),
-            accepts=lambda key, saved: any(method.accepts(key, saved) for method in self._meft_methods),
-        )
-        moments = load_optimizer_states and not load_module_only
-        self._load_methods(folder, manifest, moments=moments)
-        with self._as_whole():
-            path, client_state = super().load_checkpoint(
-                load_dir,
-                tag=tag,
-                load_module_strict=load_module_strict,
-                load_optimizer_states=load_optimizer_states,
-                load_lr_scheduler_states=load_lr_scheduler_states,
-                load_module_only=load_module_only,
-                custom_load_fn=custom_load_fn,
-            )
-        if path is not None:
-            self.optimizer.pipeline.give_up_window()
-            checkpoint.load(folder, manifest, self.optimizer.pipeline.units, moments=moments)
-            self.optimizer.pipeline.publish()
-            if moments:
-                self.optimizer.load_counters(manifest["counters"])
-            self._open_meft_window()  # the loss scale may be another one now
-        return path, client_state
-
-    def _configure_checkpointing(self) -> None:
-        """Who writes is decided as in the other stages."""
-        with self._as_whole():
-            super()._configure_checkpointing()
-
-    def module_state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """In a checkpoint of stage 3: the whole weights, gathered before."""
-        if not self._meft_stage3 or not self._meft_whole:
-            return super().module_state_dict(*args, **kwargs)
-        frozen = {n for n, p in self.module.named_parameters(remove_duplicate=False) if not self._trains(p)}
-        left_out = frozen if kwargs.get("exclude_frozen_parameters") else set()
-        return {name: t for name, t in self._meft_whole.items() if name not in left_out}
-
-    def load_module_state_dict(self, checkpoint: Any, strict: bool = True, *args: Any, **kwargs: Any) -> None:
-        """In stage 3 every rank takes its slices from the whole weights of the file, and nothing is gathered."""
-        if not self._meft_stage3 or kwargs.get("custom_load_fn") is not None:
-            super().load_module_state_dict(checkpoint, strict, *args, **kwargs)
-            return
-        zero3.load_consolidated(self.module, checkpoint["module"], self._meft_run.weights, strict=strict)
-
     # -- for users ---------------------------------------------------------------------------------------------------
 
     def meft_stats(self) -> dict[str, Any]:
@@ -278,30 +163,6 @@ class MeftEngine(DeepSpeedEngine):
         self._meft_monitor.write(self.global_samples)
 
     # -- helpers -----------------------------------------------------------------------------------------------------
-
-    def _partition(self, device: Any) -> Weights:
-        """DeepSpeed's own hooks that gather and partition parameters, without its optimizer."""
-        self._meft_stage = 3
-        try:
-            self._meft_zero3 = super()._configure_zero_optimizer(optimizer=None)
-        finally:
-            self._meft_stage = 0
-        return zero3.PartitionedWeights(torch.device(device), self.seq_data_parallel_group)
-
-    @contextlib.contextmanager
-    def _as_whole(self, *, read: bool = False) -> Iterator[None]:
-        """Inside, stage 3 passes for one with whole weights; `read`: gather them, on the first rank. Collective."""
-        before = self._meft_whole
-        self._meft_whole = (zero3.consolidated(self.module) or {}) if self._meft_stage3 and read else {}
-        try:
-            yield
-        finally:
-            self._meft_whole = before
-
-    def _trains(self, p: nn.Parameter) -> bool:
-        return p.requires_grad or any(
-            p is q for unit in self.optimizer.pipeline.units if isinstance(unit, FlatUnit) for _, q in unit.params
-        )
 
     def _closes_window(self) -> bool:
         if any(method.observing for method in self._meft_methods):
@@ -320,15 +181,6 @@ class MeftEngine(DeepSpeedEngine):
         """Let methods that have seen enough begin to train."""
         for method in self._meft_methods:
             if method.observing and (units := method.observed(self._meft_run)) is not None:
-                self._admit(units)
-                self._announce(method)
-
-    def _load_methods(self, folder: Path, manifest: dict[str, Any], *, moments: bool) -> None:
-        for method in self._meft_methods:
-            saved = checkpoint.method_state(folder, manifest, method.name)
-            if saved is None:
-                continue
-            if units := method.load_state(self._meft_run, *saved, moments=moments):
                 self._admit(units)
                 self._announce(method)
 
@@ -377,17 +229,6 @@ class MeftEngine(DeepSpeedEngine):
     def _compute_dtype(self) -> torch.dtype:
         return torch.float16 if self.fp16_enabled() else torch.bfloat16 if self.bfloat16_enabled() else torch.float32
 
-    def _about(self) -> dict[str, Any]:
-        """What a checkpoint's state belongs to: everything that shapes the function or the state's layout."""
-        about = {
-            "method": "+".join(method.name for method in self._meft_methods),
-            "model": type(self.module).__name__,
-            "param_groups": len(self.optimizer.param_groups),
-        }
-        for method in self._meft_methods:
-            about |= method.about()
-        return about
-
     def _first_line(self, plan: setup.Plan) -> str:
         gib = 2**30
         return (
@@ -426,8 +267,3 @@ def _alive(engine: weakref.ref[MeftEngine]) -> MeftEngine:
     found = engine()
     assert found is not None, "the pipeline outlived its engine"
     return found
-
-
-def _latest_tag(load_dir: str) -> str | None:
-    latest = Path(load_dir) / "latest"
-    return latest.read_text().strip() if latest.is_file() else None

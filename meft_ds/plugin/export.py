@@ -3,21 +3,27 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import logging
+from collections.abc import Mapping
 from pathlib import Path
 from types import MethodType
 from typing import Any
 
+import deepspeed
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from meft_ds.offload.partition import Ranks, owned_range
+from meft_ds.offload.taps import untap
+from meft_ds.offload.weights import Weights
 from meft_ds.sparse_adapter.attach import ADAPTER_NAME, find_adapters
 from meft_ds.sparse_adapter.files import write_adapter
 from meft_ds.sparse_matrix.files import collect_tiles, merge_tiles, write_tiles
+from meft_ds.sparse_matrix.linear import Corrected
 from meft_ds.sparse_matrix.method import SparseMatrixMethod
 from meft_ds.sparse_matrix.unit import BlocksUnit
+
+_logger = logging.getLogger("meft_ds")
 
 
 def save_adapter(model_or_engine: nn.Module, directory: str | Path) -> None:
@@ -30,15 +36,24 @@ def save_adapter(model_or_engine: nn.Module, directory: str | Path) -> None:
     Raises:
         ValueError: when the model has no adapter.
 
-    May be called on any one rank: a node's ranks share the master rows.
+    May be called on any one rank: a node's ranks share the master rows. Under ZeRO-3 collective, because routers are
+    partitioned: all ranks call it, and the first one writes.
     """
     model = getattr(model_or_engine, "module", model_or_engine)
-    if not find_adapters(model):
+    adapters = find_adapters(model)
+    if not adapters:
         raise ValueError(
             f"{type(model).__name__} has no meft-ds adapter; pass the engine that deepspeed.initialize returned for a "
             'config with a "meft_offload" block'
         )
-    write_adapter(Path(directory), model)
+    weights = [adapter.router.weight for adapter in adapters.values()]
+    if not is_partitioned(weights[0]):
+        write_adapter(Path(directory), model)
+        return
+    with deepspeed.zero.GatheredParameters(weights):
+        if dist.get_rank() == 0:
+            write_adapter(Path(directory), model)
+    dist.barrier()
 
 
 def save_tiles(engine: Any, path: str | Path) -> None:
@@ -69,11 +84,12 @@ def save_tiles(engine: Any, path: str | Path) -> None:
     engine.meft_flush()
     ranks = engine._meft_run.ranks
     units = [unit for unit in engine.optimizer.pipeline.units if isinstance(unit, BlocksUnit)]
-    originals = [_gathered(unit, ranks) for unit in units]
+    originals = [unit.originals().cpu() for unit in units]
+    values = [unit.values().cpu() for unit in units]  # here and not below: of partitioned weights it takes all ranks
     fault: Exception | None = None
     if ranks.rank == 0:
         try:
-            write_tiles(path, collect_tiles(method.choice, units, [unit.values().cpu() for unit in units], originals))
+            write_tiles(path, collect_tiles(method.choice, units, values, originals))
         except Exception as e:  # the other ranks must not wait for ever
             fault = e
     if ranks.world > 1:
@@ -97,21 +113,50 @@ def save_plain_weights(model: nn.Module) -> None:
 
 def _save_pretrained(model: Any, directory: Any, *args: Any, **kwargs: Any) -> Any:
     state: dict[str, Tensor] | None = kwargs.pop("state_dict", None)
-    state = model.state_dict() if state is None else state
-    kwargs["state_dict"] = merge_tiles(model, {k: t for k, t in state.items() if ADAPTER_NAME not in k.split(".")})
+    if state is None:
+        _refuse_partitioned(model)
+        state = model.state_dict()
+    kwargs["state_dict"] = plain_weights(model, state)
     result = type(model).save_pretrained(model, directory, *args, **kwargs)
     if kwargs.get("is_main_process", True) and find_adapters(model):
-        save_adapter(model, directory)
+        # those of the given state, because this one rank could not gather the model's
+        names = {module: f"{module}.{ADAPTER_NAME}.router.weight" for module in find_adapters(model)}
+        if all(name in state for name in names.values()):
+            write_adapter(Path(directory), model, {module: state[name] for module, name in names.items()})
+        elif not any(is_partitioned(p) for p in model.parameters()):
+            write_adapter(Path(directory), model)
+        else:
+            _logger.warning("meft-ds: no adapter is written to %s: the state dict has no routers", directory)
     return result
 
 
-def _gathered(unit: BlocksUnit, ranks: Ranks) -> Tensor:
-    """The unit's original values, flat [numel] on the host. Collective."""
-    if ranks.world == 1:
-        return unit.original.cpu()
-    sizes = [hi - lo for lo, hi in (owned_range(unit.numel, replace(ranks, rank=k)) for k in range(ranks.world))]
-    # rows of one length, because not every backend gathers slices of different sizes
-    rows = torch.zeros(ranks.world + 1, max(sizes), dtype=unit.original.dtype, device=unit.params[0][1].device)
-    rows[-1, : sizes[ranks.rank]] = unit.original
-    dist.all_gather(list(rows[:-1].unbind(0)), rows[-1], group=ranks.group)
-    return torch.cat([row[:size] for row, size in zip(rows[:-1].cpu(), sizes, strict=True)])
+def plain_weights(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Of a state dict of `model` with whole weights: the base's own tensors, tiles of the delta form merged in."""
+    return merge_tiles(model, {k: t for k, t in state.items() if ADAPTER_NAME not in k.split(".")})
+
+
+@torch.no_grad()
+def keep_what_was_learned(model: nn.Module, weights: Weights) -> None:
+    """Let partitioned weights take on what an engine before this one left to their layers to add. Collective."""
+    for module in model.modules():
+        forward = module.__dict__.get("forward")
+        if isinstance(forward, Corrected):
+            w = module.weight
+            assert isinstance(w, Tensor)
+            with weights.whole([w], change=True):
+                forward.merge(w.detach())
+            untap(module)
+
+
+def is_partitioned(p: Tensor) -> bool:
+    """Whether a parameter is one of ZeRO-3."""
+    return hasattr(p, "ds_id")
+
+
+def _refuse_partitioned(model: nn.Module) -> None:
+    if any(is_partitioned(p) for p in model.parameters()):
+        raise ValueError(
+            "save_pretrained of a model under ZeRO-3 needs whole weights: pass "
+            "state_dict=engine._zero3_consolidated_16bit_state_dict(), which all ranks must call (accelerate: "
+            "accelerator.get_state_dict(model)), or use engine.save_16bit_model or Trainer.save_model"
+        )

@@ -39,7 +39,7 @@ from meft_ds.offload.threads import enter as enter_threads
 from meft_ds.offload.weights import Weights
 from meft_ds.offload.window import StepSettings
 from meft_ds.offload.wire import Footprint, Unit
-from meft_ds.plugin.zero3 import guard_gathers
+from meft_ds.plugin.zero3 import PartitionedWeights, guard_gathers
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -235,7 +235,7 @@ def pipeline(
 def install_gates(model: nn.Module, pipe: Pipeline, weights: Weights) -> list[Any]:
     """Let no forward read what is being updated; returns the hooks' handles."""
     units = [unit for unit in pipe.units if isinstance(unit, FlatUnit)]
-    guards = guard_gathers(model, units, pipe) if weights.partitioned else []
+    guards = guard_gathers(model, units, pipe, weights) if isinstance(weights, PartitionedWeights) else []
     return [*guards, *gates.install(model, units, pipe)]
 
 

@@ -28,47 +28,117 @@ class PartitionedWeights(Weights):
 
     def __init__(self, device: torch.device, group: Any) -> None:
         self.anchor = torch.zeros((), device=device, requires_grad=True)
-        self._rank = torch.distributed.get_rank(group)
+        self._device, self._rank = device, torch.distributed.get_rank(group)
+        self._on_device: dict[int, Tensor] = {}  # copies of slices that are elsewhere, until they have changed
+        self._streams = Streams(device)
+
+    @property
+    def streams(self) -> Streams:
+        """Where slices are written and gathered."""
+        return self._streams
 
     @contextlib.contextmanager
-    def whole(self, params: Sequence[Tensor]) -> Iterator[None]:
-        with deepspeed.zero.GatheredParameters(list(params)):
+    def whole(self, params: Sequence[Tensor], *, change: bool = False) -> Iterator[None]:
+        with deepspeed.zero.GatheredParameters(list(params), modifier_rank=0 if change else None):
             yield
 
     def local(self, p: Tensor) -> tuple[Tensor, int]:
+        held, lo = self._slice(p)
+        if held.device.type != self._device.type:
+            held = self._on_device[id(p)] = held.to(self._device)
+        return held, lo
+
+    def changed(self, p: Tensor) -> None:
+        held: Any = p
+        if (copy := self._on_device.pop(id(p), None)) is not None:
+            self._slice(p)[0].copy_(copy)
+        if held.ds_status.name == "AVAILABLE":  # small ones stay gathered: what they hold is old now
+            held.partition(has_been_updated=False)
+        self._streams.wrote()
+
+    def write(self, p: Tensor, flat: Tensor) -> None:
+        local, lo = self._slice(p)
+        local.copy_(flat[lo : lo + local.numel()])
+        self.changed(p)
+
+    def _slice(self, p: Tensor) -> tuple[Tensor, int]:
         held: Any = p
         size = held.ds_tensor.ds_numel
         lo = min(size * self._rank, held.ds_numel)
         return held.ds_tensor.detach()[: max(0, min(size, held.ds_numel - lo))], lo
 
-    def changed(self, p: Tensor) -> None:
-        held: Any = p
-        if held.ds_status.name == "AVAILABLE":  # small ones stay gathered: what they hold is old now
-            held.partition(has_been_updated=False)
 
-    def write(self, p: Tensor, flat: Tensor) -> None:
-        local, lo = self.local(p)
-        local.copy_(flat[lo : lo + local.numel()])
-        self.changed(p)
+class Streams:
+    """Orders what is written on the stream that trains before gathers on DeepSpeed's own stream."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._runtime = None if device.type == "cpu" else torch.get_device_module(device)
+        self._training: Any = None
+        self._written: Any = None
+        self.enter()
+
+    def enter(self) -> None:
+        """The current stream is the one that trains."""
+        if self._runtime is not None:
+            self._training = self._runtime.current_stream()
+
+    @contextlib.contextmanager
+    def training(self) -> Iterator[None]:
+        """What is done inside is done on the stream that trains."""
+        if self._runtime is None:
+            yield
+            return
+        with self._runtime.stream(self._training):
+            yield
+
+    def wrote(self) -> None:
+        """The current stream has been given a write."""
+        if self._runtime is not None:
+            self._written = self._runtime.current_stream().record_event(self._written)
+
+    def read(self) -> None:
+        """The current stream is about to read what was written."""
+        if self._written is not None:
+            assert self._runtime is not None
+            self._runtime.current_stream().wait_event(self._written)
 
 
-def guard_gathers(model: nn.Module, units: Sequence[FlatUnit], pipeline: Pipeline) -> list[Any]:
+def guard_gathers(
+    model: nn.Module, units: Sequence[FlatUnit], pipeline: Pipeline, weights: PartitionedWeights
+) -> list[Any]:
     """Let no gather read a slice that is being updated; returns handles whose `remove` takes the guard away.
 
     A gate before a module's forward would come too late, because DeepSpeed gathers ahead.
     """
     of = {id(p): weakref.ref(unit) for unit in units for _, p in unit.params}
-    find = weakref.ref(pipeline)
+    find, streams = weakref.ref(pipeline), weights.streams
 
     def wait_for(params: Sequence[Tensor]) -> None:
         if (alive := find()) is None:
             return
-        for p in params:
-            if (unit := of.get(id(p), _nobody)()) is not None:
-                alive.needed(unit)
+        with streams.training():
+            for p in params:
+                if (unit := of.get(id(p), _nobody)()) is not None:
+                    alive.needed(unit)
+        streams.read()
 
     # every parameter, because any of them may be asked to gather a list of others
-    return [_Guard(p, name, wait_for) for p in model.parameters() for name in ("all_gather", "all_gather_coalesced")]
+    guards = [_Guard(p, name, wait_for) for p in model.parameters() for name in ("all_gather", "all_gather_coalesced")]
+    return [*guards, model.register_forward_pre_hook(_Enter(streams), prepend=True)]
+
+
+class _Enter:
+    """A hook before the model's forward; copies of the model get one that tells nobody."""
+
+    def __init__(self, streams: Streams | None = None) -> None:
+        self._streams = streams
+
+    def __call__(self, module: nn.Module, args: Any) -> None:
+        if self._streams is not None and torch._C._current_graph_task_id() == -1:
+            self._streams.enter()
+
+    def __reduce__(self) -> Any:
+        return _Enter, ()
 
 
 class _Guard:
@@ -126,7 +196,8 @@ def load_consolidated(model: nn.Module, state: Mapping[str, Tensor], weights: We
         RuntimeError: as `nn.Module.load_state_dict` does; nothing has been changed then.
     """
     own = model.state_dict()
-    shapes = {name: tuple(shape_of(t)) for name, t in [*model.named_parameters(remove_duplicate=False)]}
+    named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    shapes = {name: tuple(shape_of(t)) for name, t in named}
     faults = [f"missing {name}" for name in own if name not in state] if strict else []
     faults += [f"unexpected {name}" for name in state if name not in own] if strict else []
     faults += [

@@ -10,6 +10,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from meft_ds.offload.weights import shape_of
+
 __all__ = ["Site", "find_ffns", "make_site"]
 
 # What Hugging Face's decoder layers call their FFN or their mixture-of-experts block.
@@ -105,7 +107,7 @@ def _input_width(model: nn.Module, name: str, module: nn.Module) -> int:
             return inner.in_features
         weight = getattr(inner, "weight", None)
         if type(inner).__name__ == "Conv1D" and isinstance(weight, Tensor):
-            return weight.shape[0]
+            return shape_of(weight)[0]
     raise ValueError(f"cannot tell the input width of {name}: the model has no config.hidden_size and it has no Linear")
 
 

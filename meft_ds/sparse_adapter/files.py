@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import tempfile
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -46,10 +47,11 @@ class SavedAdapter:
     routers: list[Tensor]
 
 
-def write_adapter(directory: str | Path, model: nn.Module) -> Path:
+def write_adapter(directory: str | Path, model: nn.Module, routers: Mapping[str, Tensor] | None = None) -> Path:
     """Writes the adapter of ``model``; returns the path of the JSON. Raises ValueError when the model has none.
 
-    Ranks that share rows must not write at the same time: call it on one of them.
+    ``routers`` by the names of their modules, as in ``find_adapters``, where the model's own are partitioned. Ranks
+    that share rows must not write at the same time: call it on one of them.
     """
     adapters = find_adapters(model)
     if not adapters:
@@ -57,9 +59,10 @@ def write_adapter(directory: str | Path, model: nn.Module) -> Path:
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     tensors: dict[str, Tensor] = {}
-    for i, adapter in enumerate(adapters.values()):
+    for i, (module, adapter) in enumerate(adapters.items()):
+        router = adapter.router.weight if routers is None else routers[module]
         tensors[f"layers.{i}.rows"] = adapter.rows.master.detach().float().cpu().contiguous()
-        tensors[f"layers.{i}.router"] = adapter.router.weight.detach().float().cpu().contiguous()
+        tensors[f"layers.{i}.router"] = router.detach().float().cpu().contiguous()
     temporary = _temporary(directory)
     try:
         save_file(tensors, temporary, metadata={"format": "pt"})

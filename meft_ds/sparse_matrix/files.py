@@ -110,12 +110,11 @@ def merge_tiles(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tens
         full = f"{name}.weight" if name else "weight"
         if not isinstance(forward, Corrected) or full not in plain:
             continue
-        assert isinstance(module.weight, Tensor)
-        before = forward.blocks.read(module.weight.detach())
-        after = before.float().add_(forward.delta).to(before.dtype).cpu()
-        plain[full] = plain[full].detach().to("cpu", copy=True)
-        for (rows, cols), values in forward.blocks.tiles(after):
-            plain[full][rows[0] : rows[1], cols[0] : cols[1]] = values
+        # of the given weight, not the module's: that may be partitioned, and others are not here to gather it
+        whole = plain[full] = plain[full].detach().to("cpu", copy=True)
+        for (rows, cols), added in forward.blocks.tiles(forward.delta.cpu()):
+            tile = whole[rows[0] : rows[1], cols[0] : cols[1]]
+            tile.copy_(tile.float().add_(added))
     return plain
 
 

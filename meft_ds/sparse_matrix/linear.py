@@ -52,6 +52,11 @@ class Corrected(Tapped):
     def product(self, receiver: Receiver, y: Tensor, x: Tensor) -> Tensor:
         return super().product(receiver, _Correct.apply(y, x, self.delta, self.blocks), x)
 
+    def merge(self, weight: Tensor) -> None:
+        """Write into a weight like the module's what is added to its product."""
+        values = self.blocks.read(weight)
+        self.blocks.write(weight, values.float().add_(self.delta).to(values.dtype))
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Corrected:
         return Corrected(copy.deepcopy(self.module, memo), blocks=self.blocks, delta=self.delta.clone())
 

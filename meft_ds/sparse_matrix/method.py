@@ -165,6 +165,10 @@ class SparseMatrixMethod(Method):
             )
         return self._begin(run, choice)
 
+    def weights_loaded(self, run: Run) -> None:
+        for unit in self._units:
+            unit.take_back()
+
     def _begin(self, run: Run, choice: Choice) -> list[Unit]:
         """Scoring is over."""
         assert self._scorer is not None
@@ -205,8 +209,8 @@ class SparseMatrixMethod(Method):
         return {"sparse_matrix.form": self._form, "sparse_matrix.tiles": tiles}
 
     def accepts(self, key: str, saved: Any) -> bool:
-        # an engine that has not chosen yet takes the checkpoint's tiles
-        return key == "sparse_matrix.tiles" and self.observing
+        # files are the same in both forms, and an engine that has not chosen yet takes the checkpoint's tiles
+        return key == "sparse_matrix.form" or (key == "sparse_matrix.tiles" and self.observing)
 
     def summary(self) -> str:
         where = "accelerator" if self._on_device else "host"

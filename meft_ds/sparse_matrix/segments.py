@@ -12,6 +12,8 @@ from typing import Any
 
 from torch import nn
 
+from meft_ds.offload.weights import shape_of
+
 Part = tuple[int, str]
 """Size along the output dimension, and role."""
 
@@ -85,9 +87,11 @@ def input_first(model: nn.Module, holder: nn.Module, key: str, shape: tuple[int,
     if isinstance(told, bool):
         return told
     gate_up, down = (getattr(holder, name, None) for name in ("gate_up_proj", "down_proj"))
-    if isinstance(gate_up, nn.Parameter) and isinstance(down, nn.Parameter) and gate_up.dim() == down.dim() == 3:
-        (_, r, c), (_, s, t) = gate_up.shape, down.shape
-        return bool(r == t and c == 2 * s)
+    if isinstance(gate_up, nn.Parameter) and isinstance(down, nn.Parameter):
+        up_shape, down_shape = shape_of(gate_up), shape_of(down)
+        if len(up_shape) == len(down_shape) == 3:
+            (_, r, c), (_, s, t) = up_shape, down_shape
+            return bool(r == t and c == 2 * s)
     hidden = _first(_sources(model, holder), "hidden_size")
     role = role_of(key)
     if role == "down":

@@ -14,6 +14,7 @@ from dataclasses import replace
 from typing import Literal
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from meft_ds.offload.flat import FlatUnit
@@ -170,11 +171,34 @@ class BlocksUnit(FlatUnit):
         Collective where weights are partitioned.
         """
         parts = []
-        for blocks in self.matrices:
-            with self.weights.whole([self.params[blocks.param][1]]):
-                parts.append(blocks.read(self._matrix(blocks)))
+        for index, (_, p) in enumerate(self.params):
+            with self.weights.whole([p]):
+                parts += [blocks.read(self._matrix(blocks)) for blocks in self._of_param[index]]
         whole = torch.cat(parts)
         return whole if self._delta is None else whole.float().add_(self._delta).to(self._dtype)
+
+    def originals(self) -> Tensor:
+        """What the tiles were before training, flat [numel] in the weights' dtype, on the device. Collective."""
+        if self._ranks.world == 1:
+            return self.original.to(self._device)
+        slices = self._slices()
+        # rows of one length, because not every backend gathers slices of different sizes
+        rows = torch.zeros(len(slices) + 1, max(hi - lo for lo, hi in slices), dtype=self._dtype, device=self._device)
+        *everyone, mine = rows.unbind(0)
+        mine[: self._hi - self._lo] = self.original
+        dist.all_gather(everyone, mine, group=self._ranks.group)
+        return torch.cat([row[: hi - lo] for row, (lo, hi) in zip(everyone, slices, strict=True)])
+
+    @torch.no_grad()
+    def take_back(self) -> None:
+        """In the delta form: give the weights' tiles their original values, because a file's weights have what was
+        learned in them. Collective."""
+        if self.form == "value":
+            return
+        originals = self.originals()
+        for index, (_, p) in enumerate(self.params):
+            with self.weights.whole([p], change=True):
+                self._write(originals, self._of_param[index])
 
     def _write(self, flat: Tensor, matrices: list[Blocks]) -> None:
         for blocks in matrices:

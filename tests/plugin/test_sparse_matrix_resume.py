@@ -104,7 +104,7 @@ def test_loading_weights_only_gives_the_function_and_fresh_moments(tmp_path: Pat
     assert other.meft_stats()["sparse_matrix"]["scored_steps"] == 0
 
 
-def test_other_tiles_forms_precisions_and_phases_are_refused_and_nothing_changes(tmp_path: Path) -> None:
+def test_other_tiles_precisions_and_phases_are_refused_and_nothing_changes(tmp_path: Path) -> None:
     engine = make_engine(config("bf16", score="random"))
     steps(engine, range(1))
     engine.save_checkpoint(str(tmp_path))
@@ -112,8 +112,6 @@ def test_other_tiles_forms_precisions_and_phases_are_refused_and_nothing_changes
     scoring.save_checkpoint(str(tmp_path / "scoring"))
     cases = [
         (config("bf16", score="random", seed=1), tmp_path, "sparse_matrix.tiles: checkpoint"),
-        (config("bf16", score="random", form="delta"), tmp_path, "sparse_matrix.form: checkpoint 'value'"),
-        (config("bf16", form="delta"), tmp_path, "sparse_matrix.form: checkpoint 'value'"),
         (config("fp32"), tmp_path, "precision and the optimizer's parameter groups"),
         (config("bf16", score="random"), tmp_path / "scoring", "'not chosen yet'"),
     ]
@@ -124,6 +122,40 @@ def test_other_tiles_forms_precisions_and_phases_are_refused_and_nothing_changes
             other.load_checkpoint(str(folder))
         assert expected in str(e.value)
         assert differing(before, everything(other)) == [] and method_of(other).observing == observing
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("scored", [True, False])
+def test_a_checkpoint_of_either_form_goes_on_in_the_other(tmp_path: Path, form: str, scored: bool) -> None:
+    def made(form: str) -> Any:
+        return config(form=form, eps=1e-4, **({} if scored else {"score": "random"}))
+
+    other = next(f for f in FORMS if f != form)
+    engine, resumed = make_engine(made(form)), make_engine(made(other), tiny_llama(seed=9))
+    steps(engine, range(5))
+    engine.save_checkpoint(str(tmp_path))
+    resumed.load_checkpoint(str(tmp_path))
+    with torch.no_grad():
+        torch.testing.assert_close(resumed(**batch(5)).logits, engine(**batch(5)).logits, atol=1e-5, rtol=1e-5)
+    base, taken = tiny_llama().state_dict(), resumed.module.state_dict()
+    changed = {name for name, t in base.items() if not torch.equal(taken[name], t)}
+    assert bool(changed) == (other == "value"), "the delta form keeps the base in the weights"
+    assert steps(resumed, range(5, 9)) == pytest.approx(steps(engine, range(5, 9)), abs=1e-5)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_the_model_file_of_a_checkpoint_holds_complete_weights(tmp_path: Path, form: str) -> None:
+    engine = make_engine(config(form=form))
+    steps(engine, range(5))
+    engine.save_checkpoint(str(tmp_path), tag="t")
+    assert engine.save_16bit_model(str(tmp_path))
+    saved = torch.load(tmp_path / "t" / "mp_rank_00_model_states.pt", weights_only=False)["module"]
+    assert saved.keys() == (plain := torch.load(tmp_path / "pytorch_model.bin")).keys()
+    assert all(torch.equal(saved[name], t) for name, t in plain.items())
+    model = tiny_llama(seed=9)
+    model.load_state_dict(saved)
+    with torch.no_grad():
+        torch.testing.assert_close(model(**batch(5)).logits, engine(**batch(5)).logits, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("phase", ["scoring", "training"])

@@ -1,0 +1,248 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What `MeftEngine` overrides for ZeRO-3 and for files, each with the reason in a line.
+
+Stage 3 is DeepSpeed's own partitioning and gathering without its optimizer. Files are the same in every stage: complete
+weights, with what the delta form of sparse matrix tuning learned in them, so a checkpoint loads in any stage with any
+number of ranks.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from deepspeed.runtime.engine import DeepSpeedEngine
+from torch import nn
+
+from meft_ds.offload.flat import FlatUnit
+from meft_ds.offload.method import Method, Run
+from meft_ds.offload.weights import Weights
+from meft_ds.plugin import checkpoint, export, zero3
+from meft_ds.plugin.optimizer import MeftOptimizer
+
+
+class SavingEngine(DeepSpeedEngine):
+    """The overrides; `MeftEngine` makes what they work with."""
+
+    _meft_methods: list[Method]
+    _meft_run: Run
+    _meft_stage3: bool
+    optimizer: MeftOptimizer
+
+    _meft_stage = 0
+    _meft_whole: dict[str, torch.Tensor] | None = None  # while files are written or read: what the first rank gathered
+    _meft_plain = False  # while plain weights are written
+
+    # -- ZeRO ----------------------------------------------------------------------------------------------------------
+
+    def zero_optimization(self) -> bool:
+        """ZeRO's own optimizer is never built: the pipeline partitions the state."""
+        return False
+
+    def zero_optimization_stage(self) -> int:
+        """As above: no ZeRO path of the engine may wait for a ZeRO optimizer."""
+        return self._meft_stage
+
+    def zero_optimization_partition_weights(self) -> bool:
+        """Stage 3 partitions parameters as ever. Only checkpoints are as in the other stages: whole, and so of any."""
+        return self._meft_stage3 and self._meft_whole is None
+
+    def _partition(self, device: Any) -> Weights:
+        """DeepSpeed's own hooks that gather and partition parameters, without its optimizer."""
+        self._meft_stage = 3
+        try:
+            self._meft_zero3 = super()._configure_zero_optimizer(optimizer=None)
+        finally:
+            self._meft_stage = 0
+        weights = zero3.PartitionedWeights(torch.device(device), self.seq_data_parallel_group)
+        export.keep_what_was_learned(self.module, weights)
+        return weights
+
+    @contextlib.contextmanager
+    def _as_whole(self, *, read: bool = False) -> Iterator[None]:
+        """Inside, stage 3 passes for one with whole weights; `read`: gather them, on the first rank. Collective."""
+        before = self._meft_whole
+        self._meft_whole = (zero3.consolidated(self.module) or {}) if self._meft_stage3 and read else {}
+        try:
+            yield
+        finally:
+            self._meft_whole = before
+
+    # -- checkpoints ---------------------------------------------------------------------------------------------------
+
+    def save_checkpoint(
+        self,
+        save_dir: str,
+        tag: str | None = None,
+        client_state: dict[str, Any] | None = None,
+        save_latest: bool = True,
+        exclude_frozen_parameters: bool = False,
+    ) -> bool:
+        """DeepSpeed's checkpoint plus ours; `latest` is written when both are complete."""
+        tag = f"global_step{self.global_steps}" if tag is None else str(tag)
+        self.meft_flush()
+        with self._as_whole(read=True):
+            super().save_checkpoint(
+                save_dir,
+                tag=tag,
+                client_state=client_state or {},
+                save_latest=False,
+                exclude_frozen_parameters=exclude_frozen_parameters,
+            )
+        ranks = self._meft_run.ranks
+        checkpoint.save(
+            Path(save_dir) / tag / checkpoint.FOLDER,
+            self.optimizer.pipeline.units,
+            ranks,
+            counters=self.optimizer.counters(),
+            about=self._about(),
+            methods={method.name: method.state(self._meft_run) for method in self._meft_methods},
+        )
+        if save_latest and ranks.rank == 0:
+            checkpoint.write_text(Path(save_dir) / "latest", tag)
+        ranks.barrier()
+        return True
+
+    def load_checkpoint(
+        self,
+        load_dir: str,
+        tag: str | None = None,
+        load_module_strict: bool = True,
+        load_optimizer_states: bool = True,
+        load_lr_scheduler_states: bool = True,
+        load_module_only: bool = False,
+        custom_load_fn: Any = None,
+    ) -> tuple[str | None, Any]:
+        """Our state is verified before DeepSpeed touches the model, and loaded after it did."""
+        tag = tag if tag is not None else _latest_tag(load_dir)
+        if tag is None:
+            return super().load_checkpoint(load_dir)  # logs what is missing, as without us
+        folder = Path(load_dir) / str(tag) / checkpoint.FOLDER
+        self.meft_flush()  # what is under way must not land in the loaded state
+        manifest = checkpoint.verify(
+            folder,
+            self.optimizer.pipeline.units,
+            self._meft_run.ranks,
+            about=self._about(),
+            accepts=lambda key, saved: any(method.accepts(key, saved) for method in self._meft_methods),
+        )
+        moments = load_optimizer_states and not load_module_only
+        self._load_methods(folder, manifest, moments=moments)
+        with self._as_whole():
+            path, client_state = super().load_checkpoint(
+                load_dir,
+                tag=tag,
+                load_module_strict=load_module_strict,
+                load_optimizer_states=load_optimizer_states,
+                load_lr_scheduler_states=load_lr_scheduler_states,
+                load_module_only=load_module_only,
+                custom_load_fn=custom_load_fn,
+            )
+        if path is not None:
+            self.optimizer.pipeline.give_up_window()
+            checkpoint.load(folder, manifest, self.optimizer.pipeline.units, moments=moments)
+            for method in self._meft_methods:
+                method.weights_loaded(self._meft_run)
+            self.optimizer.pipeline.publish()
+            if moments:
+                self.optimizer.load_counters(manifest["counters"])
+            self._open_meft_window()  # the loss scale may be another one now
+        return path, client_state
+
+    def _configure_checkpointing(self) -> None:
+        """Who writes is decided as in the other stages."""
+        with self._as_whole():
+            super()._configure_checkpointing()
+
+    def module_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """In files: whole weights, with what the delta form learned in them, on the first rank."""
+        if not (self._meft_plain or self._meft_whole is not None):
+            return super().module_state_dict(*args, **kwargs)
+        if self.global_rank > 0:
+            return {}
+        if self._meft_stage3:
+            state = self._of_whole(self._meft_whole or {}, kwargs.get("exclude_frozen_parameters", False))
+        else:
+            state = super().module_state_dict(*args, **kwargs)
+        return self._for_file(state)
+
+    def load_module_state_dict(self, checkpoint: Any, strict: bool = True, *args: Any, **kwargs: Any) -> None:
+        """In stage 3 every rank takes its slices from the whole weights of the file, and nothing is gathered."""
+        if not self._meft_stage3 or kwargs.get("custom_load_fn") is not None:
+            super().load_module_state_dict(checkpoint, strict, *args, **kwargs)
+            return
+        zero3.load_consolidated(self.module, checkpoint["module"], self._meft_run.weights, strict=strict)
+
+    # -- plain weights -------------------------------------------------------------------------------------------------
+
+    def save_16bit_model(
+        self, save_dir: str, save_filename: str = "pytorch_model.bin", exclude_frozen_parameters: bool = False
+    ) -> bool:
+        """Writes what `save_pretrained` would: plain weights of the base, and an adapter beside them."""
+        self.meft_flush()
+        self._meft_plain = True
+        try:
+            saved = super().save_16bit_model(save_dir, save_filename, exclude_frozen_parameters)
+        finally:
+            self._meft_plain = False
+        if saved and export.find_adapters(self.module):
+            export.save_adapter(self, save_dir)
+        return saved
+
+    def _zero3_consolidated_16bit_state_dict(self, exclude_frozen_parameters: bool = False) -> Any:
+        """Nothing may be under way, and tapped weights train although they do not require grad.
+
+        A state dict as `module.state_dict()` is in the other stages: the delta form is not merged unless for a file.
+        """
+        if not self._meft_stage3:
+            raise ValueError("this function requires ZeRO-3 mode")
+        self.meft_flush()
+        whole = zero3.consolidated(self.module)
+        return None if whole is None else self._for_file(self._of_whole(whole, exclude_frozen_parameters))
+
+    def _of_whole(self, whole: Mapping[str, torch.Tensor], exclude_frozen: bool) -> dict[str, torch.Tensor]:
+        left_out: set[str] = set()
+        if exclude_frozen:
+            named = self.module.named_parameters(remove_duplicate=False)
+            left_out = {name for name, p in named if not self._trains(p)}
+        return {name: t for name, t in whole.items() if name not in left_out}
+
+    def _for_file(self, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        if self._meft_plain:
+            return export.plain_weights(self.module, state)
+        return export.merge_tiles(self.module, state) if self._meft_whole is not None else state
+
+    def _trains(self, p: nn.Parameter) -> bool:
+        return p.requires_grad or any(
+            p is q for unit in self.optimizer.pipeline.units if isinstance(unit, FlatUnit) for _, q in unit.params
+        )
+
+    # -- helpers -----------------------------------------------------------------------------------------------------
+
+    def _load_methods(self, folder: Path, manifest: dict[str, Any], *, moments: bool) -> None:
+        for method in self._meft_methods:
+            saved = checkpoint.method_state(folder, manifest, method.name)
+            if saved is None:
+                continue
+            if units := method.load_state(self._meft_run, *saved, moments=moments):
+                self._admit(units)
+                self._announce(method)
+
+    def _about(self) -> dict[str, Any]:
+        """What a checkpoint's state belongs to: everything that shapes the function or the state's layout."""
+        about = {
+            "method": "+".join(method.name for method in self._meft_methods),
+            "model": type(self.module).__name__,
+            "param_groups": len(self.optimizer.param_groups),
+        }
+        for method in self._meft_methods:
+            about |= method.about()
+        return about
+
+
+def _latest_tag(load_dir: str) -> str | None:
+    latest = Path(load_dir) / "latest"
+    return latest.read_text().strip() if latest.is_file() else None
