@@ -40,15 +40,27 @@ def tap(
     module.forward = Tapped(module, weakref.ref(receiver), index, keep, anchor)  # type: ignore[assignment]
 
 
-def untap(module: nn.Module, receiver: Receiver | None = None) -> bool:
-    """Undo `tap`; with `receiver`, only if nobody else has tapped the module since. Returns whether it did."""
+def untap(module: nn.Module, receiver: Receiver | None = None, *, keep: bool = False) -> bool:
+    """Undo `tap`; with `receiver`, only if nobody else has tapped the module since. Returns whether it did.
+
+    `keep`: the module keeps the function that its forward has, and hands nothing over.
+    """
     forward = module.__dict__.get("forward")
     if not isinstance(forward, Tapped):
         return False
     if receiver is not None and (forward.find is None or forward.find() is not receiver):
         return False
-    del module.forward
+    if keep:
+        forward.find = None
+    else:
+        del module.forward
     return True
+
+
+def is_tapped(module: nn.Module) -> bool:
+    """Whether the module hands its activations to somebody."""
+    forward = module.__dict__.get("forward")
+    return isinstance(forward, Tapped) and forward.find is not None and forward.find() is not None
 
 
 def can_tap(module: nn.Module) -> bool:
@@ -79,13 +91,15 @@ class Tapped:
         trains = weight.requires_grad or self.anchor is not None
         if receiver is None or not (torch.is_grad_enabled() and trains):
             return self.plain(receiver, x)
-        if self.anchor is None:
-            weight = weight.detach()
-        if isinstance(module, nn.Linear):
-            return self.product(receiver, _linear(x, weight, module.bias), x)
         bias = module.bias
-        assert isinstance(bias, Tensor)
-        flat = torch.addmm(bias, x.reshape(-1, x.shape[-1]), weight)
+        assert isinstance(bias, Tensor | None)
+        transposed = not isinstance(module, nn.Linear)
+        if self.anchor is not None:
+            return self.product(receiver, _Product.apply(x, weight, bias, transposed), x)
+        if not transposed:
+            return self.product(receiver, _linear(x, weight.detach(), bias), x)
+        assert bias is not None
+        flat = torch.addmm(bias, x.reshape(-1, x.shape[-1]), weight.detach())
         return self.product(receiver, flat, x).view(*x.shape[:-1], weight.shape[1])
 
     def plain(self, receiver: Receiver | None, x: Tensor) -> Tensor:
@@ -102,6 +116,29 @@ class Tapped:
 
     def __reduce__(self) -> Any:
         return Tapped, (self.module,)
+
+
+class _Product(torch.autograd.Function):
+    """A linear layer whose weight is partitioned. torch's own would keep a view of the gathered weight, or a copy in
+    autocast's precision, until backward; what this keeps is the parameter, which is empty in the meantime."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool) -> Tensor:
+        ctx.save_for_backward(weight)
+        ctx.transposed, ctx.dtype = transposed, x.dtype
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        return _linear(x, weight.t() if transposed else weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> Any:  # type: ignore[override]
+        (weight,) = ctx.saved_tensors
+        dx = db = None
+        if ctx.needs_input_grad[0]:
+            w = weight.to(dy.dtype)
+            dx = torch.matmul(dy, w.t() if ctx.transposed else w).to(ctx.dtype)
+        if ctx.needs_input_grad[2]:
+            db = dy.reshape(-1, dy.shape[-1]).sum(0).to(ctx.bias_dtype)
+        return dx, None, db, None
 
 
 class _Tap(torch.autograd.Function):

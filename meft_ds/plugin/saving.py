@@ -122,6 +122,8 @@ class SavingEngine(DeepSpeedEngine):
             return super().load_checkpoint(load_dir)  # logs what is missing, as without us
         folder = Path(load_dir) / str(tag) / checkpoint.FOLDER
         self.meft_flush()  # what is under way must not land in the loaded state
+        if self._meft_stage3:
+            self._meft_zero3.partition_all_parameters()  # what an evaluation left gathered would be old
         manifest = checkpoint.verify(
             folder,
             self.optimizer.pipeline.units,

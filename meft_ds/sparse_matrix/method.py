@@ -18,7 +18,7 @@ from meft_ds.offload.layers import count_layers, layer_of
 from meft_ds.offload.method import Method, Run
 from meft_ds.offload.partition import Ranks
 from meft_ds.offload.placement import state_on_device
-from meft_ds.offload.taps import Tapped
+from meft_ds.offload.taps import is_tapped
 from meft_ds.offload.wire import Footprint, Unit
 from meft_ds.sparse_matrix.blocks import Blocks, Rectangle
 from meft_ds.sparse_matrix.choice import Choice, check_choice
@@ -114,7 +114,7 @@ class SparseMatrixMethod(Method):
         """The model trains what it did before, so that another engine finds the same weights to choose from."""
         if self._scorer is not None:
             self._scorer.release()
-        if not any(isinstance(site.module.__dict__.get("forward"), Tapped) for site in self._sites):  # else it has come
+        if not any(is_tapped(site.module) for site in self._sites):  # else it has come
             for p in self._trainable:
                 p.requires_grad_(True)
         self._trainable = []

@@ -104,14 +104,14 @@ class BlocksUnit(FlatUnit):
 
     def release(self) -> None:
         """Stop listening. The model stays what it is: in the delta form weights take on what was learned, and layers
-        with partitioned ones go on adding it."""
+        with partitioned ones go on adding it, until another engine comes."""
         super().release()
-        if self.weights.partitioned:
-            return
-        values = None if self._delta is None else self.values()
+        # partitioned weights take all ranks to write, which an engine that is collected somewhere cannot call upon
+        keep = self.weights.partitioned
+        values = None if self._delta is None or keep else self.values()
         for index, module in enumerate(self._modules):
             # not where another engine has taken over, which an engine that is collected late must leave alone
-            if module is not None and untap(module, self) and values is not None:
+            if module is not None and untap(module, self, keep=keep) and values is not None:
                 self._write(values, self._of_param[index])
         self._delta = None
 

@@ -15,6 +15,7 @@ from meft_ds.offload.checkpointing import feed_checkpoints
 from meft_ds.offload.layers import count_layers, layer_of
 from meft_ds.offload.method import Method, Run
 from meft_ds.offload.placement import state_on_device
+from meft_ds.offload.taps import is_tapped
 from meft_ds.offload.weights import shape_of
 from meft_ds.offload.wire import Footprint, Unit
 from meft_ds.subspace.config import SubspaceConfig
@@ -37,6 +38,7 @@ class SubspaceMethod(Method):
         self._config = config
         self._layers = 1
         self._units: list[SubspaceUnit] = []
+        self._anchored: list[Site] = []
         self._refit: Refit
 
     def prepare(self, model: nn.Module) -> None:
@@ -59,9 +61,10 @@ class SubspaceMethod(Method):
                     'subspace.rounding: "residual" keeps what rounding loses of whole weights, which ZeRO-3 does not '
                     'have; use "stochastic"'
                 )
-            for site in sites:
-                # a tapped layer needs no gradient of autograd's, and must not get one where weights are swapped
-                site.weight.requires_grad_(not site.tapped)
+            # a tapped layer needs no gradient of autograd's, and must not get one where weights are swapped
+            self._anchored = [site for site in sites if site.tapped]
+            for site in self._anchored:
+                site.weight.requires_grad_(False)
         self._refit = Refit(self._config, run.ranks)
         self._units = self._make_units(run, sites)
         return {id(site.weight) for site in sites}
@@ -73,6 +76,12 @@ class SubspaceMethod(Method):
         for unit in self._units:
             unit.allocate()
         return list(self._units)
+
+    def release(self) -> None:
+        for site in self._anchored:
+            if not is_tapped(site.module):  # else another engine has come
+                site.weight.requires_grad_(True)
+        self._anchored = []
 
     def about(self) -> dict[str, Any]:
         shaping = ("dim", "nonzeros", "projectors", "rounding", "seed")
