@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from meft_ds.offload.window import StepSettings
 from meft_ds.offload.wire import AdamHyper
 from meft_ds.plugin.setup import dense_units
 from meft_ds.subspace.config import SubspaceConfig
+from meft_ds.subspace.matrix import Matrix
 from meft_ds.subspace.method import SubspaceMethod
 from meft_ds.subspace.unit import SubspaceUnit
 
@@ -147,3 +149,24 @@ def differing(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
 def permutation(n: int, seed: int) -> Projector:
     """A signed permutation matrix."""
     return Projector.draw(n, n, 1, seed, CPU)
+
+
+def reference_s(unit: SubspaceUnit, matrix: Matrix, grads: dict[str, Tensor]) -> Tensor:
+    """P^T G Q by dense products with what autograd computed."""
+    g = grads[unit.params[matrix.param][0]]
+    g = g if matrix.expert is None else g[matrix.expert]
+    return matrix.left.projector.dense().T @ g.float() @ matrix.right.projector.dense()
+
+
+def assert_s(unit: SubspaceUnit, matrix: Matrix, grads: dict[str, Tensor], tolerance: float = 2e-5) -> None:
+    """What the unit has summed is P^T G Q, up to rounding relative to the whole."""
+    wanted = reference_s(unit, matrix, grads)
+    assert wanted.norm() > 1e-4, f"{matrix.name} has no gradient to speak of"
+    error = float((matrix.part(unit._acc) - wanted).norm() / wanted.norm())
+    assert error < tolerance, f"{matrix.name}: {error}"
+
+
+def grads_of(model: nn.Module, seed: int, **kwargs: Any) -> dict[str, Tensor]:
+    twin = copy.deepcopy(model)
+    backward(twin, seed, **kwargs)
+    return {name: p.grad for name, p in twin.named_parameters() if p.grad is not None}
