@@ -1,23 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
 """One block of host memory for the tensors of a store: private to one rank, or shared by the ranks of a node.
 
-A shared block is a file in /dev/shm that only its user may open (mode 0600), named per run. It is unlinked as soon as
-every rank has mapped it, so the kernel frees it when the last rank is gone, however that happens. Only a SIGKILL
-between creation and that moment can leave a file behind; the next start removes such files.
+A shared block is a file in /dev/shm that never had a name: ranks open it through the first rank's process, and the
+kernel frees it when the last rank is gone, however that happens. Where that cannot be (a file system without such
+files, ranks that do not see each other's processes) it is a file that only its user may open (mode 0600), named per
+run and unlinked as soon as every rank has mapped it; a SIGKILL before that leaves it to the next start to remove.
 """
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import mmap
 import os
 import secrets
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from meft_ds.offload.host_memory import SHM_DIR
+from meft_ds.offload.host_memory import SHM_DIR, no_shared_memory
 from meft_ds.offload.partition import Ranks
 
 _PREFIX = "meft-ds"
@@ -76,30 +81,91 @@ def _padded(shape: tuple[int, ...], dtype: torch.dtype) -> int:
 
 
 def _map_shared(nbytes: int, ranks: Ranks, directory: Path) -> mmap.mmap:
-    name: list[str | None] = [None]
     if ranks.rank == 0:
         remove_stale(directory)
-        me = os.getpid()
-        made = f"{_PREFIX}-{os.getuid()}-{me}-{_start_time(me)}-{secrets.token_hex(8)}"
-        name[0] = made
-        fd = os.open(directory / made, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600)
-        try:
-            os.posix_fallocate(fd, 0, nbytes)  # claim the pages now: a full file system would be a SIGBUS later
-        except OSError:
-            os.unlink(directory / made)
-            raise
-    dist.broadcast_object_list(name, src=dist.get_global_rank(ranks.group, 0) if ranks.group else 0, group=ranks.group)
-    assert name[0] is not None
-    path = directory / name[0]
-    if ranks.rank != 0:
-        fd = os.open(path, os.O_RDWR)
-    memory = mmap.mmap(fd, nbytes)
-    os.close(fd)
-    ranks.barrier()
-    if ranks.rank == 0:
-        path.unlink()
-    ranks.barrier()
+    memory = _map(nbytes, ranks, directory, _make_nameless)
+    if memory is None:
+        memory = _map(nbytes, ranks, directory, _make_named)
+        ranks.barrier()  # it has no name any more
+    if memory is None:
+        raise ValueError(
+            f"the ranks of this node cannot open the same file in {directory}; start them as one user, with one "
+            f"{directory}"
+        )
     return memory
+
+
+def _map(nbytes: int, ranks: Ranks, directory: Path, make: Callable[[Path], tuple[int, str]]) -> mmap.mmap | None:
+    """The first rank makes a file and all map it; None if some rank cannot open it. Collective.
+
+    Raises:
+        ValueError: on every rank, when there is no room or no rank may map so much.
+    """
+    fd, path, place, fault, memory = -1, "", None, "", None
+    try:
+        if ranks.rank == 0:
+            try:
+                fd, path = make(directory)
+                place = _place(fd)
+                os.posix_fallocate(fd, 0, nbytes)  # claim the pages now: a full file system would be a SIGBUS later
+            except OSError as e:
+                fault = no_shared_memory(nbytes, directory, e) if fd >= 0 or not _unsupported(e) else ""
+        path, place, fault = _from_first((path, place, fault), ranks)
+        _raise_if(fault)
+        if path and ranks.rank != 0:
+            with contextlib.suppress(OSError):
+                fd = os.open(path, os.O_RDWR)
+        opened = fd >= 0 and _place(fd) == place  # the same process id may be another process here
+        if opened:
+            try:
+                memory = mmap.mmap(fd, nbytes)
+            except OSError as e:
+                fault = no_shared_memory(nbytes, directory, e)
+        states = _all_gather((opened, fault), ranks)
+        _raise_if(next((fault for _, fault in states if fault), ""))
+        return memory if all(there for there, _ in states) else None
+    finally:
+        if ranks.rank == 0 and path.startswith(f"{directory}/"):
+            os.unlink(path)
+        if fd >= 0:
+            os.close(fd)
+
+
+def _make_nameless(directory: Path) -> tuple[int, str]:
+    fd = os.open(directory, os.O_TMPFILE | os.O_RDWR, 0o600)
+    return fd, f"/proc/{os.getpid()}/fd/{fd}"
+
+
+def _make_named(directory: Path) -> tuple[int, str]:
+    me = os.getpid()
+    path = directory / f"{_PREFIX}-{os.getuid()}-{me}-{_start_time(me)}-{secrets.token_hex(8)}"
+    return os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600), str(path)
+
+
+def _place(fd: int) -> tuple[int, int]:
+    stat = os.fstat(fd)
+    return stat.st_dev, stat.st_ino
+
+
+def _unsupported(e: OSError) -> bool:
+    return e.errno in (errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL, errno.ENOENT)
+
+
+def _raise_if(fault: str) -> None:
+    if fault:
+        raise ValueError(fault)
+
+
+def _from_first(item: Any, ranks: Ranks) -> Any:
+    items = [item]
+    dist.broadcast_object_list(items, src=dist.get_global_rank(ranks.group, 0) if ranks.group else 0, group=ranks.group)
+    return items[0]
+
+
+def _all_gather(item: Any, ranks: Ranks) -> list[Any]:
+    items: list[Any] = [None] * ranks.world
+    dist.all_gather_object(items, item, group=ranks.group)
+    return items
 
 
 def _register_pinned(t: Tensor) -> None:

@@ -52,17 +52,27 @@ def check_host_memory(needed: int, free: int, *, limit_gb: float | None, detail:
         )
 
 
-def check_shared_memory(needed: int, free: int) -> None:
+def check_shared_memory(needed: int, free: int, *, knobs: Sequence[str]) -> None:
     """Stop when the node's shared store does not fit into /dev/shm.
 
     Raises:
         ValueError: with both numbers and what to do.
     """
     if needed > free:
+        turn = "".join(f"{knob}, " for knob in knobs)
         raise ValueError(
             f"meft_offload shares one store of {_gib(needed)} between the ranks of this node, but {SHM_DIR} has only "
-            f'{_gib(free)} free. Enlarge it (containers: --shm-size), lower "sparse_adapter.rows", or run one rank.'
+            f"{_gib(free)} free. Enlarge it (containers: --shm-size), {turn}or run one rank."
         )
+
+
+def no_shared_memory(needed: int, directory: Path, error: OSError) -> str:
+    """What to say when shared memory that was free a moment ago cannot be taken."""
+    return (
+        f"meft_offload could not take {_gib(needed)} of {directory}, which the ranks of this node share: "
+        f"{error.strerror or error}; {_gib(free_shared_bytes(directory))} are free now. Enlarge it (containers: "
+        "--shm-size), see who else fills it and what limits this process (ulimit -a), or run one rank."
+    )
 
 
 def _gib(n: int) -> str:

@@ -189,6 +189,11 @@ class Pipeline:
         self._window = Window(self._send_order())
         return StepResult(overflow=not finite, grad_norm=grad_norm, times=times)
 
+    @property
+    def has_begun(self) -> bool:
+        """Whether updates of the open window may be under way already, ahead of its step."""
+        return any(entry.early and entry.sent for entry in self._entries)
+
     def flush(self) -> None:
         """Apply every update that is under way; afterwards weights and host state are those of the serial order."""
         self._check()

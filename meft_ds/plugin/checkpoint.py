@@ -1,41 +1,34 @@
 # SPDX-License-Identifier: Apache-2.0
 """Saves and loads the units' state beside DeepSpeed's own files, in `<save_dir>/<tag>/meft/`.
 
-One safetensors file per unit and rank, then one JSON manifest with every file's size and SHA-256. Files are written
-to a temporary name and renamed; the manifest comes last, so a folder without one is an unfinished save. Nothing needs
-pickle.
+One safetensors file per unit and rank, and one JSON manifest with every file's size and SHA-256, those of DeepSpeed's
+files and its own included. The manifest comes last (`meft_ds.plugin.staging`), so a folder without one is an
+unfinished save. Nothing of ours needs pickle.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from meft_ds.offload.partition import Ranks
 from meft_ds.offload.wire import Unit
+from meft_ds.plugin.staging import FOLDER, MANIFEST, Saving, all_gather, fingerprint, finish, read_sealed
 
 FORMAT = 1
-FOLDER = "meft"
-MANIFEST = "meft_state.json"
-
 
 MethodState = tuple[dict[str, Any], dict[str, Tensor]]
 _WEIGHTS = ("master", "original")  # state that belongs to the model's weights; the rest is the optimizer's
 
 
 def save(
-    folder: Path,
+    saving: Saving,
     units: list[Unit],
-    ranks: Ranks,
     *,
     counters: dict[str, Any],
     about: dict[str, Any],
@@ -44,53 +37,48 @@ def save(
     """Write this rank's slices and, on rank 0 and last of all, the manifest. Collective.
 
     Args:
-        folder: `<save_dir>/<tag>/meft`.
+        saving: where to, and who writes; DeepSpeed has written its files.
         units: whose state to write.
-        ranks: who writes.
         counters: numbers that resuming needs (JSON types).
         about: what the state belongs to (method settings, sizes); must be equal when it is loaded.
         methods: what each method keeps beside its units, by its name; tensors are the first rank's.
+
+    Raises:
+        RuntimeError: on every rank, when a file cannot be written; a checkpoint of the same tag is as it was then.
     """
-    if ranks.rank == 0:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / MANIFEST).unlink(missing_ok=True)  # from here until the new one is written this save is unfinished
-    ranks.barrier()
-    files = {}
-    for unit in (unit for unit in units if unit.saves_state):
-        lo, hi, total = unit.state_range()
-        name = f"{unit.name}.{ranks.rank:05d}-of-{ranks.world:05d}.safetensors"
-        tensors = {key: t.contiguous() for key, t in unit.state_tensors().items()}
-        _write(folder / name, lambda path, t=tensors: save_file(t, path))  # type: ignore[misc]
-        files[name] = {"unit": unit.name, "lo": lo, "hi": hi, "total": total, **_fingerprint(folder / name)}
-    shared = {}
-    for unit in units if ranks.rank == 0 else ():
-        if tensors := {key: t.contiguous() for key, t in unit.shared_tensors().items()}:
-            name = f"{unit.name}.shared.safetensors"
-            _write(folder / name, lambda path, t=tensors: save_file(t, path))  # type: ignore[misc]
-            shared[name] = {"unit": unit.name, **_fingerprint(folder / name)}
+    folder, ranks, first = saving.folder, saving.ranks, saving.ranks.rank == 0
+    files, shared = {}, {}
     of_methods: dict[str, Any] = {}
-    for method, (state, kept) in (methods or {}).items() if ranks.rank == 0 else ():
-        of_methods[method] = {"state": state, "file": None}
-        if kept:
-            name = f"{method}.method.safetensors"
-            _write(folder / name, lambda path, t=kept: save_file({k: v.contiguous() for k, v in t.items()}, path))  # type: ignore[misc]
-            of_methods[method] |= {"file": name, **_fingerprint(folder / name)}
-    gathered = _all_gather(files, ranks)
-    if ranks.rank == 0:
-        manifest: dict[str, Any] = {
-            "format": FORMAT,
-            "about": about,
-            "counters": counters,
-            "units": {unit.name: {"wire": unit.wire, "scalars": unit.scalars()} for unit in units},
-            "files": {name: entry for part in gathered for name, entry in part.items()},
-            "shared": shared,
-            "methods": of_methods,
-        }
-        write_json(folder / MANIFEST, manifest)
-        for path in folder.glob("*.safetensors"):  # left by an earlier save of this tag with another world size
-            if path.name not in {*manifest["files"], *shared, *(entry["file"] for entry in of_methods.values())}:
-                path.unlink()
-    ranks.barrier()
+    with saving.attempt(folder):
+        for unit in (unit for unit in units if unit.saves_state):
+            lo, hi, total = unit.state_range()
+            name = f"{unit.name}.{ranks.rank:05d}-of-{ranks.world:05d}.safetensors"
+            found = _write(saving, name, unit.state_tensors())
+            files[name] = {"unit": unit.name, "lo": lo, "hi": hi, "total": total, **found}
+        for unit in units if first else ():
+            if tensors := unit.shared_tensors():
+                name = f"{unit.name}.shared.safetensors"
+                shared[name] = {"unit": unit.name, **_write(saving, name, tensors)}
+        for method, (state, kept) in (methods or {}).items() if first else ():
+            of_methods[method] = {"state": state, "file": None}
+            if kept:
+                name = f"{method}.method.safetensors"
+                of_methods[method] |= {"file": name, **_write(saving, name, kept)}
+    gathered = saving.agree((files, saving.of_deepspeed))
+    if first:
+        saving.complete(
+            {
+                "format": FORMAT,
+                "about": about,
+                "counters": counters,
+                "units": {unit.name: {"wire": unit.wire, "scalars": unit.scalars()} for unit in units},
+                "files": {name: entry for ours, _ in gathered for name, entry in ours.items()},
+                "shared": shared,
+                "methods": of_methods,
+                "deepspeed": {name: entry for _, theirs in gathered for name, entry in theirs.items()},
+            }
+        )
+    saving.agree()
 
 
 def verify(
@@ -107,17 +95,24 @@ def verify(
 
     Raises:
         ValueError: on every rank, naming the file or setting, when the state is missing, unfinished, damaged or
-        belongs to
-            another model or configuration.
+            belongs to another model or configuration.
     """
     problem, manifest = None, {}
+    if ranks.rank == 0 and folder.is_dir():
+        try:
+            finish(folder)
+        except OSError as e:
+            problem = f"{folder} needs files renamed, which its save was killed before: {e}"
+    ranks.barrier()
     try:
         manifest = _read_manifest(folder)
         _check_about(manifest["about"], about, folder, accepts)
         _check_files(folder, manifest, units)
-    except ValueError as e:
-        problem = str(e)
-    problems = [p for p in _all_gather(problem, ranks) if p is not None]
+        for name, entry in manifest.get("deepspeed", {}).items() if ranks.rank == 0 else ():
+            _check_file(folder.parent / name, entry)
+    except (ValueError, OSError) as e:
+        problem = problem or str(e)
+    problems = [p for p in all_gather(problem, ranks) if p is not None]
     if problems:
         raise ValueError(problems[0])
     return manifest
@@ -150,52 +145,44 @@ def method_state(folder: Path, manifest: dict[str, Any], method: str) -> MethodS
     return entry["state"], {} if entry["file"] is None else _read_all(folder / entry["file"])
 
 
-def write_json(path: Path, content: Any) -> None:
-    """Write JSON atomically."""
-    _write(path, lambda temporary: temporary.write_text(json.dumps(content, indent=1, sort_keys=True)))
+def latest_tag(load_dir: Path) -> str | None:
+    """The tag that `latest` names; None without such a file.
+
+    Raises:
+        ValueError: naming the checkpoints that there are, when there is no such folder.
+    """
+    latest = load_dir / "latest"
+    if not latest.is_file():
+        return None
+    tag = latest.read_text(errors="replace").strip()
+    if not tag or not (load_dir / tag).is_dir():
+        complete = sorted(path.parent.parent.name for path in load_dir.glob(f"*/{FOLDER}/{MANIFEST}"))
+        raise ValueError(
+            f"{latest} is damaged: it names {tag!r}, which is no folder in {load_dir}; pass tag= one of the "
+            f"checkpoints there ({', '.join(complete) or 'none'}), or correct the file"
+        )
+    return tag
 
 
-def write_text(path: Path, content: str) -> None:
-    """Write text atomically."""
-    _write(path, lambda temporary: temporary.write_text(content))
-
-
-def _write(path: Path, writer: Any) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        writer(temporary)
-        with open(temporary, "rb") as f:
-            os.fsync(f.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _fingerprint(path: Path) -> dict[str, Any]:
-    with open(path, "rb") as f:
-        digest = hashlib.file_digest(f, "sha256") if hasattr(hashlib, "file_digest") else _digest(f)
-    return {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}
-
-
-def _digest(f: Any) -> Any:  # Python 3.10 has no hashlib.file_digest
-    digest = hashlib.sha256()
-    while block := f.read(1 << 20):
-        digest.update(block)
-    return digest
+def _write(saving: Saving, name: str, tensors: dict[str, Tensor]) -> dict[str, Any]:
+    return saving.write(
+        saving.folder / name, lambda path: save_file({k: t.contiguous() for k, t in tensors.items()}, path)
+    )
 
 
 def _read_manifest(folder: Path) -> dict[str, Any]:
     path = folder / MANIFEST
+    if not folder.parent.is_dir():
+        raise ValueError(f"{folder.parent} does not exist: there is no checkpoint of that tag")
     if not folder.is_dir():
         raise ValueError(f"{folder.parent} holds no meft_offload state: it was saved by a run without the block")
     if not path.is_file():
         raise ValueError(f"{folder} is an unfinished save ({MANIFEST} is missing); load an earlier checkpoint")
     try:
-        manifest = json.loads(path.read_text())
-        version = manifest["format"]
-        _ = manifest["about"], manifest["files"], manifest["units"], manifest["counters"]
-    except (json.JSONDecodeError, KeyError, TypeError) as e:
-        raise ValueError(f"{path} is damaged ({type(e).__name__}: {e}); load an earlier checkpoint") from None
+        manifest = read_sealed(path)
+    except ValueError as e:
+        raise ValueError(f"{path} is damaged ({e}); load an earlier checkpoint") from None
+    version = manifest.get("format")
     if version != FORMAT:
         raise ValueError(f"{path} has format {version}, this version of meft-ds reads {FORMAT}")
     return manifest
@@ -253,7 +240,7 @@ def _check_file(path: Path, entry: dict[str, Any]) -> None:
             f"{path} is truncated or changed: {path.stat().st_size} bytes, expected {entry['bytes']}; "
             "load an earlier checkpoint"
         )
-    if _fingerprint(path)["sha256"] != entry["sha256"]:
+    if fingerprint(path)["sha256"] != entry["sha256"]:
         raise ValueError(f"{path} is damaged: its SHA-256 is not the one in {MANIFEST}; load an earlier checkpoint")
 
 
@@ -266,11 +253,3 @@ def _copy_overlap(path: Path, file_lo: int, file_hi: int, targets: dict[str, Ten
                 target[first - lo : last - lo] = part.to(target.dtype) if key.startswith("exp_avg") else part
     except SafetensorError as e:
         raise ValueError(f"{path} cannot be read: {e}; load an earlier checkpoint") from None
-
-
-def _all_gather(item: Any, ranks: Ranks) -> list[Any]:
-    if ranks.world == 1:
-        return [item]
-    gathered: list[Any] = [None] * ranks.world
-    dist.all_gather_object(gathered, item, group=ranks.group)
-    return gathered

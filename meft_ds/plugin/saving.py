@@ -22,6 +22,7 @@ from meft_ds.offload.method import Method, Run
 from meft_ds.offload.weights import Weights
 from meft_ds.plugin import checkpoint, export, zero3
 from meft_ds.plugin.optimizer import MeftOptimizer
+from meft_ds.plugin.staging import Saving
 
 
 class SavingEngine(DeepSpeedEngine):
@@ -35,6 +36,7 @@ class SavingEngine(DeepSpeedEngine):
     _meft_stage = 0
     _meft_whole: dict[str, torch.Tensor] | None = None  # while files are written or read: what the first rank gathered
     _meft_plain = False  # while plain weights are written
+    _meft_in_step = False
 
     # -- ZeRO ----------------------------------------------------------------------------------------------------------
 
@@ -73,6 +75,14 @@ class SavingEngine(DeepSpeedEngine):
 
     # -- checkpoints ---------------------------------------------------------------------------------------------------
 
+    def step(self, *args: Any, **kwargs: Any) -> None:
+        """A signal handler may run in the middle, and what it would save there is the state of no step at all."""
+        self._meft_in_step = True
+        try:
+            super().step(*args, **kwargs)
+        finally:
+            self._meft_in_step = False
+
     def save_checkpoint(
         self,
         save_dir: str,
@@ -81,10 +91,12 @@ class SavingEngine(DeepSpeedEngine):
         save_latest: bool = True,
         exclude_frozen_parameters: bool = False,
     ) -> bool:
-        """DeepSpeed's checkpoint plus ours; `latest` is written when both are complete."""
+        """DeepSpeed's checkpoint plus ours, under one manifest; `latest` is written when both are complete."""
+        self._refuse_inside_step()
         tag = f"global_step{self.global_steps}" if tag is None else str(tag)
         self.meft_flush()
-        with self._as_whole(read=True):
+        saving = Saving(Path(save_dir), tag, self._meft_run.ranks)
+        with self._as_whole(read=True), saving.watch(self):
             super().save_checkpoint(
                 save_dir,
                 tag=tag,
@@ -92,18 +104,16 @@ class SavingEngine(DeepSpeedEngine):
                 save_latest=False,
                 exclude_frozen_parameters=exclude_frozen_parameters,
             )
-        ranks = self._meft_run.ranks
         checkpoint.save(
-            Path(save_dir) / tag / checkpoint.FOLDER,
+            saving,
             self.optimizer.pipeline.units,
-            ranks,
             counters=self.optimizer.counters(),
             about=self._about(),
             methods={method.name: method.state(self._meft_run) for method in self._meft_methods},
         )
-        if save_latest and ranks.rank == 0:
-            checkpoint.write_text(Path(save_dir) / "latest", tag)
-        ranks.barrier()
+        if save_latest and saving.ranks.rank == 0:
+            saving.latest()
+        saving.agree()
         return True
 
     def load_checkpoint(
@@ -117,7 +127,7 @@ class SavingEngine(DeepSpeedEngine):
         custom_load_fn: Any = None,
     ) -> tuple[str | None, Any]:
         """Our state is verified before DeepSpeed touches the model, and loaded after it did."""
-        tag = tag if tag is not None else _latest_tag(load_dir)
+        tag = tag if tag is not None else checkpoint.latest_tag(Path(load_dir))
         if tag is None:
             return super().load_checkpoint(load_dir)  # logs what is missing, as without us
         folder = Path(load_dir) / str(tag) / checkpoint.FOLDER
@@ -224,6 +234,13 @@ class SavingEngine(DeepSpeedEngine):
 
     # -- helpers -----------------------------------------------------------------------------------------------------
 
+    def _refuse_inside_step(self) -> None:
+        if self._meft_in_step or self.optimizer.pipeline.has_begun:
+            raise RuntimeError(
+                "meft-ds: save_checkpoint was called in the middle of a step, from a signal handler perhaps. Let the "
+                "handler set a flag, and save after engine.step() has returned"
+            )
+
     def _load_methods(self, folder: Path, manifest: dict[str, Any], *, moments: bool) -> None:
         for method in self._meft_methods:
             saved = checkpoint.method_state(folder, manifest, method.name)
@@ -243,8 +260,3 @@ class SavingEngine(DeepSpeedEngine):
         for method in self._meft_methods:
             about |= method.about()
         return about
-
-
-def _latest_tag(load_dir: str) -> str | None:
-    latest = Path(load_dir) / "latest"
-    return latest.read_text().strip() if latest.is_file() else None

@@ -167,7 +167,7 @@ def preflight(run: Run, methods: list[Method], footprints: list[Footprint], spec
         free, knobs = int(min(free_host)), [method.knob for method in methods]
         check_host_memory(needed, free, limit_gb=limit, detail=detail, knobs=knobs)
         if several:
-            check_shared_memory(shared, int(min(free_shared)))
+            check_shared_memory(shared, int(min(free_shared)), knobs=knobs)
     return needed
 
 

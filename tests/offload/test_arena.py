@@ -73,20 +73,26 @@ def test_sigkill_of_every_rank_leaves_no_file(tmp_path: Path) -> None:
     assert list(shm.iterdir()) == []
 
 
+def test_ranks_that_cannot_reach_a_nameless_file_share_a_named_one_and_leave_none(tmp_path: Path) -> None:
+    script = tmp_path / "share.py"
+    blind = "from meft_ds.offload import arena\narena._make_nameless = lambda d: (os.open(d, os.O_TMPFILE | 2), '/x')\n"
+    script.write_text(SCRIPT.replace("dist.init", blind + "dist.init", 1))
+    (shm := tmp_path / "shm").mkdir()
+    assert run_ranks(script, 2, str(shm)) == ["shared\n"] * 2
+    assert list(shm.iterdir()) == []
+
+
 def test_file_of_a_start_killed_before_it_could_unlink_is_removed_by_the_next(tmp_path: Path) -> None:
     code = """
 import os, sys, time
 from pathlib import Path
-import torch
-from unittest.mock import patch
-import torch.distributed as dist
 from meft_ds.offload import arena
 from meft_ds.offload.partition import Ranks
 def hang(*a, **k):
     print("made", flush=True)
     time.sleep(60)
-with patch.object(dist, "broadcast_object_list", hang):
-    arena.allocate({"a": ((5,), torch.float32)}, Ranks(rank=0, world=2), pinned=set(), directory=Path(sys.argv[1]))
+arena._from_first = hang
+arena._map(4096, Ranks(rank=0, world=2), Path(sys.argv[1]), arena._make_named)
 """
     with subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None and process.stdout.readline() == "made\n"

@@ -2,6 +2,7 @@
 """Save, resume, reuse."""
 
 import json
+import random
 from pathlib import Path
 from typing import Any
 
@@ -105,10 +106,45 @@ def test_an_unfinished_or_damaged_save_is_refused(tmp_path: Path) -> None:
     engine, folder, before = damaged(tmp_path)
     manifest = folder / "meft_state.json"
     whole = manifest.read_text()
-    manifest.write_text(whole[: len(whole) // 2])
-    assert "is damaged" in refuse(engine, folder, before)
+    for content, told in [(whole[: len(whole) // 2], "is damaged"), ("", "is empty"), ("[]", "no JSON object")]:
+        manifest.write_text(content)
+        assert told in (message := refuse(engine, folder, before)) and str(manifest) in message
+    manifest.write_text(whole.replace('"applied_steps": 2', '"applied_steps": 3'))
+    assert "its checksum" in refuse(engine, folder, before)
     manifest.unlink()
     assert "unfinished save" in refuse(engine, folder, before)
+
+
+def test_every_file_is_refused_by_name_when_it_is_missing_cut_or_has_a_bit_flipped(tmp_path: Path) -> None:
+    engine, folder, before = damaged(tmp_path)
+    chance = random.Random(0)
+    files = sorted(path for path in folder.parent.rglob("*") if path.is_file())
+    assert "mp_rank_00_model_states.pt" in {path.name for path in files} and len(files) > 4
+    for path in files:
+        whole = path.read_bytes()
+        for _ in range(3):
+            flipped = bytearray(whole)
+            flipped[chance.randrange(len(whole))] ^= 1 << chance.randrange(8)
+            if path.suffix == ".json" and b"".join(bytes(flipped).split()) == b"".join(whole.split()):
+                continue  # one kind of white space for another
+            path.write_bytes(flipped)
+            assert path.name in (message := refuse(engine, folder, before)) and "damaged" in message
+        path.write_bytes(whole[: chance.randrange(len(whole))])
+        assert path.name in refuse(engine, folder, before)
+        path.unlink()
+        assert path.name in (message := refuse(engine, folder, before)) and "missing" in message
+        path.write_bytes(whole)
+    assert engine.load_checkpoint(str(tmp_path))[0] is not None
+
+
+@pytest.mark.parametrize("content", [b"", b"global_stop2", b"\xe7lobal_step2", b"t\x00"])
+def test_a_latest_file_that_names_nothing_is_an_error_that_lists_what_there_is(tmp_path: Path, content: bytes) -> None:
+    engine, folder, before = damaged(tmp_path)
+    (tmp_path / "latest").write_bytes(content)
+    message = refuse(engine, folder, before)
+    assert str(tmp_path / "latest") in message and "(t)" in message and "tag=" in message
+    with pytest.raises(ValueError, match="no checkpoint of that tag"):
+        engine.load_checkpoint(str(tmp_path), tag="no")
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from meft_ds.offload.taps import Tapped
+from meft_ds.plugin.staging import sealed
 from meft_ds.sparse_matrix.choice import Choice
 from meft_ds.sparse_matrix.discover import find_sites
 from tests.plugin.tiles import SCORED, config, differing, everything, method_of, steps, tiles_units
@@ -183,7 +184,9 @@ def test_damaged_files_are_refused_before_anything_changes(tmp_path: Path, phase
         content = json.loads(manifest)
         tiles = content["methods"]["sparse_matrix"]["state"]["choice"]["tiles"]
         tiles[0]["rows"] = [0, 999]
-        damages["does not fit this model"] = lambda: (folder / "meft_state.json").write_text(json.dumps(content))
+        damages["does not fit this model"] = lambda: (folder / "meft_state.json").write_text(
+            json.dumps(sealed(content))
+        )
     for expected, damage in damages.items():
         damage()
         with pytest.raises(ValueError, match=expected):

@@ -1,0 +1,275 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A save in progress: no rank goes on alone when another one fails, and no file of an older checkpoint changes before
+the new one is complete.
+
+Every file is written beside its final name, as `.<name>.meft-<generation>`. The manifest names the generation; that it
+is replaced is the one moment at which the new checkpoint takes the place of an older one of the same tag, and all
+other files get their final names after it. A process killed before that moment leaves the old checkpoint as it was;
+one killed after it leaves names that the next to save or load puts right (`finish`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
+
+from meft_ds.offload.partition import Ranks
+
+FOLDER = "meft"
+MANIFEST = "meft_state.json"
+_MARK = "meft-"  # in the suffix of files of a save in progress
+
+
+class Saving:
+    """One save. Work that may fail goes into `attempt`; `agree` then raises on every rank if it failed on any.
+
+    Making one is collective.
+
+    Args:
+        save_dir: as given to `save_checkpoint`.
+        tag: as given to `save_checkpoint`.
+        ranks: who saves.
+
+    Raises:
+        RuntimeError: on every rank, when the folders cannot be made.
+    """
+
+    def __init__(self, save_dir: Path, tag: str, ranks: Ranks) -> None:
+        self.save_dir, self.tag, self.ranks = save_dir, tag, ranks
+        self.folder = save_dir / tag / FOLDER
+        self._problem: str | None = None
+        self._cause: Exception | None = None
+        self._written: list[Path] = []
+        self._complete = False
+        self.of_deepspeed: dict[str, Any] = {}
+        with self.attempt(self.folder):
+            if ranks.rank == 0:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                finish(self.folder)
+                unfinished = [*self.folder.glob(f".{MANIFEST}.*.tmp"), *save_dir.glob(".latest.*.tmp")]
+                for path in [*unfinished, *_staged(self.folder, "*")]:  # of a save that was killed
+                    path.unlink()
+        self.generation: str = self.agree(secrets.token_hex(8))[0]
+
+    @contextlib.contextmanager
+    def attempt(self, path: Path) -> Iterator[None]:
+        """Keep what the work inside raises for `agree`; `path` is what it is about."""
+        try:
+            yield
+        except Exception as e:
+            if self._problem is None:
+                self._problem = f"rank {self.ranks.rank} could not write {path}: {_reason(e)}; {_room(path)}"
+                self._cause = e
+
+    def agree(self, item: Any = None) -> list[Any]:
+        """Every rank's `item`, when all work so far has succeeded on all ranks. Collective.
+
+        Raises:
+            RuntimeError: else, on every rank, naming the file; files of this save are removed before.
+        """
+        gathered = all_gather((self._problem, self._complete, item), self.ranks)
+        problems = [problem for problem, _, _ in gathered if problem is not None]
+        if not problems:
+            return [item for _, _, item in gathered]
+        complete = any(complete for _, complete, _ in gathered)
+        if not complete:
+            self._remove()
+        end = "it can be loaded by its tag" if complete else "nothing of it is left"
+        raise RuntimeError(
+            f"meft-ds: checkpoint {self.tag!r} is not saved as it should be: {problems[0]}. Make room there, choose "
+            f"another save_dir or mend what is named, and save again. {end[0].upper()}{end[1:]}, and checkpoints saved "
+            "before are as they were."
+        ) from self._cause
+
+    def write(self, path: Path, writer: Callable[[Path], Any]) -> dict[str, Any]:
+        """Write the file that will be `path`; returns its size and SHA-256. After a failure it writes nothing."""
+        found: dict[str, Any] = {}
+        if self._problem is not None:
+            return found
+        staged = path.with_name(f".{path.name}.{_MARK}{self.generation}")
+        self._written.append(staged)
+        with self.attempt(path):
+            writer(staged)
+            _to_disk(staged)
+            found = fingerprint(staged)
+        return found
+
+    @contextlib.contextmanager
+    def watch(self, engine: Any) -> Iterator[None]:
+        """Inside, what a DeepSpeed engine saves is written as above; writers that go on in the background are not."""
+        writer = engine.checkpoint_engine
+        if not isinstance(writer, TorchCheckpointEngine):
+            yield
+            return
+        engine.checkpoint_engine = _Watched(writer, self)
+        try:
+            yield
+        finally:
+            engine.checkpoint_engine = writer
+
+    def complete(self, manifest: dict[str, Any]) -> None:
+        """Make this the checkpoint of its tag; on the rank that has gathered what all wrote."""
+        with self.attempt(self.folder / MANIFEST):
+            content = sealed({**manifest, "generation": self.generation})
+            write_text(self.folder / MANIFEST, json.dumps(content, indent=1, sort_keys=True))
+            self._complete = True
+            finish(self.folder)
+            for path in self.folder.glob("*.safetensors"):  # of another number of ranks, or of other units
+                if path.name not in files_of(manifest):
+                    path.unlink()
+
+    def latest(self) -> None:
+        """Let `latest` name this checkpoint."""
+        with self.attempt(self.save_dir / "latest"):
+            write_text(self.save_dir / "latest", self.tag)
+
+    def _remove(self) -> None:
+        for path in self._written:
+            with contextlib.suppress(OSError):  # never there, or out of reach: the next save tries again
+                path.unlink()
+        self.ranks.barrier()
+        if self.ranks.rank == 0:
+            for folder in (self.folder, self.folder.parent):
+                with contextlib.suppress(OSError):  # not empty: an older checkpoint
+                    folder.rmdir()
+        self.ranks.barrier()
+
+
+class _Watched:
+    """DeepSpeed's writer of checkpoint files, whose faults must not reach one rank alone."""
+
+    def __init__(self, writer: TorchCheckpointEngine, saving: Saving) -> None:
+        self._writer, self._saving = writer, saving
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._writer, name)
+
+    def makedirs(self, path: str, exist_ok: bool = False) -> None:
+        with self._saving.attempt(Path(path)):
+            self._writer.makedirs(path, exist_ok=exist_ok)
+
+    def save(self, state_dict: Any, path: str) -> None:
+        final = Path(path)
+        found = self._saving.write(final, lambda staged: self._writer.save(state_dict, str(staged)))
+        self._saving.of_deepspeed[str(final.relative_to(self._saving.folder.parent))] = found
+
+
+def finish(folder: Path) -> None:
+    """Give the files of a complete save their final names, if it was killed while it did that."""
+    try:
+        manifest = read_sealed(folder / MANIFEST)
+    except (ValueError, FileNotFoundError):
+        return
+    generation = manifest.get("generation")
+    for path in _staged(folder, generation) if generation else ():
+        with contextlib.suppress(FileNotFoundError):  # somebody else who loads was quicker
+            os.replace(path, path.with_name(path.name[1 : -len(f".{_MARK}{generation}")]))
+
+
+def files_of(manifest: dict[str, Any]) -> set[str]:
+    """Names of all our files of a checkpoint."""
+    methods = [entry["file"] for entry in manifest.get("methods", {}).values() if entry["file"] is not None]
+    return {*manifest["files"], *manifest.get("shared", {}), *methods}
+
+
+def sealed(manifest: dict[str, Any]) -> dict[str, Any]:
+    """The manifest as JSON gives it back, with a checksum of its own."""
+    plain = json.loads(json.dumps({k: v for k, v in manifest.items() if k != "sha256"}))
+    return {**plain, "sha256": _seal(plain)}
+
+
+def read_sealed(path: Path) -> dict[str, Any]:
+    """A manifest whose checksum holds.
+
+    Raises:
+        ValueError: saying what is wrong with it.
+        FileNotFoundError: when there is none.
+    """
+    content = path.read_bytes()
+    if not content.strip():
+        raise ValueError("it is empty")
+    manifest = json.loads(content)
+    if not isinstance(manifest, dict):
+        raise ValueError("it is no JSON object")
+    if "sha256" not in manifest:
+        raise ValueError("it has no checksum")
+    if _seal({k: v for k, v in manifest.items() if k != "sha256"}) != manifest["sha256"]:
+        raise ValueError("its content is not what its checksum was made of")
+    return manifest
+
+
+def write_text(path: Path, content: str) -> None:
+    """Write text atomically."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(content)
+        _to_disk(temporary)
+        os.replace(temporary, path)
+        _to_disk(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def fingerprint(path: Path) -> dict[str, Any]:
+    """Size and SHA-256 of a file."""
+    with open(path, "rb") as f:
+        digest = hashlib.file_digest(f, "sha256") if hasattr(hashlib, "file_digest") else _digest(f)
+    return {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}
+
+
+def all_gather(item: Any, ranks: Ranks) -> list[Any]:
+    """Every rank's item, in their order. Collective."""
+    if ranks.world == 1:
+        return [item]
+    gathered: list[Any] = [None] * ranks.world
+    dist.all_gather_object(gathered, item, group=ranks.group)
+    return gathered
+
+
+def _seal(plain: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
+
+
+def _staged(folder: Path, generation: str) -> list[Path]:
+    pattern = f".*.{_MARK}{generation}"
+    return [*folder.glob(pattern), *folder.parent.glob(pattern)]
+
+
+def _digest(f: Any) -> Any:  # Python 3.10 has no hashlib.file_digest
+    digest = hashlib.sha256()
+    while block := f.read(1 << 20):
+        digest.update(block)
+    return digest
+
+
+def _to_disk(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _reason(e: Exception) -> str:
+    if isinstance(e, OSError) and e.strerror:
+        return e.strerror
+    if isinstance(e.__context__, Exception):  # torch fails again while it closes the file
+        return _reason(e.__context__)
+    return f"{type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''}"
+
+
+def _room(path: Path) -> str:
+    for folder in path.parents:
+        with contextlib.suppress(OSError):
+            return f"{shutil.disk_usage(folder).free / 2**30:.2f} GiB are free there"
+    return "its folder cannot be read"

@@ -1,0 +1,175 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Ranks forked from one process that has imported everything, which makes a run of a few ranks cost a second or two.
+
+`python -m tests.forked` is that process: it reads one JSON request per line and answers with one line (`Forge`).
+"""
+
+from __future__ import annotations
+
+import atexit
+import importlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tests.ranks import REPO, free_port
+
+
+@dataclass
+class Ended:
+    """How a rank ended: its exit code (negative: the signal), after how long, what it returned, and what it logged."""
+
+    code: int
+    seconds: float
+    result: Any
+    log: str
+
+
+class Forge:
+    """The process that forks; `run` starts ranks and waits until they have ended."""
+
+    def __init__(self) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "tests.forked"],
+            cwd=REPO,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join([str(REPO), os.environ.get("PYTHONPATH", "")])}
+            | {"OMP_NUM_THREADS": "1"},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def run(self, call: str, folder: Path, *, world: int = 2, timeout: float = 120, **arguments: Any) -> list[Ended]:
+        """`call` ("package.module:function") on every rank, with `folder` and the arguments."""
+        folder.mkdir(parents=True, exist_ok=True)
+        request = {"call": call, "folder": str(folder), "world": world, "timeout": timeout, "arguments": arguments}
+        assert self._process.stdin is not None and self._process.stdout is not None
+        print(json.dumps(request), file=self._process.stdin, flush=True)
+        return [Ended(**entry) for entry in json.loads(self._process.stdout.readline())]
+
+    def results(self, call: str, folder: Path, **options: Any) -> list[Any]:
+        """What the ranks return; all must end well."""
+        ended = self.run(call, folder, **options)
+        assert [rank.code for rank in ended] == [0] * len(ended), "\n\n".join(rank.log[-5000:] for rank in ended)
+        return [rank.result for rank in ended]
+
+    def close(self) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait(timeout=60)
+
+
+@contextmanager
+def forge() -> Iterator[Forge]:
+    """A forge for the time of a `with` block."""
+    made = Forge()
+    try:
+        yield made
+    finally:
+        made.close()
+
+
+def preload() -> None:
+    """Import and build what ranks need, so that they only have to fork."""
+    import torch
+
+    import meft_ds.ops
+    from tests.toy import tiny_llama
+
+    importlib.import_module("meft_ds.plugin.engine")
+    torch.set_num_threads(1)  # OpenMP's threads do not survive a fork
+    tiny_llama()
+    meft_ds.ops.backend()
+    build = getattr(importlib.import_module("deepspeed.comm.torch"), "build_shm_op", None)
+    if build is not None:
+        build()
+
+
+def fork_ranks(world: int, body: Callable[[int], Any], folder: Path) -> list[int]:
+    """Process ids of ranks that run `body(rank)` with a launcher's environment; each logs to `<folder>/rank<k>.log`."""
+    port = free_port()
+    pids = []
+    for rank in range(world):
+        sys.stdout.flush()
+        if (pid := os.fork()) == 0:
+            _be_rank(rank, world, port, body, folder)
+        pids.append(pid)
+    return pids
+
+
+def _be_rank(rank: int, world: int, port: int, body: Callable[[int], Any], folder: Path) -> None:
+    code = 1
+    try:
+        log = os.open(folder / f"rank{rank}.log", os.O_CREAT | os.O_TRUNC | os.O_WRONLY, 0o600)
+        os.dup2(log, 1)
+        os.dup2(log, 2)
+        os.environ.update(
+            RANK=str(rank),
+            LOCAL_RANK=str(rank),
+            WORLD_SIZE=str(world),
+            LOCAL_WORLD_SIZE=str(world),
+            MASTER_ADDR="127.0.0.1",
+            MASTER_PORT=str(port),
+        )
+        result = body(rank)
+        (folder / f"rank{rank}.json").write_text(json.dumps(result))
+        code = 0
+    except SystemExit as e:
+        code = int(e.code or 0)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        atexit._run_exitfuncs()  # what an interpreter that ends runs first
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def _serve() -> None:
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what libraries print is no answer
+    preload()
+    for line in sys.stdin:
+        request = json.loads(line)
+        folder = Path(request["folder"])
+        module, _, name = request["call"].partition(":")
+        function = getattr(importlib.import_module(module), name)
+        for path in folder.glob("rank*.json"):
+            path.unlink()
+        began = time.monotonic()
+        pids = fork_ranks(request["world"], lambda rank: function(folder, **request["arguments"]), folder)  # noqa: B023
+        stop = threading.Timer(request["timeout"], lambda: [os.kill(pid, signal.SIGKILL) for pid in pids])  # noqa: B023
+        stop.start()
+        ended = {}
+        for _ in pids:
+            pid, status = os.wait()
+            ended[pid] = (os.waitstatus_to_exitcode(status), time.monotonic() - began)
+        stop.cancel()
+        stop.join()  # no thread may run when the next ranks are forked
+        print(
+            json.dumps([_ended(folder, rank, *ended[pid]) for rank, pid in enumerate(pids)]), file=answers, flush=True
+        )
+
+
+def _ended(folder: Path, rank: int, code: int, seconds: float) -> dict[str, Any]:
+    result = folder / f"rank{rank}.json"
+    return {
+        "code": code,
+        "seconds": seconds,
+        "result": json.loads(result.read_text()) if result.exists() else None,
+        "log": (folder / f"rank{rank}.log").read_text(errors="replace"),
+    }
+
+
+if __name__ == "__main__":
+    _serve()
