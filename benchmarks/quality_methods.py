@@ -242,12 +242,12 @@ METHODS: dict[str, Callable[[Any, int, int], Learner]] = {
     "lora_only": lambda model, seed, batch: lora(model, rest=False),
     "lora_equal": lambda model, seed, batch: lora(model, rest=False, rank=LORA_RANK_OF_TILES),
     "galore": lambda model, seed, batch: GaLore(model),
-    "smt": tiles(),
+    "smt": tiles(budget="global"),
     "smt_per_module": tiles(budget="per_module"),
-    "smt_mean_abs": tiles(score="mean_abs"),
+    "smt_mean_abs": tiles(score="mean_abs", budget="global"),
     "smt_paper": tiles(score="paper", preset="paper"),
-    "smt_magnitude": tiles(score="magnitude"),
-    "smt_random": tiles(score="random"),
+    "smt_magnitude": tiles(score="magnitude", budget="global"),
+    "smt_random": tiles(score="random", budget="global"),
 }
 
 

@@ -53,7 +53,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=TILES["warmup_steps"], help="windows that score")
     parser.add_argument("--keep", type=Path, default=None, help="folder for the choices, <kind>.json")
     args = parser.parse_args()
-    settings = {"density": args.density, "block_size": args.block_size, "warmup_steps": args.steps}
+    settings = {"density": args.density, "block_size": args.block_size, "budget": "global", "warmup_steps": args.steps}
     choices = {name: choose({**settings, **block}, seed, args.steps) for name, (block, seed) in KINDS.items()}
     if args.keep is not None:
         for name, choice in choices.items():

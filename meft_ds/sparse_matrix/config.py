@@ -26,12 +26,13 @@ def _fraction(value: Any) -> float:
     return float(value)
 
 
-def _budget(value: Any) -> str | dict[str, float]:
-    if value in ("global", "per_module"):
+def _budget(value: Any) -> str | dict[str, float] | None:
+    if value in (None, "global", "per_module"):
         return value
     if not isinstance(value, dict) or not value or not all(isinstance(role, str) for role in value):
         raise ValueError(
-            f'expected "global", "per_module" or an object of fractions by role such as {{"q": 0.02}}, got {value!r}'
+            'expected null, "global", "per_module" or an object of fractions by role such as {"q": 0.02}, '
+            f"got {value!r}"
         )
     found = {}
     for role, fraction in value.items():
@@ -65,11 +66,12 @@ class SparseMatrixConfig(BaseModel):
         description="Trained elements as a fraction of the elements of all 2-D weights of the model, embeddings and "
         "head included. The paper: 0.0071 to 0.0491 on LLaMA; default: near its lower end.",
     )
-    budget: Annotated[str | dict[str, float], BeforeValidator(_budget)] = Field(
-        "global",
+    budget: Annotated[str | dict[str, float] | None, BeforeValidator(_budget)] = Field(
+        None,
         description='How density is shared out. "global": the best tiles wherever they are, as in the paper. '
         '"per_module": the same fraction of every matrix and every expert. An object such as {"q": 0.02, "v": 0.05}: '
-        "that fraction of each role's own elements, nothing of roles that are not named; density then has no meaning.",
+        "that fraction of each role's own elements, nothing of roles that are not named; density then has no meaning. "
+        'null: "global" with preset "paper", else "per_module", which learned far more (docs/sparse_matrix.md).',
     )
     preset: Literal["all", "paper"] = Field(
         "all",
@@ -149,6 +151,13 @@ class SparseMatrixConfig(BaseModel):
         if faults:
             raise ValueError("; ".join(faults))
         return self
+
+    @property
+    def shared_out(self) -> str | dict[str, float]:
+        """`budget`, or what the preset makes of null."""
+        if self.budget is not None:
+            return self.budget
+        return "global" if self.preset == "paper" else "per_module"
 
     @property
     def roles(self) -> tuple[str, ...] | None:

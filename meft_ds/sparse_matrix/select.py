@@ -45,9 +45,9 @@ def choose(
     chosen: list[int] = []
     for roles, budget in _budgets(sites, config, total):
         of = grid.of_roles(roles)
-        chosen += grid.evenly(of, budget) if config.budget == "per_module" else grid.best(of, budget)
+        chosen += grid.evenly(of, budget) if config.shared_out == "per_module" else grid.best(of, budget)
     if not chosen:
-        asked = f"density {config.density}" if isinstance(config.budget, str) else f"budget {config.budget}"
+        asked = f"density {config.density}" if isinstance(config.shared_out, str) else f"budget {config.budget}"
         smallest = int(grid.sizes.min())
         raise ValueError(
             f"sparse_matrix: {asked} gives 0 tiles of block_size {config.block_size} (the smallest has {smallest:,} "
@@ -55,14 +55,14 @@ def choose(
         )
     tiles = tuple(grid.tile(i) for i in sorted(chosen))
     named = {tile.name for tile in tiles}
-    settings = config.model_dump(include={"score", "density", "budget", "preset", "block_size", "seed"})
+    settings = config.model_dump(include={"score", "density", "preset", "block_size", "seed"})
     if isinstance(config.budget, dict):
         del settings["density"]
     return Choice(
         tiles=tiles,
         shapes={site.name: tuple(site.shape) for site in sites if site.name in named},
         total=total,
-        made_by={**settings, "normalized": config.normalized, **(made_by or {})},
+        made_by={**settings, "budget": config.shared_out, "normalized": config.normalized, **(made_by or {})},
         cells=tuple((layer, role, n) for (layer, role), n in _cells(sites).items()),
     )
 

@@ -68,7 +68,7 @@ def test_every_setting_is_described_here_and_in_the_docs() -> None:
         ({"density": "1%"}, "density: expected a fraction"),
         (
             {"budget": "local"},
-            'budget: expected "global", "per_module" or an object of fractions by role',
+            'budget: expected null, "global", "per_module" or an object of fractions by role',
         ),
         ({"budget": {}}, "sparse_matrix.budget: expected"),
         ({"budget": 0.1}, "sparse_matrix.budget: expected"),
@@ -107,7 +107,7 @@ def test_one_error_lists_all_faults_across_settings() -> None:
 
 def test_a_choice_file_refuses_what_would_have_no_effect_and_nothing_else() -> None:
     makes = {
-        **{"density": 0.01, "budget": "global", "preset": "all", "score": "abs_mean", "normalize": True, "seed": 0},
+        **{"density": 0.01, "budget": None, "preset": "all", "score": "abs_mean", "normalize": True, "seed": 0},
         **{"block_size": 256, "warmup_steps": 100, "target_modules": "x", "choice_out": "y"},
     }
     for name, value in makes.items():
@@ -130,6 +130,8 @@ def test_the_preset_and_the_budget_say_which_roles_count_and_whether_scores_are_
     assert parsed(preset="paper").roles == ("q", "k", "v") and not parsed(preset="paper").normalized
     assert parsed(preset="paper", normalize=True).normalized and not parsed(normalize=False).normalized
     assert parsed(budget={"o": 0.1}).roles == ("o",)
+    assert parsed().shared_out == "per_module" and parsed(preset="paper").shared_out == "global"
+    assert parsed(budget="global").shared_out == "global" and parsed(budget={"o": 0.1}).shared_out == {"o": 0.1}
     assert not parsed(score="random").normalized and parsed(score="magnitude").normalized
 
 

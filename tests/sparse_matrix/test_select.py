@@ -40,7 +40,7 @@ def drawn(sites: list[Site], seed: int = 0, levels: int = 0) -> dict[str, Tensor
 
 
 def of(**given: Any) -> SparseMatrixConfig:
-    return SparseMatrixConfig(**{"normalize": False, "block_size": 4, **given})
+    return SparseMatrixConfig(**{"normalize": False, "block_size": 4, "budget": "global", **given})
 
 
 def filled(tiles: list[Tile], budget: int | Fraction) -> tuple[list[Tile], Tile | None]:
