@@ -36,7 +36,9 @@ def main() -> None:
 
 def run(case: dict[str, Any]) -> dict[str, Any]:
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    os.environ["MEFT_DS_NODE"] = f"node{case['layout'][rank]}"
+    if "layout" in case:  # else what the machine looks like to the ranks decides
+        os.environ["MEFT_DS_NODE"] = f"node{case['layout'][rank]}"
+        os.environ["LOCAL_RANK"] = str(case["layout"][:rank].count(case["layout"][rank]))
     schedule = {"schedule": {"mode": case.get("mode", "exact")}}
     engine = make_engine(ds_config(block=BLOCKS[case["block"]] | schedule, micro=4 // world), tiny_llama())
     if "load" in case:

@@ -4,6 +4,10 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +15,7 @@ import pytest
 import torch
 
 from meft_ds.plugin.setup import by_node
-from tests.ranks import run_ranks
+from tests.ranks import REPO, free_port, run_ranks
 
 PROGRAM = Path(__file__).with_name("nodes_program.py")
 
@@ -74,6 +78,33 @@ def test_overlap_over_nodes_equals_the_serial_order_bit_for_bit() -> None:
     cases = [{"block": "dense", "layout": "0011", "mode": mode} for mode in ("serial", "exact")]
     serial, exact = run(4, cases)
     assert [rank["digest"] for rank in serial] == [rank["digest"] for rank in exact]
+
+
+def can_unshare() -> bool:
+    """Whether this user may give a process a /dev/shm of its own."""
+    trial = ["unshare", "--mount", "mount", "-t", "tmpfs", "none", "/dev/shm"]
+    return shutil.which("unshare") is not None and subprocess.run(trial, capture_output=True).returncode == 0
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not can_unshare(), reason="needs the right to mount in a namespace of its own")
+def test_ranks_that_have_a_dev_shm_each_are_nodes_without_being_told() -> None:
+    case, own = json.dumps({"block": "dense"}), "mount -t tmpfs none /dev/shm && exec"
+    port, processes = str(free_port()), []
+    for rank in range(2):
+        env = {"RANK": str(rank), "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        env |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPO)}
+        command = ["unshare", "--mount", "sh", "-c", f"{own} {sys.executable} {PROGRAM} '{case}'"]
+        processes.append(subprocess.Popen(command, env=os.environ | env, stdout=subprocess.PIPE, text=True))
+    try:
+        lines = [process.communicate(timeout=240)[0].splitlines() for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    apart = [json.loads(line[7:])[0] for output in lines for line in output if line.startswith("RESULT ")]
+    (told,) = run(2, [{"block": "dense", "layout": "01"}])
+    assert [rank["digest"] for rank in apart] == [rank["digest"] for rank in told]
+    assert [rank["moments"] for rank in apart] == [rank["moments"] for rank in told]  # each node's own, whole
 
 
 @pytest.mark.slow
