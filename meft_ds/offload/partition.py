@@ -78,6 +78,7 @@ class LaneRanks:
     down: Ranks
     host: Ranks
     up: Ranks
+    made: bool = False  # the groups are these lanes' own
 
     @classmethod
     def shared(cls, ranks: Ranks) -> LaneRanks:
@@ -87,7 +88,18 @@ class LaneRanks:
     @classmethod
     def apart(cls, ranks: Ranks, device: torch.device) -> LaneRanks:
         """Groups of their own. Collective over all processes of the run."""
-        return cls(down=ranks.of_its_own(device), host=ranks.of_its_own(device), up=ranks.of_its_own(device))
+        down, host, up = (ranks.of_its_own(device) for _ in range(3))
+        return cls(down=down, host=host, up=up, made=True)
+
+    def close(self) -> None:
+        """Give groups of their own back, each of which has threads and connections."""
+        if not (self.made and dist.is_initialized()):
+            return
+        parts = [part for lane in (self.down, self.host, self.up) for part in (lane, lane.node, lane.across)]
+        groups = {id(g): g for part in parts if part is not None for g in (part.group, part.host_group)}
+        for group in groups.values():
+            if group is not None:
+                dist.destroy_process_group(group)
 
 
 def owned_range(n: int, ranks: Ranks) -> tuple[int, int]:

@@ -201,8 +201,12 @@ class Pipeline:
             if entry.pending:
                 self._apply(entry)
 
-    def close(self) -> None:
-        """Stop the lanes and stop listening to the model. Updates under way are applied unless a lane has failed."""
+    def close(self, *, exiting: bool = False) -> None:
+        """Stop the lanes and stop listening to the model. Updates under way are applied unless a lane has failed.
+
+        `exiting`: leave connections to the end of the process, because peers may still need them.
+        """
+        usable = self._failure is None and not self._lanes.closed
         try:
             if self._failure is None and not self._lanes.closed:
                 self.flush()
@@ -212,12 +216,15 @@ class Pipeline:
             for unit in self.units:
                 unit.release()
                 unit.listener = None
+            if usable and not exiting:
+                self._ranks_of.close()
+                self._ranks_of = LaneRanks.shared(self.ranks)  # who refers to a group keeps its threads
 
     def finish_at_exit(self) -> None:
         """Let what is under way end before the interpreter takes tensors away, but do not wait for dead peers."""
         self._deadline = time.monotonic() + _PATIENCE_S
         try:
-            self.close()
+            self.close(exiting=True)
         except RuntimeError as error:
             _logger.warning("%s", error)
 
