@@ -49,7 +49,7 @@ class Forge:
             text=True,
         )
 
-    def run(self, call: str, folder: Path, *, world: int = 2, timeout: float = 120, **arguments: Any) -> list[Ended]:
+    def run(self, call: str, folder: Path, *, world: int = 2, timeout: float = 400, **arguments: Any) -> list[Ended]:
         """`call` ("package.module:function") on every rank, with `folder` and the arguments."""
         folder.mkdir(parents=True, exist_ok=True)
         request = {"call": call, "folder": str(folder), "world": world, "timeout": timeout, "arguments": arguments}

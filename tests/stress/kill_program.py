@@ -117,8 +117,10 @@ def main() -> None:
     preload()
     reference = make_reference(top / "reference")
     result = kill_many(top, args.kills, random.Random(args.seed), reference)
-    result |= {"seconds": round(time.monotonic() - began, 1), "seed": args.seed}
+    result |= {"folder": str(top), "seconds": round(time.monotonic() - began, 1), "seed": args.seed}
     print(json.dumps(result), flush=True)
+    if args.folder is None and not result["faults"]:
+        shutil.rmtree(top)
     sys.exit(bool(result["faults"]))
 
 

@@ -19,7 +19,7 @@ def test_runs_that_are_killed_at_random_times_resume_and_go_on_bit_for_bit() -> 
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=400,
+        timeout=1000,
     )
     found = json.loads(done.stdout.splitlines()[-1])
     assert done.returncode == 0 and not found["faults"], done.stdout[-3000:] + done.stderr[-3000:]
