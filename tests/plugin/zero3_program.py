@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import importlib
 import json
 import os
 import sys
@@ -342,6 +343,7 @@ def _saved_by(engine: Any) -> tuple[Tensor, list[str]]:
 
 def init(folder: Path) -> dict[str, Any]:
     """A model made under zero.Init trains as one that was partitioned later."""
+    importlib.import_module("torch._dynamo")  # cannot be imported under zero.Init, which replaces torch's constructors
     found: dict[str, Any] = {}
     config = ds_config(micro=ROWS // dist.get_world_size(), block=None)
     config["zero_optimization"] = {"stage": 3, "stage3_param_persistence_threshold": 0}
