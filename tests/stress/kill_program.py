@@ -87,16 +87,14 @@ class Course:
         self.folder, self.kind = folder, ("one tag", "a tag per step")[number % 2]
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
-        self.safe = 0  # the last step whose save has returned on a rank
-        self.begun = 0  # the last step whose save has begun
+        self.safe = 0  # the last step whose save has returned on a rank, or that was resumed from
 
     def take_in(self) -> dict[str, Any]:
         """What ranks said in the life that has ended."""
         lines = [said(self.folder, rank) for rank in range(WORLD)]
         for listed in lines:
             for what, step in listed:
-                self.safe = max(self.safe, step) if what == "saved" else self.safe
-                self.begun = max(self.begun, step) if what == "saving" else self.begun
+                self.safe = max(self.safe, step) if what in ("saved", "loaded") else self.safe
         flat = [entry for listed in lines for entry in listed]
         return {
             "lines": lines,
