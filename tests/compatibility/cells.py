@@ -86,7 +86,7 @@ def table(found: dict[Cell, list[float] | str]) -> str:
     lines = [
         "# Compatibility",
         "",
-        "Written by `python -m tests.compatibility.cells --write`, not by hand; `pytest -m slow tests/compatibility`",
+        "Written by `python -m tests.compatibility.cells --write`, not by hand; `pytest -m long tests/compatibility`",
         f"holds it against a new run. A cell counts the runs of {len(runs)} (accumulation 1 and 2, checkpointing none,",
         "reentrant and non-reentrant) that gave the losses of one rank in stage 0 without either. Tiny Llama on a CPU, "
         f"torch {torch.__version__.split('+')[0]}, deepspeed {deepspeed.__version__}, transformers "

@@ -23,6 +23,6 @@ def test_cells_far_from_the_plain_one_train_alike() -> None:
     assert {cell: verdict(cell, found) for cell in far} == dict.fromkeys(far, "")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_page_is_what_a_run_of_all_cells_gives() -> None:
     assert table(run_cells(every_cell())) == DOCS.read_text()

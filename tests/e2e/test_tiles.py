@@ -81,7 +81,7 @@ def test_save_model_writes_the_bases_keys_and_nothing_else(straight: Any) -> Non
     assert torch.equal(logits, torch.load(folder / "logits.pt"))
 
 
-@pytest.mark.parametrize("form", ["value", pytest.param("delta", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("form", ["value", pytest.param("delta", marks=pytest.mark.long)])
 def test_two_ranks_save_one_file_that_turns_the_base_into_the_exported_model(form: str, tmp_path: Path) -> None:
     outputs = run_ranks(HERE / "tiles_program.py", 2, str(tmp_path), config(tmp_path, form=form))
     told = [json.loads(out.strip().splitlines()[-1]) for out in outputs]
@@ -96,7 +96,7 @@ def test_two_ranks_save_one_file_that_turns_the_base_into_the_exported_model(for
     assert all(torch.equal(plain.state_dict()[name], t) for name, t in base.items())
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_resume_within_scoring_chooses_the_same_tiles(tmp_path: Path) -> None:
     path = config(tmp_path, warmup_steps=4, choice_out=str(tmp_path / "a.json"))
     found = train(tmp_path / "a", path, "--watch")
@@ -109,7 +109,7 @@ def test_resume_within_scoring_chooses_the_same_tiles(tmp_path: Path) -> None:
     assert a["tiles"] == b["tiles"]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("kind", ["reentrant", "nonreentrant"])
 @pytest.mark.parametrize("form", ["value", "delta"])
 def test_trainers_gradient_checkpointing_changes_nothing(tmp_path: Path, straight: Any, kind: str, form: str) -> None:
@@ -118,7 +118,7 @@ def test_trainers_gradient_checkpointing_changes_nothing(tmp_path: Path, straigh
     assert checkpointed == plain
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_save_model_in_the_delta_form_merges_the_tiles(tmp_path: Path) -> None:
     found = train(tmp_path / "run", config(tmp_path, form="delta"), "--watch")
     assert len(set(found["digests"])) == 1, "the delta form never writes a weight"
@@ -131,7 +131,7 @@ def test_save_model_in_the_delta_form_merges_the_tiles(tmp_path: Path) -> None:
     assert (logits - trained).norm() < 0.2 * (untrained - trained).norm()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_scheduler_of_the_ds_config_starts_after_scoring_too(tmp_path: Path) -> None:
     settings = {"density": 0.2, "budget": "per_module", "block_size": 6}
     rates = []

@@ -65,7 +65,7 @@ def plain_logits(folder: Path) -> torch.Tensor:
         return model.eval()(**{k: t[:2] for k, t in batch(0, rows=32).items() if k != "labels"}).logits
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("method", METHODS)
 def test_trainer_trains_a_model_in_parts_as_a_whole_one_and_saves_complete_weights(tmp_path: Path, method: str) -> None:
     found = train(tmp_path / "a", config_file(tmp_path, method))
@@ -82,7 +82,7 @@ def test_trainer_trains_a_model_in_parts_as_a_whole_one_and_saves_complete_weigh
         assert found[name] == pytest.approx(whole[name], abs=2e-4), name  # logs are rounded to four digits
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.compat
 @pytest.mark.parametrize("method", ["adapter", "tiles"])
 def test_trainer_resumes_bit_identically_in_bf16(tmp_path: Path, method: str) -> None:
@@ -94,7 +94,7 @@ def test_trainer_resumes_bit_identically_in_bf16(tmp_path: Path, method: str) ->
     assert torch.equal(torch.load(tmp_path / "a" / "logits.pt"), torch.load(tmp_path / "b" / "logits.pt"))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_without_gathering_save_model_writes_a_checkpoint_instead_and_nobody_hangs(tmp_path: Path) -> None:
     train(tmp_path / "a", config_file(tmp_path, "adapter", gather=False))
     final = tmp_path / "a" / "final"

@@ -18,7 +18,7 @@ BLOCKS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("block", BLOCKS)
 def test_a_compiled_engine_trains_as_an_eager_one(block: str) -> None:
     found = []

@@ -61,7 +61,7 @@ def test_a_flipped_bit_is_refused_on_every_rank_before_anything_changes(
         assert pattern.split("/")[-1].rstrip("*") in found["message"]
 
 
-@pytest.mark.parametrize("mode", ["exact", pytest.param("serial", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("mode", ["exact", pytest.param("serial", marks=pytest.mark.long)])
 def test_a_loss_that_is_nan_on_one_rank_for_a_step_is_as_if_the_step_had_not_been(
     ranks: Forge, tmp_path: Path, mode: str
 ) -> None:
@@ -82,7 +82,7 @@ def test_a_rank_that_raises_in_forward_ends_all(ranks: Forge, tmp_path: Path) ->
     assert "resume from the last checkpoint" in kept.log or "Connection closed by peer" in kept.log
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_rank_that_raises_under_the_launcher_ends_all_with_an_exit_code(tmp_path: Path) -> None:
     before, port = ours(), free_port()
     command = [str(Path(sys.executable).with_name("deepspeed")), "--no_local_rank", "--num_gpus", "2"]
@@ -131,7 +131,7 @@ def test_too_little_shared_memory_is_the_same_clear_error_on_every_rank(
     assert messages[0] == messages[1] and re.search(told, messages[0])
 
 
-@pytest.mark.parametrize("mode", ["same tag", pytest.param("another tag", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("mode", ["same tag", pytest.param("another tag", marks=pytest.mark.long)])
 def test_a_save_that_dies_at_any_of_its_steps_leaves_the_old_checkpoint_or_the_new_one(
     ranks: Forge, tmp_path: Path, mode: str
 ) -> None:

@@ -62,7 +62,7 @@ def test_two_nodes_train_as_one_and_a_checkpoint_of_either_resumes_on_the_other(
     assert two[0]["host_bytes"] < one[0]["host_bytes"]  # of a node: the rows once, as before, and half the dense state
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_ranks_laid_out_on_nodes_in_any_way_train_alike() -> None:
     layouts = ("0000", "0011", "0101", "0123")
     blocks = ("dense", "lazy", "compress", "subspace", "sparse_matrix")
@@ -73,7 +73,7 @@ def test_ranks_laid_out_on_nodes_in_any_way_train_alike() -> None:
             assert_same_training(found[index], ranks)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_overlap_over_nodes_equals_the_serial_order_bit_for_bit() -> None:
     cases = [{"block": "dense", "layout": "0011", "mode": mode} for mode in ("serial", "exact")]
     serial, exact = run(4, cases)
@@ -86,7 +86,7 @@ def can_unshare() -> bool:
     return shutil.which("unshare") is not None and subprocess.run(trial, capture_output=True).returncode == 0
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.skipif(not can_unshare(), reason="needs the right to mount in a namespace of its own")
 def test_ranks_that_have_a_dev_shm_each_are_nodes_without_being_told() -> None:
     case, own = json.dumps({"block": "dense"}), "mount -t tmpfs none /dev/shm && exec"
@@ -107,7 +107,7 @@ def test_ranks_that_have_a_dev_shm_each_are_nodes_without_being_told() -> None:
     assert [rank["moments"] for rank in apart] == [rank["moments"] for rank in told]  # each node's own, whole
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_store_and_moments_of_a_node_do_not_grow_with_its_ranks() -> None:
     held = {}
     for world in (1, 2, 4):

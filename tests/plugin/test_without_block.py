@@ -20,7 +20,7 @@ def results(folder: Path, ranks: int, **env: str) -> list[dict[str, Any]]:
     return [json.loads(line.removeprefix("RESULT ")) for line in lines]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.compat
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_without_the_block_all_that_deepspeed_does_is_what_it_does_without_the_plugin(

@@ -52,7 +52,7 @@ def test_stage_3_trains_as_stage_2_on_two_ranks(two: Any, method: str) -> None:
     assert curves[f"{method} 3"][4] != curves[f"{method} 3"][0], "weights must have changed"
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("world", [1, 2, 4])
 def test_all_stages_have_the_same_loss_curves_over_30_steps(world: int, tmp_path: Path) -> None:
     found = go(world, tmp_path, "curves:steps=30,stages=0123")
@@ -64,7 +64,7 @@ def test_all_stages_have_the_same_loss_curves_over_30_steps(world: int, tmp_path
         assert sum(curves[f"{method} 3"][-4:]) < sum(curves[f"{method} 3"][:4]), method
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_one_two_and_four_ranks_have_the_same_loss_curves_in_stage_3(tmp_path: Path) -> None:
     one, two, four = (go(world, tmp_path, "curves:steps=30,stages=3")[0]["curves"] for world in (1, 2, 4))
     for method in METHODS:
@@ -74,7 +74,7 @@ def test_one_two_and_four_ranks_have_the_same_loss_curves_in_stage_3(tmp_path: P
         assert four[f"{method} 3"] == pytest.approx(one[f"{method} 3"], abs=CLOSE), method
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_stage_3_repeats_its_bits_and_overlapping_changes_none(tmp_path: Path) -> None:
     for rank in go(2, tmp_path, "bits"):
         found = rank["bits"]
@@ -101,7 +101,7 @@ def test_a_setting_trains_as_in_stage_2(two: Any, name: str) -> None:
     _compare(two[0]["settings"], name)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("world", [1, 2])
 def test_every_setting_trains_as_in_stage_2(tmp_path: Path, world: int) -> None:
     found = go(world, tmp_path, "settings")[0]["settings"]
@@ -109,7 +109,7 @@ def test_every_setting_trains_as_in_stage_2(tmp_path: Path, world: int) -> None:
         _compare(found, name)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_an_overflow_of_one_rank_leaves_weights_and_state_of_all_as_they_were(tmp_path: Path) -> None:
     for rank in go(2, tmp_path, "overflow"):
         for name, found in rank["overflow"].items():
@@ -120,14 +120,14 @@ def test_an_overflow_of_one_rank_leaves_weights_and_state_of_all_as_they_were(tm
             assert b == pytest.approx(a, abs=2e-2)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_model_made_under_zero_init_trains_bit_for_bit_as_one_partitioned_later(tmp_path: Path) -> None:
     found = go(2, tmp_path, "init")[0]["init"]
     for method in ONE_OF_EACH:
         assert found[f"{method} init"] == found[f"{method} later"], method
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_an_engine_goes_on_where_the_one_before_it_left_a_partitioned_model(tmp_path: Path) -> None:
     found = go(2, tmp_path, "again")[0]["again"]
     for method, losses in found.items():
@@ -175,7 +175,7 @@ def test_the_model_file_and_the_16_bit_model_hold_complete_weights(two: Any, met
     _holds_complete_weights(two[1] / f"{method.replace(' ', '_')}{stage}", method)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("world", [1, 4])
 def test_files_of_stages_2_and_3_with_other_numbers_of_ranks(tmp_path: Path, world: int) -> None:
     files = go(world, tmp_path, "files")[0]["files"]
@@ -214,7 +214,7 @@ def _holds_complete_weights(at: Path, method: str) -> None:
             torch.testing.assert_close(rebuilt[name], t, atol=1e-6, rtol=0)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(
     "legs",
     [
@@ -238,7 +238,7 @@ def test_runs_go_on_with_other_numbers_of_ranks_and_stages(tmp_path: Path, legs:
 
 
 @pytest.mark.compat
-@pytest.mark.slow
+@pytest.mark.long
 def test_stage_3_trains_as_stage_2_on_one_rank(tmp_path: Path) -> None:
     found = go(1, tmp_path, "curves", "memory")[0]
     for method in METHODS:

@@ -11,7 +11,7 @@ import pytest
 from tests.ranks import REPO
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_runs_that_are_killed_at_random_times_resume_and_go_on_bit_for_bit() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "tests.stress.kill_program", "--kills", "8", "--seed", str(os.getpid())],
