@@ -124,12 +124,16 @@ def destroyed(engine: Any) -> Iterator[Any]:
 # -- cases -------------------------------------------------------------------------------------------------------------
 
 
-def curves(folder: Path, *, steps: str = "8", stages: str = "23") -> dict[str, Any]:
-    """Losses by method and stage."""
+def curves(folder: Path, *, steps: str = "8", stages: str = "23", eps: str = "1e-4", score: str = "") -> dict[str, Any]:
+    """Losses by method and stage; `score` of tiles: one that sees no gradients."""
     found: dict[str, Any] = {}
+    if score:
+        tiles = METHODS["tiles"]["sparse_matrix"]
+        del tiles["warmup_steps"]
+        tiles["score"] = score
     for method in METHODS:
         for stage in map(int, stages):
-            with destroyed(engine_for(method, stage)) as engine:
+            with destroyed(engine_for(method, stage, eps=float(eps))) as engine:
                 found[f"{method} {stage}"] = train(engine, int(steps))
     return found
 
