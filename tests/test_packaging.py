@@ -41,7 +41,7 @@ def test_every_source_file_names_its_licence() -> None:
 
 def test_all_promised_configs_are_there() -> None:
     names = {path.stem for path in CONFIGS}
-    assert names >= {"meft", "lsp", "meft_lsp", "zero2_offload", "zero3", "zero3_offload", "zenflow"}
+    assert names >= {"meft", "lsp", "smt", "meft_lsp", "zero2_offload", "zero3", "zero3_offload", "zenflow"}
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
@@ -50,7 +50,7 @@ def test_configs_let_the_program_decide_sizes_and_learning_rate(path: Path) -> N
     sizes = ["train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"]
     assert [config[key] for key in sizes] == ["auto"] * 4
     assert set(config["optimizer"]["params"].values()) == {"auto"}
-    assert ("meft_offload" in config) == path.stem.startswith(("meft", "lsp"))
+    assert ("meft_offload" in config) == path.stem.startswith(("meft", "lsp", "smt"))
 
 
 def test_readme_holds_the_test_command_that_ci_runs() -> None:
