@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from torch import nn
 
@@ -24,14 +24,24 @@ def weights(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, nn.Paramete
                     yield name, module, key, p  # type: ignore[misc]
 
 
-def output_embeddings(model: nn.Module) -> nn.Module | None:
-    """The model's output head, if it says which that is."""
-    getter = getattr(model, "get_output_embeddings", None)
-    try:
-        found = getter() if getter is not None else None
-    except NotImplementedError:
-        return None
-    return found if isinstance(found, nn.Module) else None
+def output_heads(model: nn.Module) -> set[nn.Module]:
+    """Modules of the output head, as far as the model, or what it wraps, says which that is."""
+    heads: set[nn.Module] = set()
+    for module in model.modules():
+        getter = getattr(module, "get_output_embeddings", None)
+        try:
+            head = getter() if callable(getter) else None
+        except (NotImplementedError, AttributeError):  # transformers' models that have none
+            continue
+        if isinstance(head, nn.Module):
+            heads.update(head.modules())  # wrappers keep the layer inside
+    return heads
+
+
+def listed(names: Sequence[str], most: int = 8) -> str:
+    """The first of them, for a message."""
+    more = len(names) - most
+    return "; ".join(names[:most]) + (f"; and {more} more" if more > 0 else "")
 
 
 class Sharing:

@@ -3,12 +3,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -194,3 +197,22 @@ def _summed(ids: Tensor, rows: Tensor, splits: list[int]) -> tuple[Tensor, Tenso
         total.index_add_(0, where[start : start + count], rows[start : start + count].float())
         start += count
     return union.cpu(), total
+
+
+def first_decides(make: Callable[[], T], ranks: Ranks) -> T:
+    """What `make` gives on the first rank, on every rank; so is its ValueError. Collective.
+
+    `make` runs on the first rank only; what it gives is pickled.
+    """
+    if ranks.world == 1:
+        return make()
+    told: list[Any] = [None, None]
+    if ranks.rank == 0:
+        try:
+            told[0] = make()
+        except ValueError as fault:
+            told[1] = str(fault)
+    dist.broadcast_object_list(told, src=dist.get_global_rank(ranks.group, 0) if ranks.group else 0, group=ranks.group)
+    if told[1] is not None:
+        raise ValueError(told[1])
+    return told[0]

@@ -32,6 +32,8 @@ from meft_ds.plugin.optimizer import MeftOptimizer, adamw_from_config, check_cli
 from meft_ds.plugin.saving import SavingEngine
 from meft_ds.plugin.stats import Stats
 
+_log = logging.getLogger("meft_ds")
+
 
 class MeftEngine(SavingEngine):
     """What `deepspeed.initialize` returns for a config with a "meft_offload" block."""
@@ -45,6 +47,7 @@ class MeftEngine(SavingEngine):
         from meft_ds.plugin import ds_config_of
 
         ds_config = ds_config_of(args, kwargs)
+        show_log()
         for warning in [*checks.version_warnings(), *checks.skipped(ds_config)]:
             logger.warning(f"meft-ds: {warning}")
         self._meft_config = parse_config(ds_config[BLOCK], checks.conflicts(ds_config))
@@ -140,7 +143,7 @@ class MeftEngine(SavingEngine):
         if self._meft_config.sparse_adapter is not None or self._meft_config.sparse_matrix is not None:
             export.save_plain_weights(self.module)
         if self.global_rank == 0:
-            announce(self._first_line(plan))
+            _log.info(self._first_line(plan))
 
     def allreduce_gradients(self, *args: Any, **kwargs: Any) -> None:
         """Ranks reduce payloads inside the step, never dense gradients after each backward."""
@@ -194,7 +197,7 @@ class MeftEngine(SavingEngine):
 
     def _announce(self, method: Method) -> None:
         if self.global_rank == 0:
-            announce(f"meft-ds: {method.summary()}; training begins")
+            _log.info("meft-ds: %s; training begins", method.summary())
 
     def _after_meft_step(self, result: StepResult) -> None:
         # the step has applied what the one before it left under way, and DeepSpeed has not counted its samples yet
@@ -239,13 +242,11 @@ class MeftEngine(SavingEngine):
         )
 
 
-def announce(line: str) -> None:
-    """Log a line that users must see; DeepSpeed's own logger hides everything below warnings by default."""
-    log = logging.getLogger("meft_ds")
-    log.setLevel(logging.INFO)
-    if not log.hasHandlers():
-        log.addHandler(logging.StreamHandler())
-    log.info(line)
+def show_log() -> None:
+    """Let users see what is logged; DeepSpeed's own logger hides everything below warnings by default."""
+    _log.setLevel(logging.INFO)
+    if not _log.hasHandlers():
+        _log.addHandler(logging.StreamHandler())
 
 
 def refuse_engine(cls: type) -> None:

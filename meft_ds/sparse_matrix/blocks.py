@@ -62,7 +62,6 @@ class Blocks:
     """Chosen tiles of one matrix.
 
     Args:
-        name: of the matrix; an expert's has its number in it.
         param: index of the weight in its unit.
         expert: index along the first dimension of a stacked weight, or None.
         tiles: ((row lo, row hi), (col lo, col hi)) of each, without overlap.
@@ -75,7 +74,6 @@ class Blocks:
     def __init__(
         self,
         *,
-        name: str,
         param: int,
         expert: int | None,
         tiles: Iterable[Rectangle],
@@ -84,7 +82,7 @@ class Blocks:
         offset: int,
         device: torch.device,
     ) -> None:
-        self.name, self.param, self.expert, self.input_first, self.offset = name, param, expert, input_first, offset
+        self.param, self.expert, self.input_first, self.offset = param, expert, input_first, offset
         rectangles = _rectangles(list(tiles))
         used = sorted({r for rows, cols in rectangles for r in (rows if input_first else cols)})
         kept = torch.zeros(features, dtype=torch.bool)

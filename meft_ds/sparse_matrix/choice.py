@@ -7,14 +7,16 @@ import hashlib
 import json
 import os
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 from pydantic import TypeAdapter, ValidationError
 
+from meft_ds.offload.matrices import listed
 from meft_ds.sparse_matrix.discover import Site
 
 Range = tuple[int, int]
@@ -125,8 +127,10 @@ class Choice:
 _ADAPTER = TypeAdapter(Choice)
 
 
-def check_choice(choice: Choice, sites: Sequence[Site]) -> None:
+def check_choice(choice: Choice, sites: Sequence[Site], elsewhere: Mapping[str, str] = MappingProxyType({})) -> None:
     """Whether a choice that was loaded fits the model.
+
+    `elsewhere`: why weights that are no sites, by name, cannot have tiles in this run.
 
     Raises:
         ValueError: one that lists unknown names, other shapes, tiles out of bounds, that overlap, or that span two
@@ -141,7 +145,7 @@ def check_choice(choice: Choice, sites: Sequence[Site]) -> None:
     for name, shape in choice.shapes.items():
         site = by_name.get(name)
         if site is None:
-            faults.append(f"{name}: this model has no such weight that may have tiles")
+            faults.append(f"{name}: {elsewhere.get(name, 'this model has no such weight that may have tiles')}")
         elif tuple(site.shape) != shape:
             faults.append(f"{name}: shape {shape}, but it is {tuple(site.shape)} here")
         else:
@@ -154,10 +158,9 @@ def check_choice(choice: Choice, sites: Sequence[Site]) -> None:
         again = overlapping([(tile.rows, tile.cols) for tile in tiles])
         faults += [f"{_where(tiles[index])}: overlaps another tile" for index in again]
     if faults:
-        more = f"; and {len(faults) - _MOST_LISTED} more" if len(faults) > _MOST_LISTED else ""
         raise ValueError(
-            "the choice of tiles does not fit this model: " + "; ".join(faults[:_MOST_LISTED]) + more + ". "
-            "Choose the tiles again with this model, or load the model that they were chosen for"
+            f"the choice of tiles does not fit this model: {listed(faults, _MOST_LISTED)}. "
+            "Choose the tiles again with this model and block, or use those that they were chosen with"
         )
 
 

@@ -4,12 +4,15 @@
 from __future__ import annotations
 
 import re
+import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 
-from meft_ds.offload.matrices import Sharing, output_embeddings, weights
+from meft_ds.offload.matrices import Sharing, listed, output_heads, weights
 from meft_ds.offload.taps import can_tap
 from meft_ds.offload.weights import numel_of, shape_of
 from meft_ds.sparse_matrix.config import SparseMatrixConfig
@@ -65,19 +68,23 @@ class Site:
 
 
 def find_sites(model: nn.Module, config: SparseMatrixConfig) -> tuple[list[Site], list[str]]:
-    """Weights that may have tiles in the order of the model's parameters, and a line for each that may not or whose
-    parts are not known. Those that `config` rules out by name or by role are in neither.
+    """Weights that may have tiles in the order of the model's parameters, and a line for each that may not although it
+    looks like one, or whose parts are not known. Those that `config` rules out by name or by role are in neither; what
+    is frozen and the output head are named only where `target_modules` asks for them.
 
     Raises:
-        ValueError: when there are none; when a pattern of `target_modules` or `segments`, or a role of `budget`,
-        belongs to no weight; when the sizes of `segments` do not add up.
+        ValueError: when there are none; when the model has PEFT layers; when a pattern of `target_modules` or
+        `segments`, or a role of `budget`, belongs to no weight; when the sizes of `segments` do not add up.
     """
-    sharing, head = Sharing(model), output_embeddings(model)
+    _refuse_peft(model)
+    sharing, heads = Sharing(model), output_heads(model)
     patterns = None if config.target_modules is None else {p: re.compile(p) for p in config.target_modules}
     unused, unused_segments = set(patterns or ()), set(config.segments)
     sites: list[Site] = []
     found_roles: set[str] = set()
-    frozen, told, candidates = [], [], []
+    frozen: list[str] = []
+    told: list[str] = []
+    candidates = []
     for name, module, key, weight in weights(model):
         full = f"{name}.{key}" if name else key
         candidates.append(name)
@@ -89,8 +96,9 @@ def find_sites(model: nn.Module, config: SparseMatrixConfig) -> tuple[list[Site]
             unused -= matching
             if not matching:
                 continue
-        if not weight.requires_grad or module is head:
-            frozen.append(f"{full} {'is the output head' if module is head else 'is frozen'}")
+        if not weight.requires_grad or module in heads:
+            why = "is the output head" if module in heads else "is frozen"
+            (frozen if patterns is None else told).append(f"{full} {why}")  # a pattern asked for it by name
             continue
         if sharing.shares(module, weight):
             told.append(f"{full} is tied or used by several modules")
@@ -110,6 +118,48 @@ def find_sites(model: nn.Module, config: SparseMatrixConfig) -> tuple[list[Site]
             + ("Left out: " + "; ".join([*told, *frozen][:_MOST_LISTED]) if told or frozen else "")
         )
     return sites, told
+
+
+def narrow(
+    sites: Sequence[Site], groups: Sequence[dict[str, Any]], *, tapped_only: bool
+) -> tuple[list[Site], dict[str, str]]:
+    """The sites that a run can train tiles of, and why it cannot of the others, by name.
+
+    Args:
+        groups: the optimizer's parameter groups.
+        tapped_only: whether gradients come from activations alone (the delta form).
+    """
+    grouped = {id(p) for group in groups for p in group["params"]}
+    kept, elsewhere = [], {}
+    for site in sites:
+        if site.weight.requires_grad:  # the base is frozen by now, all but this
+            elsewhere[site.name] = "trains whole (meft_offload.train)"
+        elif id(site.weight) not in grouped:
+            elsewhere[site.name] = "belongs to no parameter group of the optimizer"
+        elif tapped_only and not site.tapped:
+            elsewhere[site.name] = 'is no linear layer, and the delta form (ZeRO-3, form "delta") trains nothing else'
+        else:
+            kept.append(site)
+    return kept, elsewhere
+
+
+def check_roles(sites: Sequence[Site], config: SparseMatrixConfig, left_out: Sequence[str]) -> None:
+    """Whether there is something for every share of the budget.
+
+    Raises:
+        ValueError: when there are no sites, or none of a role that `budget` names.
+    """
+    if not sites:
+        raise ValueError(
+            f"sparse_matrix has no weight left to choose tiles in: {listed(left_out)}. Remove patterns from "
+            'meft_offload.train, hand the base\'s weights to the optimizer, or set sparse_matrix.form to "value"'
+        )
+    idle = set(config.roles or ()) - {role for site in sites for role in site.roles}
+    if idle and isinstance(config.budget, dict):
+        raise ValueError(
+            f"sparse_matrix.budget gives {', '.join(sorted(idle))} a share, but no weight of that role may have tiles: "
+            f"{listed(left_out)}. Take it out of budget"
+        )
 
 
 def elements_of_2d_weights(model: nn.Module) -> int:
@@ -175,6 +225,22 @@ def _cuts(parts: list[tuple[int, str]], side: int) -> tuple[tuple[tuple[int, int
             roles.append(role)
         start += size
     return tuple(cuts), tuple(roles)
+
+
+def _refuse_peft(model: nn.Module) -> None:
+    """PEFT freezes the base, so its own matrices would be all that is left to choose tiles from."""
+    peft = sys.modules.get("peft.tuners.tuners_utils")  # if not imported, no model has a layer of it
+    adapted = (
+        None
+        if peft is None
+        else next((n for n, m in model.named_modules() if isinstance(m, peft.BaseTunerLayer)), None)
+    )
+    if adapted is not None:
+        raise ValueError(
+            f"sparse_matrix chooses among the weights of the base, but PEFT has frozen them ({adapted} is a PEFT "
+            "layer); pass the base model (peft_model.merge_and_unload() keeps what an adapter has learned), or take "
+            "sparse_matrix out of the meft_offload block"
+        )
 
 
 def _refuse_idle(segments: set[str], config: SparseMatrixConfig, found_roles: set[str], candidates: list[str]) -> None:

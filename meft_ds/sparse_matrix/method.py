@@ -5,8 +5,10 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 from collections import defaultdict
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,20 +17,22 @@ from torch import Tensor, nn
 
 from meft_ds.offload.checkpointing import feed_checkpoints
 from meft_ds.offload.layers import count_layers, layer_of
+from meft_ds.offload.matrices import listed
 from meft_ds.offload.method import Method, Run
-from meft_ds.offload.partition import Ranks
+from meft_ds.offload.partition import Ranks, first_decides
 from meft_ds.offload.placement import state_on_device
 from meft_ds.offload.taps import is_tapped
 from meft_ds.offload.wire import Footprint, Unit
 from meft_ds.sparse_matrix.blocks import Blocks, Rectangle
 from meft_ds.sparse_matrix.choice import Choice, check_choice
 from meft_ds.sparse_matrix.config import SparseMatrixConfig
-from meft_ds.sparse_matrix.discover import Site, elements_of_2d_weights, find_sites
+from meft_ds.sparse_matrix.discover import Site, check_roles, elements_of_2d_weights, find_sites, narrow
 from meft_ds.sparse_matrix.score import Scorer, tile_elements
-from meft_ds.sparse_matrix.select import choose, most_elements, weight_scores
+from meft_ds.sparse_matrix.select import choose, most_elements, warn_of_unreached, weight_scores
 from meft_ds.sparse_matrix.unit import BlocksUnit, Form
 
 _logger = logging.getLogger("meft_ds")
+_NOT_CHOSEN = "not chosen yet"
 
 
 class SparseMatrixMethod(Method):
@@ -46,6 +50,8 @@ class SparseMatrixMethod(Method):
         self._config = config
         self._layers = 1
         self._sites: list[Site] = []
+        self._left_out: list[str] = []
+        self._elsewhere: dict[str, str] = {}  # why weights that were candidates cannot have tiles in this run
         self._total = 0
         self._units: list[BlocksUnit] = []
         self._scorer: Scorer | None = None
@@ -57,11 +63,9 @@ class SparseMatrixMethod(Method):
     def prepare(self, model: nn.Module) -> None:
         # now, because what the program froze can no longer be told once the base is frozen
         self._trainable = [p for p in model.parameters() if p.requires_grad]
-        self._sites, excluded = find_sites(model, self._config)
+        self._sites, self._left_out = find_sites(model, self._config)
         self._total = elements_of_2d_weights(model)
         self._layers = count_layers(model)
-        for line in excluded:
-            _logger.info("meft-ds: sparse_matrix leaves out %s", line)
         feed_checkpoints(model)
 
     @property
@@ -69,27 +73,24 @@ class SparseMatrixMethod(Method):
         return self._layers
 
     def claim(self, run: Run) -> set[int]:
-        # weights that "train" names train whole
-        self._sites = [site for site in self._sites if not site.weight.requires_grad]
         self._form = self._form_for(run)
-        if self._form == "delta":
-            self._sites = [site for site in self._sites if site.tapped]
-        if not self._sites:
-            raise ValueError(
-                "sparse_matrix has no weight left to choose tiles in: meft_offload.train names all of them, or the "
-                "delta form meets none but expert tensors; remove patterns from train or set sparse_matrix.form to "
-                '"value"'
-            )
+        self._sites, self._elsewhere = narrow(self._sites, run.groups, tapped_only=self._form == "delta")
+        left_out = [*self._left_out, *(f"{name} {why}" for name, why in self._elsewhere.items())]
+        if left_out and run.ranks.rank == 0:
+            _logger.info("meft-ds: sparse_matrix leaves out: %s", listed(left_out))
+        check_roles(self._sites, self._config, left_out)
         config = self._config
         if config.choice_file is not None:
-            self.choice = _shared(lambda: Choice.load(str(config.choice_file)), run.ranks)
-            check_choice(self.choice, self._sites)
+            self.choice = _agreed(lambda: Choice.load(str(config.choice_file)), run.ranks)
+            check_choice(self.choice, self._sites, self._elsewhere)
         elif config.windows == 0:
             # on every rank, although one decides: reading partitioned weights takes all
             scores = weight_scores(self._sites, config, run.weights)
             self.choice = self._decide(run, lambda: scores)
         else:
             self._check_budget()
+            if config.choice_out is not None:
+                first_decides(self._check_choice_out, run.ranks)
         sites = self._sites if self.choice is None else self._chosen_sites(self.choice)
         for site in sites:
             site.weight.requires_grad_(run.weights.anchor is None)
@@ -143,7 +144,7 @@ class SparseMatrixMethod(Method):
 
     def state(self, run: Run) -> tuple[dict[str, Any], dict[str, Tensor]]:
         if self._scorer is not None:
-            return {"windows": self._scorer.windows}, self._scorer.state()
+            return {"windows": self._scorer.windows, **self._scorer.about()}, self._scorer.state()
         assert self.choice is not None
         return {"choice": self.choice.to_json(), "units": {unit.name: unit.numel for unit in self._units}}, {}
 
@@ -153,10 +154,11 @@ class SparseMatrixMethod(Method):
         if "choice" not in state:
             if not moments:
                 return []
+            self._scorer.check(state)
             self._scorer.load_state(tensors, int(state["windows"]))
             return []
         choice = Choice.from_json(state["choice"])
-        check_choice(choice, self._sites)
+        check_choice(choice, self._sites, self._elsewhere)
         here = {unit.name: unit.numel for unit in self._make_units(run, choice)}
         if here != state["units"]:
             raise ValueError(
@@ -187,28 +189,48 @@ class SparseMatrixMethod(Method):
         config = self._config
 
         def decide() -> Choice:
-            choice = choose(self._sites, scores(), config, self._total, made_by)
+            found = scores()
+            choice = choose(self._sites, found, config, self._total, made_by)
+            warn_of_unreached(choice, found)
             if config.choice_out is not None:
                 try:
                     choice.save(config.choice_out)
                 except OSError as fault:
-                    raise ValueError(f"sparse_matrix.choice_out: cannot write {config.choice_out}: {fault}") from None
+                    raise _unwritable(config.choice_out, fault) from None
             return choice
 
-        return _shared(decide, run.ranks)
+        return _agreed(decide, run.ranks)
 
     def _check_budget(self) -> None:
         """Refuse a budget too small for any tile now, not after scoring: here the smallest tiles are the best."""
         sizes = {site.name: tile_elements(site).reciprocal().expand(site.grid) for site in self._sites}
         choose(self._sites, sizes, self._config.model_copy(update={"normalize": False}), self._total)
 
+    def _check_choice_out(self) -> None:
+        """Refuse a file that cannot be written now, not after scoring."""
+        path = Path(str(self._config.choice_out))
+        probe = path.with_name(f".{path.name}.{os.getpid()}")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            probe.touch()
+            probe.unlink()
+            if path.is_dir():
+                raise IsADirectoryError("it is a folder")
+        except OSError as fault:
+            raise _unwritable(path, fault) from None
+
     # -- about ---------------------------------------------------------------------------------------------------------
 
     def about(self) -> dict[str, Any]:
-        tiles = "not chosen yet" if self.choice is None else self.choice.digest()
+        tiles = _NOT_CHOSEN if self.choice is None else self.choice.digest()
         return {"sparse_matrix.form": self._form, "sparse_matrix.tiles": tiles}
 
     def accepts(self, key: str, saved: Any) -> bool:
+        if key == "sparse_matrix.tiles" and saved == _NOT_CHOSEN and not self.observing:
+            raise ValueError(
+                "the checkpoint was saved while sparse_matrix scored tiles and nothing was trained, but this engine "
+                "has its tiles already; load it into a new engine without choice_file, or load a later checkpoint"
+            )
         # files are the same in both forms, and an engine that has not chosen yet takes the checkpoint's tiles
         return key == "sparse_matrix.form" or (key == "sparse_matrix.tiles" and self.observing)
 
@@ -291,7 +313,7 @@ class SparseMatrixMethod(Method):
         group_of = {id(p): index for index, group in enumerate(run.groups) for p in group["params"]}
         sorted_in: dict[tuple[int, int, torch.dtype], list[Site]] = defaultdict(list)
         for site in self._chosen_sites(choice):
-            sorted_in[layer[site.name], group_of.get(id(site.weight), 0), site.weight.dtype].append(site)
+            sorted_in[layer[site.name], group_of[id(site.weight)], site.weight.dtype].append(site)
         units = []
         for (at, group, dtype), found in sorted(sorted_in.items(), key=lambda item: (item[0][:2], str(item[0][2]))):
             units.append(
@@ -325,7 +347,6 @@ def _matrices(sites: list[Site], choice: Choice, device: torch.device) -> list[B
         for expert, rectangles in tiles[site.name].items():
             matrices.append(
                 Blocks(
-                    name=site.name if expert is None else f"{site.name}.{expert}",
                     param=index,
                     expert=expert,
                     tiles=rectangles,
@@ -339,24 +360,15 @@ def _matrices(sites: list[Site], choice: Choice, device: torch.device) -> list[B
     return matrices
 
 
-def _shared(make: Callable[[], Choice], ranks: Ranks) -> Choice:
-    """What `make` gives on the first rank, on every rank; so is its ValueError."""
-    if ranks.world == 1:
-        return make()
-    made: Choice | str | None = None
-    if ranks.rank == 0:
-        try:
-            made = make()
-        except ValueError as fault:
-            made = str(fault)
-    everyone: list[Any] = [made.to_json() if isinstance(made, Choice) else made]
-    dist.broadcast_object_list(
-        everyone, src=dist.get_global_rank(ranks.group, 0) if ranks.group else 0, group=ranks.group
-    )
-    if isinstance(everyone[0], str):
-        raise ValueError(everyone[0])
-    choice = Choice.from_json(everyone[0])
-    digests: list[Any] = [None] * ranks.world
-    dist.all_gather_object(digests, choice.digest(), group=ranks.group)
-    assert len(set(digests)) == 1, f"ranks chose different tiles: {digests}"
+def _agreed(make: Callable[[], Choice], ranks: Ranks) -> Choice:
+    """The first rank's choice; all ranks compare its hash. Collective."""
+    choice = Choice.from_json(first_decides(lambda: make().to_json(), ranks))
+    if ranks.world > 1:
+        digests: list[Any] = [None] * ranks.world
+        dist.all_gather_object(digests, choice.digest(), group=ranks.group)
+        assert len(set(digests)) == 1, f"ranks chose different tiles: {digests}"
     return choice
+
+
+def _unwritable(path: str | Path, fault: OSError) -> ValueError:
+    return ValueError(f"sparse_matrix.choice_out: cannot write {path}: {fault}; name a file that can be written")

@@ -17,8 +17,10 @@ Of a layer that a forward calls several times, all kinds but "paper" take each c
 
 from __future__ import annotations
 
+import hashlib
+import json
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -190,6 +192,30 @@ class Scorer:
         return found
 
     # -- checkpoints ---------------------------------------------------------------------------------------------------
+
+    def about(self) -> dict[str, Any]:
+        """What scores must agree in to be added up; JSON."""
+        grids = [[site.name, site.rows, site.cols, site.experts] for site in self._sites]
+        return {"score": self._kind, "tiles": hashlib.sha256(json.dumps(grids).encode()).hexdigest()}
+
+    def check(self, saved: Mapping[str, Any]) -> None:
+        """Whether `about` of the run that saved scores is this one's.
+
+        Raises:
+            ValueError: because scores of different kinds or of different tiles do not add up.
+        """
+        here = self.about()
+        if saved.get("score") != here["score"]:
+            raise ValueError(
+                f"the checkpoint was saved while sparse_matrix.score {saved.get('score')!r} was taken, this run has "
+                f"{here['score']!r}; make them equal, or start anew"
+            )
+        if saved.get("tiles") != here["tiles"]:
+            raise ValueError(
+                "the checkpoint was saved while other tiles were scored; make sparse_matrix.block_size, "
+                "target_modules, segments, budget, preset and form, and meft_offload.train, those of the run that "
+                "saved it, or start anew"
+            )
 
     def state(self) -> dict[str, Tensor]:
         """Sums over ranks so far, on the host. Collective."""

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import math
 from bisect import bisect_right
 from collections import defaultdict
@@ -15,12 +16,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from meft_ds.offload.matrices import listed
 from meft_ds.offload.weights import WHOLE, Weights
 from meft_ds.sparse_matrix.choice import Choice, Tile, check_choice
 from meft_ds.sparse_matrix.config import SparseMatrixConfig
 from meft_ds.sparse_matrix.discover import Site
 
-__all__ = ["Choice", "Tile", "check_choice", "choose", "most_elements", "weight_scores"]
+__all__ = ["Choice", "Tile", "check_choice", "choose", "most_elements", "warn_of_unreached", "weight_scores"]
+
+_logger = logging.getLogger("meft_ds")
 
 
 def choose(
@@ -65,6 +69,20 @@ def choose(
         made_by={**settings, "budget": config.shared_out, "normalized": config.normalized, **(made_by or {})},
         cells=tuple((layer, role, n) for (layer, role), n in _cells(sites).items()),
     )
+
+
+def warn_of_unreached(choice: Choice, scores: Mapping[str, Tensor]) -> None:
+    """Say which weights have tiles although all their scores are 0: experts that no token went to, or a cut graph."""
+    unreached = {name for name, score in scores.items() if not score.any()}
+    chosen = [tile.name for tile in choice.tiles if tile.name in unreached]
+    if chosen:
+        _logger.warning(
+            "meft-ds: sparse_matrix: no gradient reached %s, and still %d tiles there are chosen to use up the budget; "
+            "if these are no experts without tokens, look for what cuts the graph (frozen embeddings under reentrant "
+            "gradient checkpointing, say)",
+            listed(sorted(set(chosen))),
+            len(chosen),
+        )
 
 
 def most_elements(sites: Sequence[Site], config: SparseMatrixConfig, total: int) -> int:

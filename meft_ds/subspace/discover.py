@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from meft_ds.offload.matrices import Sharing, output_embeddings, weights
+from meft_ds.offload.matrices import Sharing, output_heads, weights
 from meft_ds.offload.taps import can_tap
 from meft_ds.offload.weights import shape_of
 from meft_ds.subspace.config import SubspaceConfig
@@ -55,11 +55,13 @@ def find_matrices(model: nn.Module, config: SubspaceConfig) -> tuple[list[Site],
         ValueError: when there are none, or a pattern of `target_modules` matches no module name; with names to choose
         from.
     """
-    sharing, head = Sharing(model), output_embeddings(model)
+    sharing, heads = Sharing(model), output_heads(model)
     patterns = None if config.target_modules is None else {p: re.compile(p) for p in config.target_modules}
     unused = set(patterns or ())
     sites: list[Site] = []
-    frozen, excluded, candidates = [], [], []
+    frozen: list[str] = []
+    excluded: list[str] = []
+    candidates = []
     for name, module, key, weight in weights(model):
         candidates.append(name)
         if patterns is not None:
@@ -68,9 +70,9 @@ def find_matrices(model: nn.Module, config: SubspaceConfig) -> tuple[list[Site],
             if not matching:
                 continue
         full = f"{name}.{key}" if name else key
-        if not weight.requires_grad or module is head:
-            why = "is the output head" if module is head else "is frozen"
-            frozen.append(f"{full} {why}")
+        if not weight.requires_grad or module in heads:
+            why = "is the output head" if module in heads else "is frozen"
+            (frozen if patterns is None else excluded).append(f"{full} {why}")
             continue
         if sharing.shares(module, weight):
             excluded.append(f"{full} is tied or used by several modules")

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from meft_ds.offload.checkpointing import feed_checkpoints
 from meft_ds.offload.layers import count_layers, layer_of
+from meft_ds.offload.matrices import listed
 from meft_ds.offload.method import Method, Run
 from meft_ds.offload.placement import state_on_device
 from meft_ds.offload.taps import is_tapped
@@ -53,8 +54,7 @@ class SubspaceMethod(Method):
     def claim(self, run: Run) -> set[int]:
         sites, excluded = find_matrices(run.model, self._config)
         if excluded and run.ranks.rank == 0:
-            more = f" and {len(excluded) - 8} more" if len(excluded) > 8 else ""
-            _logger.info("meft-ds: subspace leaves uncompressed: %s%s", "; ".join(excluded[:8]), more)
+            _logger.info("meft-ds: subspace leaves uncompressed: %s", listed(excluded))
         if run.weights.partitioned:
             if self._config.rounding == "residual":
                 raise ValueError(

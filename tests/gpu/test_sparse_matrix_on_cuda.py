@@ -24,7 +24,7 @@ TILES: list[Rectangle] = [
 
 def blocks_on(device: torch.device, *, input_first: bool) -> Blocks:
     features = 300 if input_first else 200
-    settings: dict[str, Any] = {"name": "w", "param": 0, "expert": None, "offset": 0, "device": device}
+    settings: dict[str, Any] = {"param": 0, "expert": None, "offset": 0, "device": device}
     return Blocks(tiles=TILES, input_first=input_first, features=features, **settings)
 
 

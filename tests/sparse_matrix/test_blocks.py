@@ -23,7 +23,7 @@ some = settings(max_examples=60, deadline=None)
 
 
 def blocks_of(tiles: list[Rectangle], features: int, *, input_first: bool = False, **more: Any) -> Blocks:
-    given = {"name": "w", "param": 0, "expert": None, "offset": 0, "device": CPU, **more}
+    given = {"param": 0, "expert": None, "offset": 0, "device": CPU, **more}
     return Blocks(tiles=tiles, input_first=input_first, features=features, **given)
 
 
