@@ -230,16 +230,14 @@ def _cuts(parts: list[tuple[int, str]], side: int) -> tuple[tuple[tuple[int, int
 def _refuse_peft(model: nn.Module) -> None:
     """PEFT freezes the base, so its own matrices would be all that is left to choose tiles from."""
     peft = sys.modules.get("peft.tuners.tuners_utils")  # if not imported, no model has a layer of it
-    adapted = (
-        None
-        if peft is None
-        else next((n for n, m in model.named_modules() if isinstance(m, peft.BaseTunerLayer)), None)
-    )
+    if peft is None:
+        return
+    adapted = next((name for name, m in model.named_modules() if isinstance(m, peft.BaseTunerLayer)), None)
     if adapted is not None:
         raise ValueError(
             f"sparse_matrix chooses among the weights of the base, but PEFT has frozen them ({adapted} is a PEFT "
-            "layer); pass the base model (peft_model.merge_and_unload() keeps what an adapter has learned), or take "
-            "sparse_matrix out of the meft_offload block"
+            "layer); pass the base, unfrozen (merge_and_unload().requires_grad_(True) keeps what an adapter has "
+            "learned), or take sparse_matrix out of the meft_offload block"
         )
 
 
