@@ -10,8 +10,9 @@ import pytest
 from tests.compatibility.cells import DOCS, METHODS, Cell, every_cell, reference, run_cells, table, verdict
 
 
+@pytest.mark.slow
 def test_cells_far_from_the_plain_one_train_alike() -> None:
-    """The corners on one rank; all cells are slow."""
+    """The corners on one rank; all cells take far longer."""
     far: list[Cell] = [
         (method, precision, 3, 1, 2, checkpointing)
         for method, (precision, checkpointing) in itertools.product(

@@ -58,7 +58,7 @@ def assert_same_state(one: Any, other: Any) -> None:
     ("precision", "adapter"),
     [
         ("fp32", {}),
-        ("bf16", {"optimizer": "lazy", "selection": "device"}),
+        pytest.param("bf16", {"optimizer": "lazy", "selection": "device"}, marks=pytest.mark.slow),
         ("fp16", {"cache_rows": 16, "keys_per_token": 5}),
     ],
     ids=["dense-host", "lazy-device", "spilling-fp16"],
@@ -98,7 +98,12 @@ def test_fifty_random_schedules_of_exact_equal_serial_bit_for_bit(
 
 
 @pytest.mark.parametrize(
-    ("checkpointing", "projectors"), [("none", "learned"), ("reentrant", "learned"), ("nonreentrant", "random")]
+    ("checkpointing", "projectors"),
+    [
+        ("none", "learned"),
+        pytest.param("reentrant", "learned", marks=pytest.mark.slow),
+        ("nonreentrant", "random"),
+    ],
 )
 def test_thirty_random_schedules_with_checks_of_projectors_equal_serial_bit_for_bit(
     checkpointing: str, projectors: str
