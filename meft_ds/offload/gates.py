@@ -8,9 +8,11 @@ whole model's forward waits for it instead.
 
 from __future__ import annotations
 
+import sys
 import weakref
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from types import FrameType
 from typing import Any
 
 import torch
@@ -18,6 +20,8 @@ from torch import nn
 
 from meft_ds.offload.flat import FlatUnit
 from meft_ds.offload.pipeline import Pipeline
+
+_CALL = nn.Module._wrapped_call_impl.__code__
 
 
 def install(model: nn.Module, units: Sequence[FlatUnit], pipeline: Pipeline) -> list[Any]:
@@ -41,6 +45,28 @@ def install(model: nn.Module, units: Sequence[FlatUnit], pipeline: Pipeline) -> 
         module.register_forward_pre_hook(_Pass(gates, found), prepend=True) for module, found in guarded.items()
     ]
     return handles
+
+
+def flush(model: nn.Module) -> None:
+    """Apply what is under way in the engine that trains `model` or parts of it, if there is one."""
+    hooks: list[Any] = [hook for module in model.modules() for hook in module._forward_pre_hooks.values()]
+    found = [hook.gates.find() for hook in hooks if isinstance(hook, _Hook)]
+    for pipeline in {id(p): p for p in found if p is not None}.values():
+        pipeline.flush()
+
+
+def inside_forward(model: nn.Module) -> bool:
+    """Whether a forward of `model` is running, which whoever asks has then interrupted, as signal handlers do.
+
+    It is looked up on the stacks: a flag would stay up when Ctrl-C ends a forward, for which torch calls no hook.
+    """
+    for frame in sys._current_frames().values():
+        below: FrameType | None = frame
+        while below is not None:
+            if below.f_code is _CALL and below.f_locals.get("self") is model:
+                return True
+            below = below.f_back
+    return False
 
 
 class _Gates:

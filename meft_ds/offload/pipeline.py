@@ -80,6 +80,7 @@ class Pipeline:
         self._progress = threading.Condition()
         self._failure: BaseException | None = None
         self._deadline = math.inf
+        self.applying = False  # an update is being waited for or put into the weights
         if lanes is None and not self.overlaps:
             lanes = Lanes.inline()
         elif lanes is None:
@@ -195,8 +196,17 @@ class Pipeline:
         return any(entry.early and entry.sent for entry in self._entries)
 
     def flush(self) -> None:
-        """Apply every update that is under way; afterwards weights and host state are those of the serial order."""
+        """Apply every update that is under way; afterwards weights and host state are those of the serial order.
+
+        Raises:
+            RuntimeError: inside an update, where only a signal handler can call it: it would be applied twice.
+        """
         self._check()
+        if self.applying:
+            raise RuntimeError(
+                "meft-ds: weights or state were asked for while an update was being applied, from a signal handler "
+                "perhaps. Let the handler set a flag, and do this after engine.step() has returned"
+            )
         for entry in self._entries:
             if entry.pending:
                 self._apply(entry)
@@ -372,13 +382,23 @@ class Pipeline:
                 self._update(entry, settings, settings.grad_scale * clip_factor(settings.clip, norm))
 
     def _apply(self, entry: Entry) -> None:
-        if not entry.updated:
-            with self.timeline.span("main", "stall", entry.unit.name):
-                self._wait_for([entry], "updated")
-        with self.timeline.span("main", "apply", entry.unit.name):
-            self.bus.wait(entry.up_mark)
-            entry.unit.apply()
-        entry.pending = entry.updated = False
+        self.applying = True
+        try:
+            if not entry.pending:  # a signal handler came in between and has flushed
+                return
+            if not entry.updated:
+                with self.timeline.span("main", "stall", entry.unit.name):
+                    self._wait_for([entry], "updated")
+            with self.timeline.span("main", "apply", entry.unit.name):
+                self.bus.wait(entry.up_mark)
+                try:
+                    entry.unit.apply()
+                    entry.pending = entry.updated = False
+                except BaseException as error:  # an interrupt too: half of the update may be in the weights
+                    self.fail(error)
+                    raise
+        finally:
+            self.applying = False
 
     # -- helpers -------------------------------------------------------------------------------------------------------
 

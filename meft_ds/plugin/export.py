@@ -3,8 +3,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import MethodType
 from typing import Any
@@ -14,6 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from meft_ds.offload import gates
+from meft_ds.offload.partition import Ranks, first_decides
 from meft_ds.offload.taps import untap
 from meft_ds.offload.weights import Weights
 from meft_ds.sparse_adapter.attach import ADAPTER_NAME, find_adapters
@@ -35,6 +38,8 @@ def save_adapter(model_or_engine: nn.Module, directory: str | Path) -> None:
 
     Raises:
         ValueError: when the model has no adapter.
+        OSError: when the files cannot be written; under ZeRO-3 on every rank.
+        RuntimeError: in the middle of a step, where a signal handler may have called it.
 
     May be called on any one rank: a node's ranks share the master rows. Under ZeRO-3 collective, because routers are
     partitioned: all ranks call it, and the first one writes.
@@ -46,14 +51,43 @@ def save_adapter(model_or_engine: nn.Module, directory: str | Path) -> None:
             f"{type(model).__name__} has no meft-ds adapter; pass the engine that deepspeed.initialize returned for a "
             'config with a "meft_offload" block'
         )
-    weights = [adapter.router.weight for adapter in adapters.values()]
-    if not is_partitioned(weights[0]):
+    refuse: Any = getattr(model_or_engine, "_refuse_inside_step", None)  # a bare model knows of no step
+    if refuse is not None:
+        refuse("save_adapter")
+    gates.flush(model)  # rows wait for their update by themselves, routers do not
+    if is_partitioned(next(iter(adapters.values())).router.weight):
+        write_adapter_together(directory, model, Ranks(rank=dist.get_rank(), world=dist.get_world_size()))
+    else:
         write_adapter(Path(directory), model)
-        return
-    with deepspeed.zero.GatheredParameters(weights):
-        if dist.get_rank() == 0:
+
+
+def write_adapter_together(directory: str | Path, model: nn.Module, ranks: Ranks) -> None:
+    """`write_adapter` on the first rank, of routers that may be partitioned. Nothing may be under way. Collective."""
+    routers = [adapter.router.weight for adapter in find_adapters(model).values()]
+    whole = deepspeed.zero.GatheredParameters(routers) if is_partitioned(routers[0]) else contextlib.nullcontext()
+    with first_writes(directory, ranks), whole:
+        if ranks.rank == 0:
             write_adapter(Path(directory), model)
-    dist.barrier()
+
+
+@contextlib.contextmanager
+def first_writes(path: str | Path, ranks: Ranks) -> Iterator[None]:
+    """Inside, the first rank writes `path`: when it fails there, every rank raises, and none waits for it for ever.
+    Collective.
+
+    Raises:
+        OSError: on the other ranks, saying what happened on the first one.
+    """
+    fault: Exception | None = None
+    try:
+        yield
+    except Exception as e:
+        fault = e
+    told = first_decides(lambda: None if fault is None else f"{type(fault).__name__}: {fault}", ranks)
+    if fault is not None:
+        raise fault
+    if told is not None:
+        raise OSError(f"the first rank could not write {path}: {told}")
 
 
 def save_tiles(engine: Any, path: str | Path) -> None:
@@ -86,21 +120,9 @@ def save_tiles(engine: Any, path: str | Path) -> None:
     units = [unit for unit in engine.optimizer.pipeline.units if isinstance(unit, BlocksUnit)]
     originals = [unit.originals().cpu() for unit in units]
     values = [unit.values().cpu() for unit in units]  # here and not below: of partitioned weights it takes all ranks
-    fault: Exception | None = None
-    if ranks.rank == 0:
-        try:
+    with first_writes(path, ranks):
+        if ranks.rank == 0:
             write_tiles(path, collect_tiles(method.choice, units, values, originals))
-        except Exception as e:  # the other ranks must not wait for ever
-            fault = e
-    if ranks.world > 1:
-        told: list[Any] = [None if fault is None else f"{type(fault).__name__}: {fault}"]
-        dist.broadcast_object_list(
-            told, src=dist.get_global_rank(ranks.group, 0) if ranks.group else 0, group=ranks.group
-        )
-        if ranks.rank > 0 and told[0] is not None:
-            raise OSError(f"the first rank could not write {path}: {told[0]}")
-    if fault is not None:
-        raise fault
 
 
 def save_plain_weights(model: nn.Module) -> None:
@@ -124,6 +146,7 @@ def _save_pretrained(model: Any, directory: Any, *args: Any, **kwargs: Any) -> A
         if all(name in state for name in names.values()):
             write_adapter(Path(directory), model, {module: state[name] for module, name in names.items()})
         elif not any(is_partitioned(p) for p in model.parameters()):
+            gates.flush(model)
             write_adapter(Path(directory), model)
         else:
             _logger.warning("meft-ds: no adapter is written to %s: the state dict has no routers", directory)

@@ -9,20 +9,44 @@ number of ranks.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import nn
 
+from meft_ds.offload import gates
 from meft_ds.offload.flat import FlatUnit
 from meft_ds.offload.method import Method, Run
 from meft_ds.offload.weights import Weights
 from meft_ds.plugin import checkpoint, export, zero3
 from meft_ds.plugin.optimizer import MeftOptimizer
 from meft_ds.plugin.staging import Saving
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def _at_once(what: str, *, refuses: bool = False) -> Callable[[F], F]:
+    """For a method of the engine that a signal handler may come into the middle of, while state is that of no step:
+    nothing that `refuses` begins there."""
+
+    def of(method: F) -> F:
+        @wraps(method)
+        def done(self: SavingEngine, *args: Any, **kwargs: Any) -> Any:
+            if refuses:
+                self._refuse_inside_step(method.__name__)
+            before, self._meft_amid = self._meft_amid, what
+            try:
+                return method(self, *args, **kwargs)
+            finally:
+                self._meft_amid = before
+
+        return done  # type: ignore[return-value]
+
+    return of
 
 
 class SavingEngine(DeepSpeedEngine):
@@ -36,7 +60,7 @@ class SavingEngine(DeepSpeedEngine):
     _meft_stage = 0
     _meft_whole: dict[str, torch.Tensor] | None = None  # while files are written or read: what the first rank gathered
     _meft_plain = False  # while plain weights are written
-    _meft_in_step = False
+    _meft_amid: str | None = None  # what has begun and not ended
 
     # -- ZeRO ----------------------------------------------------------------------------------------------------------
 
@@ -75,14 +99,12 @@ class SavingEngine(DeepSpeedEngine):
 
     # -- checkpoints ---------------------------------------------------------------------------------------------------
 
+    @_at_once("a step")
     def step(self, *args: Any, **kwargs: Any) -> None:
         """A signal handler may run in the middle, and what it would save there is the state of no step at all."""
-        self._meft_in_step = True
-        try:
-            super().step(*args, **kwargs)
-        finally:
-            self._meft_in_step = False
+        super().step(*args, **kwargs)
 
+    @_at_once("a save", refuses=True)
     def save_checkpoint(
         self,
         save_dir: str,
@@ -92,7 +114,6 @@ class SavingEngine(DeepSpeedEngine):
         exclude_frozen_parameters: bool = False,
     ) -> bool:
         """DeepSpeed's checkpoint plus ours, under one manifest; `latest` is written when both are complete."""
-        self._refuse_inside_step()
         tag = f"global_step{self.global_steps}" if tag is None else str(tag)
         self.meft_flush()
         saving = Saving(Path(save_dir), tag, self._meft_run.ranks)
@@ -116,6 +137,7 @@ class SavingEngine(DeepSpeedEngine):
         saving.agree()
         return True
 
+    @_at_once("a load")
     def load_checkpoint(
         self,
         load_dir: str,
@@ -190,18 +212,21 @@ class SavingEngine(DeepSpeedEngine):
 
     # -- plain weights -------------------------------------------------------------------------------------------------
 
+    @_at_once("a save", refuses=True)
     def save_16bit_model(
         self, save_dir: str, save_filename: str = "pytorch_model.bin", exclude_frozen_parameters: bool = False
     ) -> bool:
         """Writes what `save_pretrained` would: plain weights of the base, and an adapter beside them."""
         self.meft_flush()
+        ranks = self._meft_run.ranks
         self._meft_plain = True
         try:
-            saved = super().save_16bit_model(save_dir, save_filename, exclude_frozen_parameters)
+            with export.first_writes(Path(save_dir) / save_filename, ranks):
+                saved = super().save_16bit_model(save_dir, save_filename, exclude_frozen_parameters)
         finally:
             self._meft_plain = False
         if saved and export.find_adapters(self.module):
-            export.save_adapter(self, save_dir)
+            export.write_adapter_together(save_dir, self.module, ranks)
         return saved
 
     def _zero3_consolidated_16bit_state_dict(self, exclude_frozen_parameters: bool = False) -> Any:
@@ -234,11 +259,19 @@ class SavingEngine(DeepSpeedEngine):
 
     # -- helpers -----------------------------------------------------------------------------------------------------
 
-    def _refuse_inside_step(self) -> None:
-        if self._meft_in_step or self.optimizer.pipeline.has_begun:
+    def _refuse_inside_step(self, what: str) -> None:
+        pipeline, amid = self.optimizer.pipeline, self._meft_amid
+        if amid is None and (
+            pipeline.has_begun
+            or pipeline.applying
+            or torch._C._current_graph_task_id() != -1
+            or gates.inside_forward(self.module)
+        ):
+            amid = "a step"
+        if amid is not None:
             raise RuntimeError(
-                "meft-ds: save_checkpoint was called in the middle of a step, from a signal handler perhaps. Let the "
-                "handler set a flag, and save after engine.step() has returned"
+                f"meft-ds: {what} was called in the middle of {amid}, from a signal handler perhaps. Let the handler "
+                "set a flag, and save after engine.step() has returned"
             )
 
     def _load_methods(self, folder: Path, manifest: dict[str, Any], *, moments: bool) -> None:
