@@ -14,6 +14,7 @@ import errno
 import mmap
 import os
 import secrets
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -44,19 +45,24 @@ def allocate(specs: Specs, ranks: Ranks, *, pinned: set[str], directory: Path = 
         ranks: who shares. Collective when `ranks.world > 1`.
         pinned: names whose memory the accelerator copies from (page-locked on an accelerator, nothing on a CPU device).
         directory: where shared blocks live.
+
+    Raises:
+        ValueError: on every rank, when a shared block cannot be had or page-locked.
     """
     if ranks.world == 1:
         return {
             name: torch.zeros(shape, dtype=dtype, pin_memory=name in pinned) for name, (shape, dtype) in specs.items()
         }
-    block = torch.frombuffer(_map_shared(arena_bytes(specs), ranks, directory), dtype=torch.uint8)
+    memory = _map_shared(arena_bytes(specs), ranks, directory)
+    view = memoryview(memory)  # lives as long as the tensors do, and can be watched
+    block = torch.frombuffer(view, dtype=torch.uint8)
     tensors, offset = {}, 0
     for name, (shape, dtype) in specs.items():
         nbytes = torch.Size(shape).numel() * dtype.itemsize
         tensors[name] = block[offset : offset + nbytes].view(dtype).view(shape)
         offset += _padded(shape, dtype)
-        if name in pinned:
-            _register_pinned(tensors[name])
+    if pinned:
+        _lock_pages(view, memory, [t for name, t in tensors.items() if name in pinned], ranks)
     return tensors
 
 
@@ -168,13 +174,49 @@ def _all_gather(item: Any, ranks: Ranks) -> list[Any]:
     return items
 
 
-def _register_pinned(t: Tensor) -> None:
-    # Page-locking foreign memory is a CUDA runtime call that torch exposes only for its own allocations.
+def _lock_pages(view: memoryview, memory: mmap.mmap, tensors: list[Tensor], ranks: Ranks) -> None:
+    """Page-lock tensors in `memory` until nobody refers to `view` any more. Collective.
+
+    Raises:
+        ValueError: on every rank, when it fails on one; nothing is page-locked then.
+    """
     if not torch.cuda.is_available():
         return
-    error = torch.cuda.cudart().cudaHostRegister(t.data_ptr(), t.numel() * t.element_size(), 0)
-    if int(error) != 0:
-        raise RuntimeError(f"cudaHostRegister failed with error {int(error)} for {t.numel() * t.element_size()} bytes")
+    locked, fault = [], ""
+    for t in tensors:
+        nbytes = t.numel() * t.element_size()
+        if error := _register(t.data_ptr(), nbytes):
+            fault = (
+                f"rank {ranks.rank} could not page-lock {nbytes / 2**30:.2f} GiB of the store that ranks share "
+                f"(cudaHostRegister: error {error}); lift the container's or driver's limit, or make the store smaller"
+            )
+            break
+        locked.append(t.data_ptr())
+    # that it refers to the memory keeps it mapped until its pages are unlocked
+    release = weakref.finalize(view, _unlock_pages, memory, locked, torch.cuda.current_device())
+    release.atexit = False  # tensors may be in use until the process ends, and that unlocks them too
+    fault = next((fault for fault in _all_gather(fault, ranks) if fault), "")
+    if fault:
+        release()
+    _raise_if(fault)
+
+
+def _unlock_pages(memory: mmap.mmap, addresses: list[int], device: int) -> None:
+    with contextlib.suppress(RuntimeError):  # of a device that has failed already
+        torch.cuda.synchronize(device)  # copies may still be under way
+    for address in addresses:
+        _unregister(address)
+
+
+# Page-locking foreign memory is a CUDA runtime call; torch's own allocations do it by themselves.
+
+
+def _register(address: int, nbytes: int) -> int:
+    return int(torch.cuda.cudart().cudaHostRegister(address, nbytes, 0))
+
+
+def _unregister(address: int) -> None:
+    torch.cuda.cudart().cudaHostUnregister(address)  # there is nothing to be done about an error
 
 
 def _start_time(pid: int) -> str | None:

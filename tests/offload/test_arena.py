@@ -6,6 +6,7 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
 import torch
 
 from meft_ds.offload.arena import allocate, arena_bytes, remove_stale
@@ -43,6 +44,55 @@ ranks = None
 dist.destroy_process_group()  # else gloo threads that run while the interpreter ends may abort it
 """
 
+LOCKED = """
+import ctypes, gc, os, sys
+from pathlib import Path
+import torch, torch.distributed as dist
+from meft_ds.offload import arena
+from meft_ds.offload.partition import Ranks
+
+dist.init_process_group("gloo")
+ranks = Ranks(rank=dist.get_rank(), world=dist.get_world_size(), group=dist.group.WORLD)
+directory, fails = Path(sys.argv[1]), sys.argv[2] == "fails"
+locked, seen = {}, []
+
+def mapped():
+    return [line for line in open("/proc/self/maps") if str(directory) in line]
+
+def register(address, nbytes):
+    if fails and ranks.rank == 1 and locked:
+        return 2
+    locked[address] = nbytes
+    return 0
+
+def unregister(address):
+    assert mapped()
+    seen.append(ctypes.string_at(address, 1))  # a fault, were it unmapped
+    del locked[address]
+
+arena._register, arena._unregister = register, unregister
+torch.cuda.is_available, torch.cuda.current_device, torch.cuda.synchronize = lambda: True, lambda: 0, lambda d: None
+specs = {"a": ((5, 3), torch.float32), "b": ((5000,), torch.uint8), "c": ((4,), torch.uint8)}
+try:
+    t = arena.allocate(specs, ranks, pinned={"b", "c"}, directory=directory)
+except ValueError as e:
+    print(e)
+else:
+    assert sorted(locked.values()) == [4, 5000] and mapped()
+    t["b"].fill_(7), t["c"].fill_(7)
+    part = t["c"][1:]
+    t.clear()
+    gc.collect()
+    assert len(locked) == 2, "somebody still uses it"
+    del part
+    gc.collect()
+    print(seen == [bytes([7])] * 2)
+assert not locked and not mapped()
+dist.barrier()
+ranks = None
+dist.destroy_process_group()
+"""
+
 
 def test_one_rank_gets_private_zeroed_memory(tmp_path: Path) -> None:
     specs = {"a": ((4, 2), torch.float32), "b": ((3,), torch.bfloat16)}
@@ -58,6 +108,19 @@ def test_ranks_share_one_block_and_leave_no_file(tmp_path: Path) -> None:
     (shm := tmp_path / "shm").mkdir()
     assert run_ranks(script, 2, str(shm)) == ["shared\n"] * 2
     assert list(shm.iterdir()) == []
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_shared_memory_is_unlocked_before_it_is_unmapped_and_a_rank_that_cannot_lock_it_fails_all(
+    tmp_path: Path, fails: bool
+) -> None:
+    """CUDA's calls are stood in for: a CPU has nothing to lock."""
+    script = tmp_path / "locked.py"
+    script.write_text(LOCKED)
+    (shm := tmp_path / "shm").mkdir()
+    first, second = run_ranks(script, 2, str(shm), "fails" if fails else "works")
+    assert first == second
+    assert ("rank 1 could not page-lock" in first and "error 2" in first) if fails else first == "True\n"
 
 
 def test_sigkill_of_every_rank_leaves_no_file(tmp_path: Path) -> None:
