@@ -8,7 +8,6 @@ parameters.
 
 from __future__ import annotations
 
-import weakref
 from abc import abstractmethod
 
 import torch
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 
 from meft_ds import ops
 from meft_ds.offload.bus import Bus
+from meft_ds.offload.gradients import hand_over
 from meft_ds.offload.partition import Ranks, owned_range
 from meft_ds.offload.weights import WHOLE, Weights
 from meft_ds.offload.wire import AdamHyper, Footprint, Unit
@@ -87,7 +87,7 @@ class FlatUnit(Unit):
         self._await_all()
         for index, (_, p) in enumerate(self.params):
             if p.requires_grad:  # not the weight of a layer that is tapped by an anchor
-                self._hooks.append(p.register_post_accumulate_grad_hook(_Taker(self, index)))
+                self._hooks.append(hand_over(p, self, index))
 
     def release(self) -> None:
         """Stop collecting gradients."""
@@ -115,12 +115,9 @@ class FlatUnit(Unit):
     def add_gradient(self, index: int, grad: Tensor) -> None:
         """Add the gradient of parameter `index` to the window's sum."""
 
-    def take(self, index: int, p: Tensor) -> None:
-        """A parameter's gradient is complete for this backward."""
-        if p.grad is None:
-            return  # autograd came by without a gradient: a tapped layer's weight
+    def take(self, index: int, grad: Tensor) -> None:
+        """Parameter `index`'s gradient is complete for this backward."""
         self._begin()
-        grad, p.grad = p.grad, None  # consumed: it must not be added a second time by the next micro-batch
         self.add_gradient(index, grad)
         self._received(index)
 
@@ -227,14 +224,3 @@ class FlatUnit(Unit):
     def _slices(self) -> list[tuple[int, int]]:
         world = self._ranks.world
         return [owned_range(self.numel, Ranks(rank=k, world=world)) for k in range(world)]
-
-
-class _Taker:
-    """A parameter's hook. It holds its unit weakly: a model that outlives its engine must not keep the state alive."""
-
-    def __init__(self, unit: FlatUnit, index: int) -> None:
-        self._unit, self._index = weakref.ref(unit), index
-
-    def __call__(self, p: Tensor) -> None:
-        if (unit := self._unit()) is not None:
-            unit.take(self._index, p)

@@ -19,14 +19,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
+from meft_ds.offload.gradients import hand_over
 from meft_ds.offload.partition import Ranks, all_reduce_sum
 from meft_ds.offload.taps import tap, untap
 from meft_ds.sparse_matrix.discover import Site
@@ -70,7 +70,7 @@ class Scorer:
                 tap(site.module, self, index, anchor=anchor)
             # of a tapped layer too: its weight may also be read elsewhere, and that gradient must not stay
             if site.weight.requires_grad:
-                self._hooks.append(site.weight.register_post_accumulate_grad_hook(_Taker(self, index)))
+                self._hooks.append(hand_over(site.weight, self, index))
 
     @staticmethod
     def host_bytes(sites: Sequence[Site], kind: str) -> int:
@@ -107,11 +107,8 @@ class Scorer:
             self._stripe(index, 0, lo, hi, r, left[:, lo:hi].t() @ right)
 
     @torch.no_grad()
-    def take(self, index: int, p: Tensor) -> None:
+    def take(self, index: int, grad: Tensor) -> None:
         """Autograd made a whole gradient."""
-        if p.grad is None:
-            return  # autograd came by without a gradient: a tapped layer's weight
-        grad, p.grad = p.grad, None
         site = self._sites[index]
         for expert in range(site.grid[0]):
             g = grad if grad.dim() == 2 else grad[expert]
@@ -234,17 +231,6 @@ class Scorer:
         for site, total in zip(self._sites, self._sums, strict=False):
             total.copy_(state[f"{site.name}.sum"].mul(mine))
         self.drop_window()
-
-
-class _Taker:
-    """A weight's hook. It holds the scorer weakly: a model may outlive its engine."""
-
-    def __init__(self, scorer: Scorer, index: int) -> None:
-        self._scorer, self._index = weakref.ref(scorer), index
-
-    def __call__(self, p: nn.Parameter) -> None:
-        if (scorer := self._scorer()) is not None:
-            scorer.take(self._index, p)
 
 
 def _indicator(cuts: Sequence[tuple[int, int]], device: torch.device) -> Tensor:
