@@ -67,7 +67,7 @@ class FlatUnit(Unit):
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
         self._waiting: set[int] = set()
         self._update: tuple[AdamHyper, int, float] | None = None  # the last one, until it is applied
-        self._norm: Tensor | None = None
+        self._norm: float | None = None
 
     def allocate(self) -> None:
         """Take the memory that `footprint` announced and start collecting gradients."""
@@ -154,7 +154,9 @@ class FlatUnit(Unit):
         assert self._payload is not None
         if self.on_device:
             self._host_payload = self._payload
-            self._norm = torch.linalg.vector_norm(self._payload, dtype=torch.float64).square()
+            # read here, on the stream that waits for this payload alone: where `sq_norm` runs, a read would wait for
+            # all of the backward that is queued by then
+            self._norm = float(torch.linalg.vector_norm(self._payload, dtype=torch.float64).square())
         else:
             self._host_payload = bus.send(self._payload, self._wire_dtype, self.wire, key=self.name)
         self._payload = None
@@ -162,7 +164,7 @@ class FlatUnit(Unit):
     def sq_norm(self) -> float:
         if self.on_device:
             assert self._norm is not None
-            return float(self._norm)
+            return self._norm
         assert self._host_payload is not None
         return ops.sq_norm(self._host_payload)
 

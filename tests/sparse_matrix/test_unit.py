@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from meft_ds.offload.pipeline import Pipeline
@@ -216,6 +217,28 @@ def test_state_where_the_model_is_gives_the_same_bits(
         dtypes = {t.dtype for name, t in found[-1].items() if "exp_avg" in name}
         assert dtypes == {settings.get("moments", torch.float32)}
     assert differing(*found) == []
+
+
+class Untouchable(TorchDispatchMode):
+    """Fails whoever asks anything of a tensor."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        raise AssertionError(f"{func} on the host lane")
+
+
+def test_with_state_where_the_model_is_the_host_lane_reads_no_device_memory_for_the_norm(tmp_path: Path) -> None:
+    """It would wait for the backward that is queued by then, and `eager` updates with it."""
+    model, pipeline, _ = build(tmp_path, "value", state_device="accelerator")
+    backward(model, 0)
+    for unit in pipeline.units:
+        unit.collect()
+        unit.reduce(pipeline.ranks)
+        assert isinstance(unit, BlocksUnit) and unit._payload is not None
+        squares = unit._payload.double().square().sum().item()
+        unit.send(pipeline.bus)
+        with Untouchable():
+            norm = unit.sq_norm()
+        assert norm == pytest.approx(squares, rel=1e-12) and norm > 0.0
 
 
 # What requires grad
