@@ -9,13 +9,14 @@ import torch
 from torch import Tensor, nn
 
 
-def feed_checkpoints(model: nn.Module) -> Any | None:
-    """Hook the model's embeddings so that their output requires grad where checkpoints need it; returns the handle.
+def feed_checkpoints(model: nn.Module) -> list[Any]:
+    """Hook the model's embeddings so that their output requires grad where checkpoints need it; returns the handles.
 
-    Reentrant checkpointing cuts the graph when no input requires grad, as under a frozen embedding.
+    Reentrant checkpointing cuts the graph when no input requires grad, as under a frozen embedding. In a wrapper the
+    embeddings are those of the models inside; where nobody tells them, every nn.Embedding.
     """
-    embeddings = _input_embeddings(model)
-    return None if embeddings is None else embeddings.register_forward_hook(_FeedCheckpoints(model))
+    embeddings = _input_embeddings(model) or [m for m in model.modules() if isinstance(m, nn.Embedding)]
+    return [module.register_forward_hook(_FeedCheckpoints(model)) for module in embeddings]
 
 
 class _FeedCheckpoints:
@@ -38,12 +39,14 @@ def _cuts_the_graph(module: nn.Module) -> bool:
     return settings.get("use_reentrant") is not False
 
 
-def _input_embeddings(model: nn.Module) -> nn.Module | None:
-    getter = getattr(model, "get_input_embeddings", None)
-    if getter is None:
-        return None
+def _input_embeddings(module: nn.Module) -> list[nn.Module]:
+    """What the outermost modules that know their embeddings say, each once."""
+    getter = getattr(module, "get_input_embeddings", None)
     try:
-        found = getter()
+        found = None if getter is None else getter()
     except NotImplementedError:
-        return None
-    return found if isinstance(found, nn.Module) else None
+        found = None
+    if isinstance(found, nn.Module):
+        return [found]
+    inside = [embeddings for child in module.children() for embeddings in _input_embeddings(child)]
+    return list(dict.fromkeys(inside))

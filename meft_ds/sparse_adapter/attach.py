@@ -75,9 +75,7 @@ def place(model: nn.Module, sites: Sequence[Site], adapters: Sequence[SparseAdap
             handles.append(_child(site.module, "fc2").register_forward_hook(beside.after))
         else:
             handles.append(site.module.register_forward_hook(_Beside(mask), with_kwargs=True))
-    feeder = feed_checkpoints(model)
-    if feeder is not None:
-        handles.append(feeder)
+    handles += feed_checkpoints(model)
     setattr(model, _STATE_NAME, (handles, [site.module for site in sites]))
 
 

@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reentrant checkpoints above frozen embeddings, wherever those are: no layer loses its gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from meft_ds.offload.checkpointing import feed_checkpoints
+from tests.toy import batch, tiny_llama
+
+
+class Wrapper(nn.Module):
+    """Knows nothing of embeddings."""
+
+    def __init__(self, backbone: nn.Module) -> None:
+        super().__init__()
+        self.backbone = backbone
+
+    def forward(self, **inputs: Tensor) -> Any:
+        return self.backbone(**inputs)
+
+
+class Shy(Wrapper):
+    def get_input_embeddings(self) -> nn.Module:
+        raise NotImplementedError
+
+
+class Plain(nn.Module):
+    """Nothing of transformers, but the attribute by which checkpointing is known."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.tokens, self.places = nn.Embedding(61, 8), nn.Embedding(8, 8)
+        self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(2))
+        self.head = nn.Linear(8, 61)
+        self.gradient_checkpointing = False
+
+    def gradient_checkpointing_enable(self, settings: dict[str, bool]) -> None:
+        self.gradient_checkpointing = settings["use_reentrant"]
+
+    def disable_input_require_grads(self) -> None:
+        pass
+
+    def forward(self, input_ids: Tensor, labels: Tensor, attention_mask: Tensor) -> Any:
+        x = self.tokens(input_ids) + self.places(torch.arange(input_ids.shape[1]))
+        for layer in self.layers:
+            x = checkpoint(layer, x, use_reentrant=True) if self.gradient_checkpointing else layer(x)
+        loss = nn.functional.cross_entropy(self.head(x).flatten(0, 1), labels.flatten())
+        return type("Output", (), {"loss": loss})
+
+
+def gradients(wrap: Callable[[nn.Module], nn.Module], inner: nn.Module, *, checkpointed: bool) -> dict[str, Tensor]:
+    if checkpointed:
+        inner.gradient_checkpointing_enable({"use_reentrant": True})
+        inner.disable_input_require_grads()  # with which transformers would do the same
+    model = wrap(inner).train()
+    for module in model.modules():
+        if isinstance(module, nn.Embedding):
+            module.requires_grad_(False)
+    handles = feed_checkpoints(model)
+    model(**batch(0)).loss.backward()
+    for handle in handles:
+        handle.remove()
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("wrap", [lambda m: m, Wrapper, Shy, lambda m: Wrapper(Wrapper(m))])
+@pytest.mark.parametrize("make", [tiny_llama, Plain])
+def test_layers_above_frozen_embeddings_get_the_gradients_that_they_get_without_checkpoints(
+    make: Callable[[], nn.Module], wrap: Callable[[nn.Module], nn.Module]
+) -> None:
+    plain = gradients(wrap, make(), checkpointed=False)
+    found = gradients(wrap, make(), checkpointed=True)
+    assert any("layers.0" in name for name in plain) and found.keys() == plain.keys()
+    assert all(torch.equal(grad, plain[name]) for name, grad in found.items())
+
+
+def test_a_wrapper_of_two_models_feeds_both_and_each_embedding_once() -> None:
+    pair = nn.ModuleList([Wrapper(tiny_llama()), tiny_llama(), Plain()])
+    handles = feed_checkpoints(pair)
+    assert len(handles) == 2
+    assert [len(m.get_input_embeddings()._forward_hooks) for m in (pair[0].backbone, pair[1])] == [1, 1]
