@@ -132,6 +132,13 @@ def main() -> None:
                 engine = engine_for(**here, **options, mode=mode)
                 train(engine, rank, 2)
                 found[f"{mode} {form} {checkpointing}"] = {**told(engine), "own": digest(own(engine))}
+    for form in ("value", "delta"):
+        for where in ("cpu", "accelerator"):
+            # float32 on the bus, as it is where nothing uses the bus
+            options = dict(gas=2, precision="bf16", form=form, state_device=where, others={"grad_dtype": "fp32"})
+            engine = engine_for(**here, **options)
+            train(engine, rank, 2)
+            found[f"state {form} {where}"] = {**told(engine), "own": digest(own(engine))}
     engine = engine_for(**here, gas=2, precision="bf16", stage=0)
     train(engine, rank, 2)
     found["stage 0"] = {**told(engine), "own": digest(own(engine))}

@@ -74,6 +74,14 @@ def test_zero_stages_are_the_same_thing_on_two_ranks(ranks: Any) -> None:
 
 
 @pytest.mark.parametrize("form", ["value", "delta"])
+def test_state_where_the_model_is_gives_the_same_bits_on_two_ranks(ranks: Any, form: str) -> None:
+    for rank in ranks[0]:
+        assert rank[f"state {form} accelerator"] == rank[f"state {form} cpu"]
+    a, b = (rank[f"state {form} accelerator"] for rank in ranks[0])
+    assert a["digest"] == b["digest"] and a["own"] != b["own"], "each holds its half"
+
+
+@pytest.mark.parametrize("form", ["value", "delta"])
 def test_an_overflow_on_one_rank_counts_on_none(ranks: Any, form: str) -> None:
     """Windows: scored, overflow, scored, trained, overflow, trained. Scored so far, loss scale, nothing changed."""
     (a, b), _, _ = ranks
