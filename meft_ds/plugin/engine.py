@@ -67,6 +67,9 @@ class MeftEngine(SavingEngine):
 
     def _configure_distributed_model(self, model: nn.Module) -> None:
         """Adapters must be in the model before DeepSpeed casts, moves and broadcasts it."""
+        for p in model.parameters():
+            # of a backward before the engine: hooks would take it for the first batch's, and what gets frozen keeps it
+            p.grad = None
         self._meft_methods = methods.chosen(self._meft_config)
         for method in self._meft_methods:
             method.prepare(model)
