@@ -7,7 +7,9 @@ from collections.abc import Mapping
 from importlib.metadata import version
 from typing import Any
 
+import torch.distributed as dist
 from packaging.version import Version
+from torch import nn
 
 TESTED = {"deepspeed": ("0.18.2", "0.19.8"), "transformers": ("4.57.3", "5.23.0")}
 """Oldest and newest version that the tests run against."""
@@ -72,6 +74,27 @@ def skipped(ds_config: Mapping[str, Any]) -> list[str]:
         if key in ds_config:
             lines.append(f"{key} is skipped: meft_offload reduces its own payloads")
     return lines
+
+
+def refuse_expert_parallelism(model: nn.Module, groups: Mapping[str, Any]) -> None:
+    """Raise where ranks hold different experts under the same names, whose payloads must not be summed.
+
+    Args:
+        model: in which DeepSpeed marks experts by `allreduce = False` and the name of their expert-parallel group.
+        groups: DeepSpeed's expert-parallel process groups by name.
+
+    Raises:
+        ValueError: naming the first parameter of a group of several ranks; the same on every rank.
+    """
+    for name, p in model.named_parameters():
+        if getattr(p, "allreduce", True):
+            continue
+        ranks = dist.get_world_size(groups.get(getattr(p, "group_name", "")))  # of all ranks if it is of no group
+        if ranks > 1:
+            raise ValueError(
+                f"{name}: expected an expert that every rank holds, but its expert-parallel group has {ranks} ranks, "
+                "each with an expert of its own; set ep_size to 1, or remove the meft_offload block"
+            )
 
 
 def _optimizer_faults(optimizer: Mapping[str, Any] | None) -> list[str]:

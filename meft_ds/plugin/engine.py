@@ -77,6 +77,7 @@ class MeftEngine(SavingEngine):
         if all(method.freezes_base for method in self._meft_methods) or self._meft_config.train is not None:
             setup.freeze_base(model, self._meft_config.train or (), own)
         super()._configure_distributed_model(model)
+        checks.refuse_expert_parallelism(self.module, self.expert_parallel_group)
 
     def _configure_optimizer(self, client_optimizer: Any, model_parameters: list[Any]) -> None:
         """The pipeline takes the place of the optimizer; the user's own one only holds the hyperparameters."""
