@@ -45,9 +45,6 @@ class Plain(nn.Module):
     def gradient_checkpointing_enable(self, settings: dict[str, bool]) -> None:
         self.gradient_checkpointing = settings["use_reentrant"]
 
-    def disable_input_require_grads(self) -> None:
-        pass
-
     def forward(self, input_ids: Tensor, labels: Tensor, attention_mask: Tensor) -> Any:
         x = self.tokens(input_ids) + self.places(torch.arange(input_ids.shape[1]))
         for layer in self.layers:
@@ -59,7 +56,8 @@ class Plain(nn.Module):
 def gradients(wrap: Callable[[nn.Module], nn.Module], inner: nn.Module, *, checkpointed: bool) -> dict[str, Tensor]:
     if checkpointed:
         inner.gradient_checkpointing_enable({"use_reentrant": True})
-        inner.disable_input_require_grads()  # with which transformers would do the same
+        if hasattr(inner, "_require_grads_hook"):  # newer transformers would do the same by itself
+            inner.disable_input_require_grads()
     model = wrap(inner).train()
     for module in model.modules():
         if isinstance(module, nn.Embedding):
