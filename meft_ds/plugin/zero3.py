@@ -44,8 +44,11 @@ class PartitionedWeights(Weights):
 
     def local(self, p: Tensor) -> tuple[Tensor, int]:
         held, lo = self._slice(p)
-        if held.device.type != self._device.type:
-            held = self._on_device[id(p)] = held.to(self._device)
+        if self._is_elsewhere(held):
+            # one copy until `changed`: a tensor of several matrices (experts) is asked for once for each of them
+            if id(p) not in self._on_device:
+                self._on_device[id(p)] = held.to(self._device, copy=True)
+            held = self._on_device[id(p)]
         return held, lo
 
     def changed(self, p: Tensor) -> None:
@@ -60,6 +63,9 @@ class PartitionedWeights(Weights):
         local, lo = self._slice(p)
         local.copy_(flat[lo : lo + local.numel()])
         self.changed(p)
+
+    def _is_elsewhere(self, held: Tensor) -> bool:
+        return held.device.type != self._device.type
 
     def _slice(self, p: Tensor) -> tuple[Tensor, int]:
         held: Any = p

@@ -37,6 +37,7 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Path]
         "curves:steps=6",
         "pending",
         "memory",
+        "experts",
         "settings:only=few live+evaluation",
         f"files:only={'+'.join(ONE_OF_EACH)}",
     )
@@ -51,6 +52,17 @@ def test_stage_3_trains_as_stage_2_on_two_ranks(two: Any, method: str) -> None:
     curves = two[0]["curves"]
     assert curves[f"{method} 3"] == pytest.approx(curves[f"{method} 2"], abs=CLOSE)
     assert curves[f"{method} 3"][4] != curves[f"{method} 3"][0], "weights must have changed"
+
+
+def test_every_expert_of_a_tensor_trains_in_stage_3_as_in_stage_2_wherever_its_slice_lies(two: Any) -> None:
+    _experts_train(two[0]["experts"])
+
+
+def _experts_train(found: dict[str, Any]) -> None:
+    for name, block in found.items():
+        assert block["experts"] == 2 and block["moved"] > 1e-3, name
+        assert block["stage 3"] < CLOSE, name
+        assert block["elsewhere"], f"{name}: updates of slices that lie elsewhere are lost"
 
 
 @pytest.mark.long
@@ -241,6 +253,7 @@ def test_runs_go_on_with_other_numbers_of_ranks_and_stages(tmp_path: Path, legs:
 @pytest.mark.compat
 @pytest.mark.long
 def test_stage_3_trains_as_stage_2_on_one_rank(tmp_path: Path) -> None:
-    found = go(1, tmp_path, "curves")[0]
+    found = go(1, tmp_path, "curves", "experts")[0]
+    _experts_train(found["experts"])
     for method in METHODS:
         assert found["curves"][f"{method} 3"] == pytest.approx(found["curves"][f"{method} 2"], abs=CLOSE), method

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from meft_ds.plugin.zero3 import consolidated
 from tests.offload.overlap import make_late
+from tests.plugin.zero3_experts import experts
 from tests.toy import ADAPTER, batch, ds_config, make_engine, state_of, tiny_llama
 
 ROWS = 8  # of the global batch, whatever the number of ranks
@@ -428,7 +429,7 @@ def again(folder: Path) -> dict[str, Any]:
     return found
 
 
-CASES = (curves, bits, settings, overflow, pending, memory, init, files, leg, again)
+CASES = (curves, bits, settings, overflow, pending, memory, init, files, leg, again, experts)
 
 
 def main() -> None:
