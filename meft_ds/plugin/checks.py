@@ -56,6 +56,7 @@ def conflicts(ds_config: Mapping[str, Any]) -> list[str]:
         faults.append(
             'torch_autocast.dtype: float16 needs a loss scaler that meft_offload has only under "fp16"; use it'
         )
+    faults += _checkpoint_faults(ds_config)
     faults += _optimizer_faults(ds_config.get("optimizer"))
     return faults
 
@@ -95,6 +96,30 @@ def refuse_expert_parallelism(model: nn.Module, groups: Mapping[str, Any]) -> No
                 f"{name}: expected an expert that every rank holds, but its expert-parallel group has {ranks} ranks, "
                 "each with an expert of its own; set ep_size to 1, or remove the meft_offload block"
             )
+
+
+def _checkpoint_faults(ds_config: Mapping[str, Any]) -> list[str]:
+    faults = []
+    settings = ds_config.get("checkpoint") or {}
+    # other writers replace files of an older checkpoint before the new one is complete, some of them in the background
+    needs = "meft_offload needs DeepSpeed's default writer, torch.save; remove it"
+    if settings.get("writer") is not None:
+        faults.append(f"checkpoint.writer: expected no such key, got {settings['writer']!r}: {needs}")
+    if ds_config.get("datastates_ckpt", False) is not False:  # DeepSpeed takes null and {} for yes
+        faults.append(f"datastates_ckpt: expected no such key or false, got {ds_config['datastates_ckpt']!r}: {needs}")
+    if (ds_config.get("nebula") or {}).get("enabled"):
+        faults.append(f"nebula.enabled: expected false, got {ds_config['nebula']['enabled']!r}: {needs}")
+    if settings.get("use_node_local_storage"):
+        faults.append(
+            "checkpoint.use_node_local_storage: expected false, got true: a checkpoint of meft_offload is one folder "
+            "that all nodes see; remove it and give save_checkpoint a folder on shared storage"
+        )
+    if settings.get("load_universal"):
+        faults.append(
+            "checkpoint.load_universal: expected false, got true: checkpoints of meft_offload load with any number of "
+            "ranks and in any stage as they are, and universal ones cannot be read; remove it"
+        )
+    return faults
 
 
 def _optimizer_faults(optimizer: Mapping[str, Any] | None) -> list[str]:

@@ -23,6 +23,7 @@ from meft_ds.offload.flat import FlatUnit
 from meft_ds.offload.method import Method, Run
 from meft_ds.offload.weights import Weights
 from meft_ds.plugin import checkpoint, export, zero3
+from meft_ds.plugin.mapping import mapped
 from meft_ds.plugin.optimizer import MeftOptimizer
 from meft_ds.plugin.staging import Saving
 
@@ -165,7 +166,7 @@ class SavingEngine(DeepSpeedEngine):
         )
         moments = load_optimizer_states and not load_module_only
         self._load_methods(folder, manifest, moments=moments)
-        with self._as_whole():
+        with self._as_whole(), mapped(self):
             path, client_state = super().load_checkpoint(
                 load_dir,
                 tag=tag,

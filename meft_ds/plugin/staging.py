@@ -106,11 +106,17 @@ class Saving:
 
     @contextlib.contextmanager
     def watch(self, engine: Any) -> Iterator[None]:
-        """Inside, what a DeepSpeed engine saves is written as above; writers that go on in the background are not."""
+        """Inside, what a DeepSpeed engine saves is written as above.
+
+        Raises:
+            ValueError: when it does not write by `torch.save`.
+        """
         writer = engine.checkpoint_engine
-        if not isinstance(writer, TorchCheckpointEngine):
-            yield
-            return
+        if not isinstance(writer, TorchCheckpointEngine):  # one that the program has put there: `checks` knows ds_configs
+            raise ValueError(
+                f"meft-ds: engine.checkpoint_engine is {type(writer).__name__}, expected DeepSpeed's own "
+                "TorchCheckpointEngine: files of others change before the checkpoint is complete; leave it as it was"
+            )
         engine.checkpoint_engine = _Watched(writer, self)
         try:
             yield
@@ -121,12 +127,18 @@ class Saving:
         """Make this the checkpoint of its tag; on the rank that has gathered what all wrote."""
         with self.attempt(self.folder / MANIFEST):
             content = sealed({**manifest, "generation": self.generation})
-            write_text(self.folder / MANIFEST, json.dumps(content, indent=1, sort_keys=True))
-            self._complete = True
+            # the names that the manifest relies on must not be lost when power is: <tag>/meft, <tag>, save_dir's own
+            for folder in (self.folder, *self.folder.parents[:3]):
+                _names_to_disk(folder)
+            text = json.dumps(content, indent=1, sort_keys=True)
+            write_text(self.folder / MANIFEST, text, replaced=self._is_complete)
             finish(self.folder)
             for path in self.folder.glob("*.safetensors"):  # of another number of ranks, or of other units
                 if path.name not in files_of(manifest):
                     path.unlink()
+
+    def _is_complete(self) -> None:
+        self._complete = True  # whatever fails from now on, the new manifest names this save's files
 
     def latest(self) -> None:
         """Let `latest` name this checkpoint."""
@@ -208,16 +220,18 @@ def read_sealed(path: Path) -> dict[str, Any]:
     return manifest
 
 
-def write_text(path: Path, content: str) -> None:
-    """Write text atomically."""
+def write_text(path: Path, content: str, replaced: Callable[[], None] = lambda: None) -> None:
+    """Write text atomically; `replaced` is called as soon as it is there, before anything else can fail."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         temporary.write_text(content)
         _to_disk(temporary)
         os.replace(temporary, path)
-        _to_disk(path.parent)
+        replaced()
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+    _names_to_disk(path.parent)
 
 
 def fingerprint(path: Path) -> dict[str, Any]:
@@ -258,6 +272,11 @@ def _to_disk(path: Path) -> None:
         os.fsync(fd)
     finally:
         os.close(fd)
+
+
+def _names_to_disk(folder: Path) -> None:
+    with contextlib.suppress(OSError):  # some network file systems refuse it: no reason to give up a save
+        _to_disk(folder)
 
 
 def _reason(e: Exception) -> str:

@@ -120,10 +120,10 @@ def fails_to_write(name: str) -> Iterator[None]:
 
     write = staging.write_text
 
-    def fail(path: Path, content: str) -> None:
+    def fail(path: Path, content: str, **options: Any) -> None:
         if path.name == name:
             raise OSError(28, "No space left on device")
-        write(path, content)
+        write(path, content, **options)
 
     with patch.object(staging, "write_text", fail):
         yield

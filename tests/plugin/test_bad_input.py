@@ -89,6 +89,22 @@ def test_zero_settings_that_do_not_go_with_it_are_refused(zero: dict[str, Any], 
     assert told in "; ".join(conflicts({"zero_optimization": zero}))
 
 
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"checkpoint": {"writer": {"type": "python"}}}, "checkpoint.writer: expected no such key, got {'type': 'python'}"),
+        ({"checkpoint": {"writer": {"decoupled": True}}}, "needs DeepSpeed's default writer, torch.save; remove it"),
+        ({"datastates_ckpt": {}}, "datastates_ckpt: expected no such key or false, got {}"),
+        ({"nebula": {"enabled": True}}, "nebula.enabled: expected false, got True"),
+        ({"checkpoint": {"use_node_local_storage": True}}, "give save_checkpoint a folder on shared storage"),
+        ({"checkpoint": {"load_universal": True}}, "checkpoint.load_universal: expected false, got true"),
+    ],
+)
+def test_checkpoint_settings_that_do_not_go_with_it_are_refused(settings: dict[str, Any], told: str) -> None:
+    assert told in "; ".join(conflicts(settings))
+    assert conflicts({"checkpoint": {"tag_validation": "Fail"}, "datastates_ckpt": False, "nebula": {}}) == []
+
+
 def test_pipeline_models_are_refused() -> None:
     import deepspeed
     from deepspeed.pipe import PipelineModule
