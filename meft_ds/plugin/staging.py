@@ -112,7 +112,9 @@ class Saving:
             ValueError: when it does not write by `torch.save`.
         """
         writer = engine.checkpoint_engine
-        if not isinstance(writer, TorchCheckpointEngine):  # one that the program has put there: `checks` knows ds_configs
+        if not isinstance(
+            writer, TorchCheckpointEngine
+        ):  # one that the program has put there: `checks` knows ds_configs
             raise ValueError(
                 f"meft-ds: engine.checkpoint_engine is {type(writer).__name__}, expected DeepSpeed's own "
                 "TorchCheckpointEngine: files of others change before the checkpoint is complete; leave it as it was"

@@ -92,7 +92,10 @@ def test_zero_settings_that_do_not_go_with_it_are_refused(zero: dict[str, Any], 
 @pytest.mark.parametrize(
     ("settings", "told"),
     [
-        ({"checkpoint": {"writer": {"type": "python"}}}, "checkpoint.writer: expected no such key, got {'type': 'python'}"),
+        (
+            {"checkpoint": {"writer": {"type": "python"}}},
+            "checkpoint.writer: expected no such key, got {'type': 'python'}",
+        ),
         ({"checkpoint": {"writer": {"decoupled": True}}}, "needs DeepSpeed's default writer, torch.save; remove it"),
         ({"datastates_ckpt": {}}, "datastates_ckpt: expected no such key or false, got {}"),
         ({"nebula": {"enabled": True}}, "nebula.enabled: expected false, got True"),

@@ -143,3 +143,14 @@ def test_loading_maps_the_weights_and_keeps_nothing_of_the_file(
     assert mapped == [zipped], "torch's older format cannot be mapped"
     assert "mp_rank_00_model_states.pt" not in Path("/proc/self/maps").read_text()
     assert torch.equal(state["kept"]["of"][0], torch.arange(3)) and same(state_of(ours), state_of(other))
+
+
+def test_a_latest_that_names_another_checkpoint_loads_that_one(tmp_path: Path) -> None:
+    """It has no checksum, being DeepSpeed's file; docs/faults.md says so."""
+    ours, other = engine(), engine(seed=9)
+    for tag in ("a", "b"):
+        train(ours, 1)
+        ours.save_checkpoint(str(tmp_path), tag=tag)
+    (tmp_path / "latest").write_text("a")
+    other.load_checkpoint(str(tmp_path))
+    assert other.global_steps == 1

@@ -75,7 +75,9 @@ def trained(block: dict[str, Any], stage: int) -> dict[str, Tensor]:
         whole = batch(step)
         whole["attention_mask"][:] = 1
         whole["labels"] = whole["input_ids"].clone()
-        engine.backward(engine(**{k: t[rank * (4 // world) : (rank + 1) * (4 // world)] for k, t in whole.items()}).loss)
+        engine.backward(
+            engine(**{k: t[rank * (4 // world) : (rank + 1) * (4 // world)] for k, t in whole.items()}).loss
+        )
         engine.step()
     engine.meft_flush()
     state = consolidated(engine.module) if stage == 3 else engine.module.state_dict()
