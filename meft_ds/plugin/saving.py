@@ -26,6 +26,7 @@ from meft_ds.plugin import checkpoint, export, zero3
 from meft_ds.plugin.mapping import mapped
 from meft_ds.plugin.optimizer import MeftOptimizer
 from meft_ds.plugin.staging import Saving
+from meft_ds.sparse_matrix.files import merge_base
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -92,7 +93,7 @@ class SavingEngine(DeepSpeedEngine):
     def _as_whole(self, *, read: bool = False) -> Iterator[None]:
         """Inside, stage 3 passes for one with whole weights; `read`: gather them, on the first rank. Collective."""
         before = self._meft_whole
-        self._meft_whole = (zero3.consolidated(self.module) or {}) if self._meft_stage3 and read else {}
+        self._meft_whole = (self._consolidated() or {}) if self._meft_stage3 and read else {}
         try:
             yield
         finally:
@@ -202,7 +203,7 @@ class SavingEngine(DeepSpeedEngine):
             state = self._of_whole(self._meft_whole or {}, kwargs.get("exclude_frozen_parameters", False))
         else:
             state = super().module_state_dict(*args, **kwargs)
-        return self._for_file(state)
+        return export.plain_weights(self.module, state) if self._meft_plain else state
 
     def load_module_state_dict(self, checkpoint: Any, strict: bool = True, *args: Any, **kwargs: Any) -> None:
         """In stage 3 every rank takes its slices from the whole weights of the file, and nothing is gathered."""
@@ -231,15 +232,23 @@ class SavingEngine(DeepSpeedEngine):
         return saved
 
     def _zero3_consolidated_16bit_state_dict(self, exclude_frozen_parameters: bool = False) -> Any:
-        """Nothing may be under way, and tapped weights train although they do not require grad.
-
-        A state dict as `module.state_dict()` is in the other stages: the delta form is not merged unless for a file.
-        """
+        """Nothing may be under way, tapped weights train although they do not require grad, and the delta form's must
+        be merged, as they are in `module.state_dict()` of the other stages: programs write files from either."""
         if not self._meft_stage3:
             raise ValueError("this function requires ZeRO-3 mode")
         self.meft_flush()
+        whole = self._consolidated()
+        if whole is None:
+            return None
+        state = self._of_whole(whole, exclude_frozen_parameters)
+        return export.plain_weights(self.module, state) if self._meft_plain else state
+
+    def _consolidated(self) -> dict[str, torch.Tensor] | None:
+        """Whole weights, with what the delta form learned in them, on the first rank. Collective."""
         whole = zero3.consolidated(self.module)
-        return None if whole is None else self._for_file(self._of_whole(whole, exclude_frozen_parameters))
+        if whole is not None:
+            merge_base(self.module, whole)
+        return whole
 
     def _of_whole(self, whole: Mapping[str, torch.Tensor], exclude_frozen: bool) -> dict[str, torch.Tensor]:
         left_out: set[str] = set()
@@ -247,11 +256,6 @@ class SavingEngine(DeepSpeedEngine):
             named = self.module.named_parameters(remove_duplicate=False)
             left_out = {name for name, p in named if not self._trains(p)}
         return {name: t for name, t in whole.items() if name not in left_out}
-
-    def _for_file(self, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        if self._meft_plain:
-            return export.plain_weights(self.module, state)
-        return export.merge_tiles(self.module, state) if self._meft_whole is not None else state
 
     def _trains(self, p: nn.Parameter) -> bool:
         return p.requires_grad or any(

@@ -8,9 +8,10 @@ chosen is one group: its gradient costs what the dense one does.
 
 from __future__ import annotations
 
+import copy
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -107,6 +108,16 @@ class Blocks:
             )
             self.numel += len(rows) * len(cols)
 
+    def to(self, device: torch.device) -> Blocks:
+        """The same tiles of a weight that is on another device."""
+        moved = copy.copy(self)
+        moved.keep = None if self.keep is None else self.keep.to(device)
+        moved.groups = [
+            replace(g, rows=_moved(g.rows, device), cols=_moved(g.cols, device), inputs=_moved(g.inputs, device))
+            for g in self.groups
+        ]
+        return moved
+
     def part(self, flat: Tensor) -> Tensor:
         """The matrix's part of its unit's payload, a view."""
         return flat[self.offset : self.offset + self.numel]
@@ -200,6 +211,10 @@ def _places(index: Tensor, device: torch.device) -> _Places:
     if bool((index == torch.arange(first, first + count)).all()):
         return slice(first, first + count)
     return index.to(device)
+
+
+def _moved(places: _Places, device: torch.device) -> _Places:
+    return places if isinstance(places, slice) else places.to(device)
 
 
 def _take(t: Tensor, places: _Places, dim: int) -> Tensor:

@@ -27,7 +27,16 @@ from meft_ds.sparse_matrix.choice import Choice, Range, misplaced, overlapping
 from meft_ds.sparse_matrix.linear import Corrected
 from meft_ds.sparse_matrix.unit import BlocksUnit
 
-__all__ = ["SavedTiles", "apply_tiles", "collect_tiles", "merge_tiles", "read_tiles", "revert_tiles", "write_tiles"]
+__all__ = [
+    "SavedTiles",
+    "apply_tiles",
+    "collect_tiles",
+    "merge_base",
+    "merge_tiles",
+    "read_tiles",
+    "revert_tiles",
+    "write_tiles",
+]
 
 _FORMAT = 1
 _KEY = "meft_tiles"
@@ -100,22 +109,35 @@ def revert_tiles(model: nn.Module, path: str | Path) -> nn.Module:
 
 
 def merge_tiles(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """`state` (of `model.state_dict()`) as plain weights: what layers in the delta form add is in copies of theirs.
+    """`state` as plain weights: where a layer in the delta form has the base's own values in it, as who reads
+    parameters finds them, what the layer adds is in a copy, on the host. All else is as it was given.
 
-    The copies are on the host; everything else is as it was given.
+    State dicts of the model have been merged already, and it is their values that tell: programs filter, copy and cast
+    them. Partitioned weights cannot be looked at here, and what is given for them is taken to be merged.
     """
     plain = dict(state)
+    for name, forward in _corrected(model):
+        given, weight = plain.get(name), forward.module.weight
+        assert isinstance(weight, Tensor)
+        if given is not None and given.shape == weight.shape and not weight.is_meta and forward.holds_base(given):
+            plain[name] = forward.merged(given)
+    return plain
+
+
+@torch.no_grad()
+def merge_base(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Write what layers in the delta form add into `state`, which has the base's own whole weights."""
+    for name, forward in _corrected(model):
+        if name in state:
+            forward.merge(state[name])
+
+
+def _corrected(model: nn.Module) -> Iterator[tuple[str, Corrected]]:
+    """Layers in the delta form, by the name of their weight."""
     for name, module in model.named_modules():
         forward = module.__dict__.get("forward")
-        full = f"{name}.weight" if name else "weight"
-        if not isinstance(forward, Corrected) or full not in plain:
-            continue
-        # of the given weight, not the module's: that may be partitioned, and others are not here to gather it
-        whole = plain[full] = plain[full].detach().to("cpu", copy=True)
-        for (rows, cols), added in forward.blocks.tiles(forward.delta.cpu()):
-            tile = whole[rows[0] : rows[1], cols[0] : cols[1]]
-            tile.copy_(tile.float().add_(added))
-    return plain
+        if isinstance(forward, Corrected):
+            yield f"{name}.weight" if name else "weight", forward
 
 
 def collect_tiles(
