@@ -39,6 +39,7 @@ def install(model: nn.Module, units: Sequence[FlatUnit], pipeline: Pipeline) -> 
         model.register_forward_pre_hook(_Open(gates), prepend=True),
         model.register_forward_hook(_Close(gates), always_call=True),
         model.register_state_dict_pre_hook(_Flush(gates)),
+        model.register_load_state_dict_pre_hook(_Flush(gates)),  # what is under way would overwrite what was loaded
     ]
     # first, because under ZeRO-3 a hook of DeepSpeed's gathers what the gate may still change
     handles += [
@@ -112,7 +113,7 @@ class _Close(_Hook):
 
 
 class _Flush(_Hook):
-    def __call__(self, model: nn.Module, prefix: str, keep_vars: bool) -> None:
+    def __call__(self, model: nn.Module, *of_state_dict: Any) -> None:
         if (pipeline := self.gates.find()) is not None:
             pipeline.flush()
 

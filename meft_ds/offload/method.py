@@ -93,6 +93,11 @@ class Method(ABC):
         """Whether windows are only watched: as long as any method does, nothing is updated."""
         return False
 
+    def untrained(self, steps: int) -> str:
+        """Why the model is still what it was before training, and what to do, for who saves it or ends; "" where it is
+        not. `steps` have updated something."""
+        return ""
+
     def end_observed_window(self) -> bool:
         """A window ended in which a method was observing; whether it counts (False: a gradient was not finite).
         Collective."""

@@ -143,6 +143,7 @@ class MeftEngine(SavingEngine):
         )
         call_at_exit(self._at_meft_exit)
         self._open_meft_window()
+        self._watch_exports()
         self.module.meft_stats = lambda: e.meft_stats() if (e := engine()) is not None else {}
         if self._meft_config.sparse_adapter is not None or self._meft_config.sparse_matrix is not None:
             export.save_plain_weights(self.module)
@@ -217,6 +218,7 @@ class MeftEngine(SavingEngine):
         self._at_meft_end()
 
     def _at_meft_end(self) -> None:
+        self._say_untrained(at_end=True)
         for method in self._meft_methods:
             method.release()
         if self._meft_stage3:

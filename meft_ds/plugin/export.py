@@ -18,11 +18,10 @@ from torch import Tensor, nn
 from meft_ds.offload import gates
 from meft_ds.offload.partition import Ranks, first_decides
 from meft_ds.offload.taps import untap
-from meft_ds.offload.weights import Weights
+from meft_ds.offload.weights import Weights, shape_of
 from meft_ds.sparse_adapter.attach import ADAPTER_NAME, find_adapters
 from meft_ds.sparse_adapter.files import write_adapter
-from meft_ds.sparse_matrix.files import collect_tiles, merge_tiles, write_tiles
-from meft_ds.sparse_matrix.linear import Corrected
+from meft_ds.sparse_matrix.files import collect_tiles, corrected, merge_tiles, write_tiles
 from meft_ds.sparse_matrix.method import SparseMatrixMethod
 from meft_ds.sparse_matrix.unit import BlocksUnit
 
@@ -161,14 +160,29 @@ def plain_weights(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Te
 @torch.no_grad()
 def keep_what_was_learned(model: nn.Module, weights: Weights) -> None:
     """Let partitioned weights take on what an engine before this one left to their layers to add. Collective."""
-    for module in model.modules():
-        forward = module.__dict__.get("forward")
-        if isinstance(forward, Corrected):
-            w = module.weight
-            assert isinstance(w, Tensor)
-            with weights.whole([w], change=True):
-                forward.merge(w.detach())
-            untap(module)
+    for _, forward in list(corrected(model)):
+        w = forward.module.weight
+        assert isinstance(w, Tensor)
+        with weights.whole([w], change=True):
+            forward.merge(w.detach())
+        untap(forward.module)
+
+
+def unmerged(model: nn.Module, state: Mapping[str, Tensor], weights: Weights) -> dict[str, Tensor]:
+    """What partitioned weights must be loaded with, so that layers in the delta form do not add to what `state`, which
+    is merged, has in it. Collective.
+
+    Raises:
+        ValueError: on every rank, when `state` has other values in tiles than they have now.
+    """
+    plain = dict(state)
+    for name, forward in corrected(model):
+        w = forward.module.weight
+        assert isinstance(w, Tensor)
+        if name in plain and plain[name].shape == shape_of(w):
+            with weights.whole([w]):
+                plain[name] = forward.accept(plain[name])
+    return plain
 
 
 def is_partitioned(p: Tensor) -> bool:

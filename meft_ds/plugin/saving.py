@@ -9,6 +9,7 @@ number of ranks.
 from __future__ import annotations
 
 import contextlib
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from functools import wraps
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any, TypeVar
 
 import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
+from deepspeed.utils import logger
 from torch import nn
 
 from meft_ds.offload import gates
@@ -63,6 +65,7 @@ class SavingEngine(DeepSpeedEngine):
     _meft_whole: dict[str, torch.Tensor] | None = None  # while files are written or read: what the first rank gathered
     _meft_plain = False  # while plain weights are written
     _meft_amid: str | None = None  # what has begun and not ended
+    _meft_told = ""  # the last warning that nothing was trained
 
     # -- ZeRO ----------------------------------------------------------------------------------------------------------
 
@@ -210,7 +213,10 @@ class SavingEngine(DeepSpeedEngine):
         if not self._meft_stage3 or kwargs.get("custom_load_fn") is not None:
             super().load_module_state_dict(checkpoint, strict, *args, **kwargs)
             return
-        zero3.load_consolidated(self.module, checkpoint["module"], self._meft_run.weights, strict=strict)
+        state = checkpoint["module"]
+        if self._meft_whole is None:  # in load_checkpoint what layers add comes after it
+            state = export.unmerged(self.module, state, self._meft_run.weights)
+        zero3.load_consolidated(self.module, state, self._meft_run.weights, strict=strict)
 
     # -- plain weights -------------------------------------------------------------------------------------------------
 
@@ -262,6 +268,22 @@ class SavingEngine(DeepSpeedEngine):
             p is q for unit in self.optimizer.pipeline.units if isinstance(unit, FlatUnit) for _, q in unit.params
         )
 
+    # -- nothing to save ---------------------------------------------------------------------------------------------
+
+    def _watch_exports(self) -> None:
+        """All ways out of a model take a state dict, the whole weights of stage 3 included."""
+        self.module.register_state_dict_pre_hook(_BeforeExport(self))
+
+    def _say_untrained(self, *, at_end: bool = False) -> None:
+        """Warn who saves a model, or ends, while methods have only watched: once at a save, and once at the end."""
+        if self.global_rank > 0 or self.global_steps == 0 or (self._meft_told and not at_end):
+            return
+        for method in self._meft_methods:
+            why = method.untrained(self.optimizer.applied_steps)
+            if why and why != self._meft_told:
+                logger.warning(f"meft-ds: {why}")
+                self._meft_told = why
+
     # -- helpers -----------------------------------------------------------------------------------------------------
 
     def _refuse_inside_step(self, what: str) -> None:
@@ -298,3 +320,17 @@ class SavingEngine(DeepSpeedEngine):
         for method in self._meft_methods:
             about |= method.about()
         return about
+
+
+class _BeforeExport:
+    """A hook before a model's `state_dict`; copies of the model get one that tells nobody."""
+
+    def __init__(self, engine: SavingEngine | None = None) -> None:
+        self._find = None if engine is None else weakref.ref(engine)
+
+    def __call__(self, model: nn.Module, prefix: str, keep_vars: bool) -> None:
+        if self._find is not None and (engine := self._find()) is not None:
+            engine._say_untrained()
+
+    def __reduce__(self) -> Any:
+        return _BeforeExport, ()

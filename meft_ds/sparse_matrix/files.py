@@ -31,6 +31,7 @@ __all__ = [
     "SavedTiles",
     "apply_tiles",
     "collect_tiles",
+    "corrected",
     "merge_base",
     "merge_tiles",
     "read_tiles",
@@ -116,7 +117,7 @@ def merge_tiles(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tens
     them. Partitioned weights cannot be looked at here, and what is given for them is taken to be merged.
     """
     plain = dict(state)
-    for name, forward in _corrected(model):
+    for name, forward in corrected(model):
         given, weight = plain.get(name), forward.module.weight
         assert isinstance(weight, Tensor)
         if given is not None and given.shape == weight.shape and not weight.is_meta and forward.holds_base(given):
@@ -127,12 +128,12 @@ def merge_tiles(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tens
 @torch.no_grad()
 def merge_base(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     """Write what layers in the delta form add into `state`, which has the base's own whole weights."""
-    for name, forward in _corrected(model):
+    for name, forward in corrected(model):
         if name in state:
             forward.merge(state[name])
 
 
-def _corrected(model: nn.Module) -> Iterator[tuple[str, Corrected]]:
+def corrected(model: nn.Module) -> Iterator[tuple[str, Corrected]]:
     """Layers in the delta form, by the name of their weight."""
     for name, module in model.named_modules():
         forward = module.__dict__.get("forward")

@@ -59,6 +59,7 @@ class SparseMatrixMethod(Method):
         self._trainable: list[nn.Parameter] = []
         self._form: Form = "delta" if config.form == "delta" else "value"
         self.choice: Choice | None = None
+        self._scored = False
 
     def prepare(self, model: nn.Module) -> None:
         # now, because what the program froze can no longer be told once the base is frozen
@@ -126,6 +127,19 @@ class SparseMatrixMethod(Method):
     def observing(self) -> bool:
         return self._scorer is not None
 
+    def untrained(self, steps: int) -> str:
+        wanted = self._config.windows
+        if self._scorer is not None:
+            done = f"is still scoring ({self._scorer.windows} of {wanted} windows)"
+        elif self._scored and not steps and self._config.choice_out is None:
+            done = f"has scored {wanted} windows, and no step came after them"
+        else:
+            return ""
+        return (
+            f"sparse_matrix {done}: nothing was trained, and what is saved is the base; lower "
+            "sparse_matrix.warmup_steps, or train for longer"
+        )
+
     def end_observed_window(self) -> bool:
         assert self._scorer is not None
         return self._scorer.close_window()
@@ -135,7 +149,7 @@ class SparseMatrixMethod(Method):
         assert scorer is not None
         if scorer.windows < self._config.windows:
             return None
-        scores = scorer.scores()
+        scores, self._scored = scorer.scores(), True
         return self._begin(run, self._decide(run, lambda: scores, windows=scorer.windows, world=run.ranks.world))
 
     def end_window(self, loss_factor: float) -> None:

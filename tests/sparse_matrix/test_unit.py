@@ -356,6 +356,43 @@ def test_a_copy_computes_what_the_model_does_and_is_a_model_of_its_own(tmp_path:
     assert set(differing(before, everything(pipeline, model))) and torch.equal(functions(twin, inputs(5)), out)
 
 
+@pytest.mark.parametrize("how", ["deepcopy", "pickle"])
+def test_what_a_copy_in_the_delta_form_adds_goes_where_the_copy_goes(tmp_path: Path, how: str) -> None:
+    model, pipeline, _ = build(tmp_path, "delta")
+    backward(model, 0)
+    pipeline.step()
+    if how == "deepcopy":
+        twin = copy.deepcopy(model)
+    else:
+        torch.save(model, file := io.BytesIO())
+        file.seek(0)
+        twin = torch.load(file, weights_only=False)
+    forwards = [m.__dict__["forward"] for m in twin.modules() if "forward" in m.__dict__]
+    out = functions(model, inputs(5))
+    away = twin.to("meta")
+    there = away(inputs(5).to("meta"))
+    assert there.is_meta and there.shape == out.shape
+    there.sum().backward()
+    for forward in forwards:
+        places = [t for g in forward.blocks.groups for t in (g.rows, g.cols, g.inputs) if isinstance(t, Tensor)]
+        assert all(
+            t.is_meta for t in (forward.delta, *places, *[forward.blocks.keep] * (forward.blocks.keep is not None))
+        )
+    assert any(isinstance(g.rows, Tensor) for forward in forwards for g in forward.blocks.groups)
+    assert torch.equal(functions(model, inputs(5)), out), "the model itself stays where it is"
+    backward(model, 1)
+    pipeline.step()
+
+
+def test_what_a_model_in_training_adds_is_not_copied_for_good_when_it_is_elsewhere(tmp_path: Path) -> None:
+    model, pipeline, _ = build(tmp_path, "delta")
+    backward(model, 0)
+    pipeline.step()
+    forward = next(m.__dict__["forward"] for m in model.modules() if "forward" in m.__dict__)
+    delta, blocks = forward._on(torch.device("meta"))
+    assert delta.is_meta and forward.delta.device.type == "cpu" and forward.blocks is not blocks
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_state_and_gradients_take_16_bytes_for_each_trained_element(
     tmp_path: Path, form: str, record_property: Any
