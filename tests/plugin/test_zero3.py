@@ -55,6 +55,8 @@ def test_stage_3_trains_as_stage_2_on_two_ranks(two: Any, method: str) -> None:
 
 
 def test_every_expert_of_a_tensor_trains_in_stage_3_as_in_stage_2_wherever_its_slice_lies(two: Any) -> None:
+    if not two[0]["experts"]:
+        pytest.skip("this version of transformers has no tensors of several experts")
     _experts_train(two[0]["experts"])
 
 

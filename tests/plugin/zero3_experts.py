@@ -49,12 +49,12 @@ def experts(folder: Path) -> dict[str, Any]:
     are not where the model is (as `offload_param` has them on an accelerator; here they are copied all the same)."""
     found: dict[str, Any] = {}
     before = {name: t.detach().clone() for name, t in tiny_mixtral().named_parameters()}
-    for name, block in BLOCKS.items():
+    stacked = [key for key, t in before.items() if "experts" in key and t.dim() == 3]
+    for name, block in BLOCKS.items() if stacked else ():  # transformers 4 has a module for each expert
         two, three = trained(block, 2), trained(block, 3)
         with patch.object(PartitionedWeights, "_is_elsewhere", lambda self, held: True):
             elsewhere = trained(block, 3)
         if dist.get_rank() == 0:
-            stacked = [key for key in two if "experts" in key and two[key].dim() == 3]
             found[name] = {
                 "experts": len(stacked),
                 "moved": min(float((two[k] - before[k])[e].abs().max()) for k in stacked for e in range(EXPERTS)),
