@@ -18,8 +18,6 @@ from __future__ import annotations
 
 import logging
 import math
-import threading
-import time
 import weakref
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -32,6 +30,7 @@ from meft_ds.offload.at_exit import call_at_exit
 from meft_ds.offload.bus import Bus
 from meft_ds.offload.lanes import Lanes
 from meft_ds.offload.partition import LaneRanks, Ranks, all_reduce_sum
+from meft_ds.offload.progress import Progress
 from meft_ds.offload.schedule import Mode
 from meft_ds.offload.timeline import Timeline, WindowTimes
 from meft_ds.offload.tuner import Tuner
@@ -40,7 +39,6 @@ from meft_ds.offload.window import Entry, StepResult, StepSettings, Window, clip
 from meft_ds.offload.wire import AdamHyper, Unit
 
 _logger = logging.getLogger("meft_ds")
-_LOOK_S = 1.0  # how often a wait looks whether there is still somebody to wait for
 _PATIENCE_S = 10.0  # how long an exit waits for updates under way
 
 
@@ -77,15 +75,13 @@ class Pipeline:
         self._mode, self._settings, self._closes_window = mode, settings, closes_window
         self._take_on(units)
         self._ranks_of = lane_ranks if lane_ranks is not None else LaneRanks.shared(ranks)
-        self._progress = threading.Condition()
-        self._failure: BaseException | None = None
-        self._deadline = math.inf
+        self._progress = Progress()
         self.applying = False  # an update is being waited for or put into the weights
         if lanes is None and not self.overlaps:
             lanes = Lanes.inline()
         elif lanes is None:
             lanes = Lanes.threads(_failing(weakref.ref(self)), at_start)
-        self._lanes = lanes
+        self._lanes = self._progress.lanes = lanes
         self._cancel_exit = call_at_exit(self.finish_at_exit)
 
     def admit(self, units: Sequence[Unit]) -> None:
@@ -115,7 +111,7 @@ class Pipeline:
         """
         entry = self._of[id(unit)]
         if entry.pending or (entry.early and entry.sent):
-            self._check()
+            self._progress.check()
             raise RuntimeError(
                 f"meft-ds: a gradient reached {unit.name} "
                 + ("after its update had begun" if entry.early else "while an update of it was still to be applied")
@@ -132,7 +128,7 @@ class Pipeline:
         entry = self._of[id(unit)]
         if not self.overlaps or entry.sent or not self._closes_window():
             return
-        self._check()
+        self._progress.check()
         entry.ready = True
         window = self._window
         while window.next_to_send < len(window.send_order) and window.send_order[window.next_to_send].ready:
@@ -161,7 +157,7 @@ class Pipeline:
         units that have one).
         """
         self.timeline.mark("step")
-        self._check()
+        self._progress.check()
         for entry in self._entries:
             if entry.quiet:
                 entry.unit.end_quiet()
@@ -201,7 +197,7 @@ class Pipeline:
         Raises:
             RuntimeError: inside an update, where only a signal handler can call it: it would be applied twice.
         """
-        self._check()
+        self._progress.check()
         if self.applying:
             raise RuntimeError(
                 "meft-ds: weights or state were asked for while an update was being applied, from a signal handler "
@@ -216,9 +212,9 @@ class Pipeline:
 
         `exiting`: leave connections to the end of the process, because peers may still need them.
         """
-        usable = self._failure is None and not self._lanes.closed
+        usable = self._progress.failure is None and not self._lanes.closed
         try:
-            if self._failure is None and not self._lanes.closed:
+            if usable:
                 self.flush()
         finally:
             self._cancel_exit()
@@ -232,7 +228,7 @@ class Pipeline:
 
     def finish_at_exit(self) -> None:
         """Let what is under way end before the interpreter takes tensors away, but do not wait for dead peers."""
-        self._deadline = time.monotonic() + _PATIENCE_S
+        self._progress.give_up_in(_PATIENCE_S)
         try:
             self.close(exiting=True)
         except RuntimeError as error:
@@ -240,7 +236,7 @@ class Pipeline:
 
     def begin_forward(self, *, training: bool) -> None:
         """Called before the model's forward: nothing under way may be left to an evaluation or a quiet window."""
-        self._check()
+        self._progress.check()
         begins = torch.is_grad_enabled() and not self._window.begun  # some programs train in eval mode
         if begins:
             self._window.begun = True
@@ -266,7 +262,7 @@ class Pipeline:
 
     def give_up_window(self) -> None:
         """Drop what the open window has collected so far: other state is about to be loaded."""
-        self._wait_for([entry for entry in self._entries if entry.sent], "measured")
+        self._progress.wait_for([entry for entry in self._entries if entry.sent], "measured")
         self.flush()
         for entry in self._entries:
             entry.unit.discard()
@@ -332,13 +328,13 @@ class Pipeline:
             (total,) = all_reduce_sum([entry.sq_norm], self.bus.device, self._ranks_of.host)
             entry.finite, entry.decided = math.isfinite(total), True
             self._update_early()  # before the step may hand over any other update: the order must be every rank's
-        self._tell(entry, "measured")
+        self._progress.tell(entry, "measured")
 
     def _agreed_sq_norm(self) -> float:
         """The sum of squares over all units and ranks, once all ranks know that nothing came late."""
         while True:
             with self.timeline.span("main", "norm"):
-                self._wait_for(self._entries, "measured")
+                self._progress.wait_for(self._entries, "measured")
                 total, late = agree(self._entries, self.tuner, self.bus.device, self._ranks_of.down)
             if not late:
                 return total
@@ -366,7 +362,7 @@ class Pipeline:
         ):
             entry.unit.fetch(self.bus, self._ranks_of.up)
             entry.up_mark = self.bus.mark()
-        self._tell(entry, "updated")
+        self._progress.tell(entry, "updated")
 
     def _update_early(self) -> None:
         """Hand over the updates whose turn it is; runs on the host lane only."""
@@ -388,7 +384,7 @@ class Pipeline:
                 return
             if not entry.updated:
                 with self.timeline.span("main", "stall", entry.unit.name):
-                    self._wait_for([entry], "updated")
+                    self._progress.wait_for([entry], "updated")
             with self.timeline.span("main", "apply", entry.unit.name):
                 self.bus.wait(entry.up_mark)
                 try:
@@ -408,32 +404,9 @@ class Pipeline:
             self._window.settings = self._settings()
         return self._window.settings
 
-    def _tell(self, entry: Entry, what: str) -> None:
-        with self._progress:
-            setattr(entry, what, True)
-            self._progress.notify_all()
-
-    def _wait_for(self, entries: Sequence[Entry], what: str) -> None:
-        with self._progress:
-            while self._failure is None and not all(getattr(entry, what) for entry in entries):
-                if self._lanes.closed:
-                    raise RuntimeError("meft-ds: the engine was taken down while an update was under way")
-                if not self._progress.wait(_LOOK_S) and time.monotonic() > self._deadline:
-                    raise RuntimeError("meft-ds: the program ends, but an update under way does not")
-        self._check()
-
-    def _check(self) -> None:
-        if self._failure is not None:
-            raise RuntimeError(
-                f"meft-ds: a worker failed ({type(self._failure).__name__}: {self._failure}); "
-                "resume from the last checkpoint"
-            ) from self._failure
-
     def fail(self, error: BaseException) -> None:
         """Called on a lane: the thread that trains learns of it at its next call."""
-        with self._progress:
-            self._failure = self._failure or error
-            self._progress.notify_all()
+        self._progress.fail(error)
 
 
 def _failing(pipeline: weakref.ref[Pipeline]) -> Callable[[BaseException], None]:

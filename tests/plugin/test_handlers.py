@@ -65,7 +65,7 @@ def in_an_update(engine: Any, folder: Path) -> Any:
 
 
 def waiting_for_an_update(engine: Any, folder: Path) -> Any:
-    return once(engine.optimizer.pipeline, "_wait_for")
+    return once(engine.optimizer.pipeline._progress, "wait_for")
 
 
 def in_a_forward(engine: Any, folder: Path) -> Any:
