@@ -114,7 +114,7 @@ def test_other_tiles_precisions_and_phases_are_refused_and_nothing_changes(tmp_p
     cases = [
         (config("bf16", score="random", seed=1), tmp_path, "sparse_matrix.tiles: checkpoint"),
         (config("fp32"), tmp_path, "precision and the optimizer's parameter groups"),
-        (config("bf16", score="random"), tmp_path / "scoring", "'not chosen yet'"),
+        (config("bf16", score="random"), tmp_path / "scoring", "load it into a new engine"),
     ]
     for made, folder, expected in cases:
         other = make_engine(made, tiny_llama(seed=3))
