@@ -18,8 +18,15 @@ BLOCKS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("block", BLOCKS)
+@pytest.mark.parametrize(
+    "block",
+    [
+        pytest.param("sparse_adapter", marks=pytest.mark.long),
+        pytest.param("subspace", marks=pytest.mark.slow),
+        pytest.param("value", marks=pytest.mark.slow),
+        pytest.param("delta", marks=pytest.mark.slow),
+    ],
+)
 def test_a_compiled_engine_trains_as_an_eager_one(block: str) -> None:
     found = []
     for compiled in (False, True):
