@@ -65,6 +65,8 @@ def ds_config(
         block = {"sparse_adapter": dict(ADAPTER)}
     if block is not None:
         config["meft_offload"] = block
+    else:  # DeepSpeed would build its own AdamW for a minute; the launcher's baselines run that
+        config["optimizer"]["params"]["torch_adam"] = True
     return {**config, **extra}
 
 

@@ -37,7 +37,6 @@ def main() -> None:
 
 def run(case: dict[str, Any], folder: Path) -> dict[str, Any]:
     config = ds_config(block=None, **case)
-    config["optimizer"]["params"]["torch_adam"] = True
     engine = make_engine(config, tiny_llama())
     losses = steps(engine, 0, 3)
     engine.save_checkpoint(str(folder))
