@@ -31,7 +31,7 @@ def output_heads(model: nn.Module) -> set[nn.Module]:
         getter = getattr(module, "get_output_embeddings", None)
         try:
             head = getter() if callable(getter) else None
-        except (NotImplementedError, AttributeError):  # transformers' models that have none
+        except NotImplementedError:  # transformers' models that have none
             continue
         if isinstance(head, nn.Module):
             heads.update(head.modules())  # wrappers keep the layer inside

@@ -30,7 +30,7 @@ def launch(config: str, folder: Path, *args: str, ranks: int = 1) -> dict[str, A
     ("config", "ranks"),
     [
         pytest.param("meft.json", 1, marks=pytest.mark.slow),
-        ("meft.json", 2),
+        pytest.param("meft.json", 2, marks=pytest.mark.slow),
         ("lsp.json", 1),
         pytest.param("lsp.json", 2, marks=pytest.mark.slow),
     ],

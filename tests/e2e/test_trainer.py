@@ -83,7 +83,8 @@ def test_save_model_of_trainer_holds_a_plain_base_and_the_adapter(tmp_path: Path
     torch.testing.assert_close(logits, torch.load(tmp_path / "a" / "logits.pt"))
 
 
-@pytest.mark.parametrize("kind", [pytest.param("reentrant", marks=pytest.mark.slow), "nonreentrant"])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["reentrant", "nonreentrant"])
 def test_trainers_gradient_checkpointing_changes_nothing(tmp_path: Path, kind: str) -> None:
     config = str(config_file(tmp_path))
     plain = run("trainer_program.py", str(tmp_path / "a"), config)

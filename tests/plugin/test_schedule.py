@@ -317,13 +317,8 @@ def test_a_planted_inf_in_fp16_leaves_exact_and_serial_in_the_same_state() -> No
     assert_same_state(*engines)
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        ("checkpointing=reentrant", "gas=4"),
-        pytest.param(("optimizer=lazy", "selection=device"), marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.parametrize("options", [("checkpointing=reentrant", "gas=4"), ("optimizer=lazy", "selection=device")])
+@pytest.mark.slow
 def test_two_ranks_in_exact_mode_equal_two_ranks_in_serial_mode_bit_for_bit(
     tmp_path: Path, options: tuple[str, ...]
 ) -> None:

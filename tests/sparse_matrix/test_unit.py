@@ -327,6 +327,14 @@ def test_a_closed_pipeline_leaves_an_ordinary_model_with_what_was_learned(tmp_pa
     assert all(torch.equal(p, learned[name]) for name, p in model.named_parameters())
 
 
+def copied(model: nn.Module, how: str) -> nn.Module:
+    if how == "deepcopy":
+        return copy.deepcopy(model)
+    torch.save(model, file := io.BytesIO())
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("how", ["deepcopy", "pickle"])
 def test_a_copy_computes_what_the_model_does_and_is_a_model_of_its_own(tmp_path: Path, form: str, how: str) -> None:
@@ -334,12 +342,7 @@ def test_a_copy_computes_what_the_model_does_and_is_a_model_of_its_own(tmp_path:
     assert list(model.state_dict()) == list(model_of(form).state_dict())
     backward(model, 0)
     pipeline.step()
-    if how == "deepcopy":
-        twin = copy.deepcopy(model)
-    else:
-        torch.save(model, file := io.BytesIO())
-        file.seek(0)
-        twin = torch.load(file, weights_only=False)
+    twin = copied(model, how)
     out = functions(model, inputs(5))
     assert torch.equal(functions(twin, inputs(5)), out)
     plain = model_of(form)
@@ -361,12 +364,7 @@ def test_what_a_copy_in_the_delta_form_adds_goes_where_the_copy_goes(tmp_path: P
     model, pipeline, _ = build(tmp_path, "delta")
     backward(model, 0)
     pipeline.step()
-    if how == "deepcopy":
-        twin = copy.deepcopy(model)
-    else:
-        torch.save(model, file := io.BytesIO())
-        file.seek(0)
-        twin = torch.load(file, weights_only=False)
+    twin = copied(model, how)
     forwards = [m.__dict__["forward"] for m in twin.modules() if "forward" in m.__dict__]
     out = functions(model, inputs(5))
     away = twin.to("meta")
