@@ -99,7 +99,13 @@ class Tapped:
         if self.anchor is not None:
             return self.product(receiver, _Product.apply(x, weight, bias, transposed), x)
         if not transposed:
-            return self.product(receiver, _linear(x, weight.detach(), bias), x)
+            y = _linear(x, weight.detach(), bias)
+            if not y._is_view():
+                return self.product(receiver, y, x)
+            # with a bias torch gives a view of a product [tokens, out]; a view that a function changes in place costs
+            # two copies of its gradient
+            assert y._base is not None and y._base.numel() == y.numel()
+            return self.product(receiver, y._base, x).view(y.shape)
         assert bias is not None
         flat = torch.addmm(bias, x.reshape(-1, x.shape[-1]), weight.detach())
         return self.product(receiver, flat, x).view(*x.shape[:-1], weight.shape[1])
@@ -129,7 +135,8 @@ class _Product(torch.autograd.Function):
         ctx.save_for_backward(weight)
         ctx.transposed, ctx.dtype = transposed, x.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
-        return _linear(x, weight.t() if transposed else weight, bias)
+        # with a bias torch gives a view, and one made in here is not to be changed in place afterwards
+        return _linear(x, weight.t() if transposed else weight, bias).detach()
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Any:  # type: ignore[override]

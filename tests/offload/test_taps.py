@@ -6,11 +6,13 @@ from __future__ import annotations
 import copy
 import gc
 import pickle
+from itertools import product
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
@@ -28,6 +30,18 @@ class Recorder:
         assert not torch.is_grad_enabled() and not x.requires_grad and not dy.requires_grad
         self.calls.append(index)
         self.gradient += dy.reshape(-1, dy.shape[-1]).float().T @ x.reshape(-1, x.shape[-1]).float()
+
+
+class Operators(TorchDispatchMode):
+    """Remembers the names of what is run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
 
 
 def layer(kind: str, bias: bool = True) -> nn.Module:
@@ -66,6 +80,50 @@ def test_output_and_all_other_gradients_are_the_same_bits_and_the_weights_is_han
     assert y.dtype == y2.dtype == (torch.bfloat16 if how == "autocast" else torch.float32)
     tolerance = 2e-2 if how == "autocast" else 1e-5
     torch.testing.assert_close(dw2, dw, atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize("partitioned", [False, True])
+@pytest.mark.parametrize("kind", ["linear with bias", "linear", "conv1d"])
+def test_layers_with_and_without_a_bias_take_inputs_of_any_rank_and_what_follows_may_work_in_place(
+    kind: str, partitioned: bool
+) -> None:
+    shapes: list[tuple[int, ...]] = [(5,), (4, 5), (2, 4, 5), (2, 3, 4, 5)]
+    for shape, dtype, grad, checkpointing in product(shapes, (torch.float32, torch.bfloat16), (True, False), range(3)):
+        if checkpointing == 1 and not grad:
+            continue  # the reentrant kind needs an input that requires grad
+        found = []
+        for tapped in (False, True):
+            module, recorder = layer(kind.split()[0], bias="bias" in kind).to(dtype), Recorder()
+            if tapped:
+                # under ZeRO-3 the weight requires no grad, and an anchor that does stands for it
+                module.weight.requires_grad_(not partitioned)
+                tap(module, recorder, 0, anchor=torch.zeros((), requires_grad=True) if partitioned else None)
+            given = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(dtype).requires_grad_(grad)
+
+            def call(x: Tensor, module: nn.Module = module) -> Tensor:
+                torch.manual_seed(3)
+                return nn.functional.dropout(module(x.sin()).mul_(2.0), 0.3, inplace=True)
+
+            y = call(given) if not checkpointing else checkpoint(call, given, use_reentrant=checkpointing == 1)
+            y.float().square().sum().backward()
+            bias = module.bias
+            found.append((y.detach(), given.grad, None if bias is None else bias.grad))
+            assert recorder.calls == [0] * tapped, (shape, dtype, grad, checkpointing)
+        for plain, ours in zip(*found, strict=True):
+            if plain is not None or ours is not None:
+                torch.testing.assert_close(ours, plain, msg=str((shape, dtype, grad, checkpointing)))
+
+
+@pytest.mark.parametrize("partitioned", [False, True])
+def test_a_bias_costs_no_copy_of_the_output_or_of_its_gradient(partitioned: bool) -> None:
+    module, recorder = layer("linear"), Recorder()
+    module.weight.requires_grad_(not partitioned)
+    tap(module, recorder, 0, anchor=torch.zeros((), requires_grad=True) if partitioned else None)
+    x = torch.randn(2, 4, 5, requires_grad=True)
+    with Operators() as used:
+        y = module(x)
+        y.backward(torch.ones_like(y))
+    assert not [name for name in used.names if "copy" in name or "clone" in name], used.names
 
 
 def test_a_first_layer_without_bias_hands_over_though_its_input_needs_no_gradient() -> None:

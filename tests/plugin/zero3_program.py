@@ -158,6 +158,21 @@ def tied_llama() -> nn.Module:
     return LlamaForCausalLM(config)
 
 
+def with_biases() -> nn.Module:
+    """Its linear layers for queries, keys and values have a bias, which makes their output a view of their product."""
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    of_llama = tiny_llama().config.to_dict()
+    shared = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    config = Qwen2Config(**{key: of_llama[key] for key in shared}, num_key_value_heads=2, initializer_range=0.3)
+    torch.manual_seed(0)
+    model = Qwen2ForCausalLM(config)
+    for name, p in model.named_parameters():
+        if name.endswith("bias"):
+            nn.init.normal_(p, std=0.3)
+    return model
+
+
 def _evaluating(engine: Any) -> None:
     engine.eval()
     with torch.no_grad():
@@ -175,6 +190,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "reentrant": {"checkpointing": "reentrant", "gas": 2},
     "nonreentrant": {"checkpointing": "nonreentrant", "gas": 2},
     "tied": {"model": tied_llama},
+    "biases": {"model": with_biases},
     "evaluation": {"evaluate": True},
     "bf16": {"precision": "bf16"},
     "autocast": {"torch_autocast": {"enabled": True, "dtype": "bfloat16"}},
