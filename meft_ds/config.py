@@ -65,9 +65,10 @@ class MeftConfig(BaseModel):
     train: tuple[Annotated[str, StringConstraints(min_length=1)], ...] | None = Field(
         None,
         strict=False,
-        description="Regular expressions over names of the base model's parameters: those that match train, all others "
-        "are frozen. Default: none of them under the sparse adapter alone (as in the MEFT paper); with a method that "
-        "trains the base itself, all that the program left trainable.",
+        description="Regular expressions over names of the base model's parameters: those that match train, beside "
+        "heads, PEFT's tensors and what the checkpoint did not bring; all others are frozen. "
+        "[]: all of the base is. Default: nothing else under the sparse adapter and tiles; "
+        "with subspace, all that the program left trainable.",
     )
     moments_dtype: Literal["fp32", "bf16"] = Field(
         "fp32", description="Dtype of AdamW's two moments on the host. bf16 halves them. Default: fp32, as DeepSpeed."

@@ -64,6 +64,10 @@ class Method(ABC):
         """Parameters that the method added to the model."""
         return []
 
+    def candidates(self) -> set[int]:
+        """ids of the parameters that it may choose among although the base is frozen, after `prepare`."""
+        return set()
+
     def claim(self, run: Run) -> set[int]:
         """ids of the parameters that the method's units update; all other trainable ones go to `dense` units."""
         return set()

@@ -27,7 +27,7 @@ from meft_ds.offload.trace import Trace
 from meft_ds.offload.weights import WHOLE
 from meft_ds.offload.window import StepResult
 from meft_ds.offload.wire import Unit
-from meft_ds.plugin import checks, export, methods, setup
+from meft_ds.plugin import checks, export, methods, setup, trainable
 from meft_ds.plugin.optimizer import MeftOptimizer, adamw_from_config, check_client_optimizer
 from meft_ds.plugin.saving import SavingEngine
 from meft_ds.plugin.stats import Stats
@@ -73,9 +73,7 @@ class MeftEngine(SavingEngine):
         self._meft_methods = methods.chosen(self._meft_config)
         for method in self._meft_methods:
             method.prepare(model)
-        own = {id(p) for method in self._meft_methods for p in method.own_parameters()}
-        if all(method.freezes_base for method in self._meft_methods) or self._meft_config.train is not None:
-            setup.freeze_base(model, self._meft_config.train or (), own)
+        trainable.settle(model, self._meft_config.train, self._meft_methods, tells=self.global_rank == 0)
         super()._configure_distributed_model(model)
         checks.refuse_expert_parallelism(self.module, self.expert_parallel_group)
 

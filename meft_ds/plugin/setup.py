@@ -4,9 +4,8 @@
 from __future__ import annotations
 
 import os
-import re
 import socket
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -84,35 +83,6 @@ def by_node(members: Sequence[int], nodes: Sequence[str]) -> list[list[int]]:
             f"meft_offload needs the same number of ranks on every node, but there are {counts}; start equally many"
         )
     return list(layout.values())
-
-
-def freeze_base(model: nn.Module, train: Iterable[str], own: set[int]) -> list[str]:
-    """Freeze every parameter that neither belongs to an adapter (`own`, by id) nor matches a pattern in `train`.
-
-    Returns:
-        Names of the base parameters that train.
-
-    Raises:
-        ValueError: for a pattern that matches nothing, naming it.
-    """
-    patterns = [re.compile(p) for p in train]
-    unused = set(patterns)
-    trained = []
-    for name, p in model.named_parameters():
-        if id(p) in own:
-            continue
-        matching = [pattern for pattern in patterns if pattern.search(name)]
-        unused -= set(matching)
-        p.requires_grad_(bool(matching))
-        if matching:
-            trained.append(name)
-    if unused:
-        some = ", ".join(name for name, p in list(model.named_parameters())[:6] if id(p) not in own)
-        raise ValueError(
-            f"meft_offload.train: {', '.join(repr(p.pattern) for p in unused)} matches no parameter; "
-            f"names look like {some}"
-        )
-    return trained
 
 
 def dense_units(run: Run, layers: int, elsewhere: set[int]) -> list[DenseUnit]:

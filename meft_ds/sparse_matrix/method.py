@@ -73,6 +73,9 @@ class SparseMatrixMethod(Method):
     def layers(self) -> int:
         return self._layers
 
+    def candidates(self) -> set[int]:
+        return {id(site.weight) for site in self._sites}
+
     def claim(self, run: Run) -> set[int]:
         self._form = self._form_for(run)
         self._sites, self._elsewhere = narrow(self._sites, run.groups, tapped_only=self._form == "delta")
