@@ -7,16 +7,14 @@ Times are `time.perf_counter`'s, which all ranks of a machine share, so the file
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
-import os
-import tempfile
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from meft_ds.files import check_writable, write_text
 from meft_ds.offload.timeline import WindowTimes, phases
 
 LANES = ("compute", "main", "down", "host", "up")
@@ -76,8 +74,7 @@ def writable(path: str) -> str:
     if whole.is_dir():
         raise ValueError(f'{expected}, got the folder {path!r}; add a file name, such as "trace.json"')
     try:
-        with tempfile.NamedTemporaryFile(dir=folder):
-            pass
+        check_writable(whole)
     except OSError as e:
         raise ValueError(
             f"{expected}, got {path!r} ({e.strerror}); make the folder {str(folder)!r} writable or choose another"
@@ -111,11 +108,7 @@ def _write(path: Path, events: list[dict[str, Any]], rank: int) -> None:
         named.append({**row, "name": "thread_sort_index", "args": {"sort_index": tid}})
     text = json.dumps({"traceEvents": [*named, *events], "displayTimeUnit": "ms"})
     events.clear()
-    partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
-        partial.write_text(text)
-        partial.replace(path)
-    except OSError as e:  # a full disk must not end the training
+        write_text(path, text, sync=False)
+    except (OSError, ValueError) as e:  # a full disk must not end the training
         _logger.warning("meft-ds: the trace %s could not be written: %s", path, e)
-        with contextlib.suppress(OSError):
-            partial.unlink()

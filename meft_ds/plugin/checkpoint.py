@@ -16,13 +16,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from meft_ds import files
 from meft_ds.offload.partition import Ranks
 from meft_ds.offload.wire import Unit
-from meft_ds.plugin.staging import FOLDER, MANIFEST, Saving, all_gather, fingerprint, finish, read_sealed
+from meft_ds.plugin.staging import FOLDER, MANIFEST, Saving, all_gather, finish, read_sealed
 
 FORMAT = 1
 
 MethodState = tuple[dict[str, Any], dict[str, Tensor]]
+_LONGEST_TAG = 4096  # bytes, as of a path
 _WEIGHTS = ("master", "original")  # state that belongs to the model's weights; the rest is the optimizer's
 
 
@@ -47,14 +49,14 @@ def save(
         RuntimeError: on every rank, when a file cannot be written; a checkpoint of the same tag is as it was then.
     """
     folder, ranks, first = saving.folder, saving.ranks, saving.ranks.rank == 0
-    files, shared = {}, {}
+    ours, shared = {}, {}
     of_methods: dict[str, Any] = {}
     with saving.attempt(folder):
         for unit in (unit for unit in units if unit.saves_state):
             lo, hi, total = unit.state_range()
             name = f"{unit.name}.{ranks.rank:05d}-of-{ranks.world:05d}.safetensors"
             found = _write(saving, name, unit.state_tensors())
-            files[name] = {"unit": unit.name, "lo": lo, "hi": hi, "total": total, **found}
+            ours[name] = {"unit": unit.name, "lo": lo, "hi": hi, "total": total, **found}
         for unit in units if first else ():
             if tensors := unit.shared_tensors():
                 name = f"{unit.name}.shared.safetensors"
@@ -64,7 +66,7 @@ def save(
             if kept:
                 name = f"{method}.method.safetensors"
                 of_methods[method] |= {"file": name, **_write(saving, name, kept)}
-    gathered = saving.agree((files, saving.of_deepspeed))
+    gathered = saving.agree((ours, saving.of_deepspeed))
     if first:
         saving.complete(
             {
@@ -72,7 +74,7 @@ def save(
                 "about": about,
                 "counters": counters,
                 "units": {unit.name: {"wire": unit.wire, "scalars": unit.scalars()} for unit in units},
-                "files": {name: entry for ours, _ in gathered for name, entry in ours.items()},
+                "files": {name: entry for mine, _ in gathered for name, entry in mine.items()},
                 "shared": shared,
                 "methods": of_methods,
                 "deepspeed": {name: entry for _, theirs in gathered for name, entry in theirs.items()},
@@ -112,6 +114,8 @@ def verify(
             _check_file(folder.parent / name, entry)
     except (ValueError, OSError) as e:
         problem = problem or str(e)
+    except (AttributeError, KeyError, TypeError, RecursionError) as e:  # a whole manifest that we did not write
+        problem = problem or f"{folder / MANIFEST} is damaged ({e!r}); load an earlier checkpoint"
     problems = [p for p in all_gather(problem, ranks) if p is not None]
     if problems:
         raise ValueError(problems[0])
@@ -149,13 +153,14 @@ def latest_tag(load_dir: Path) -> str | None:
     """The tag that `latest` names; None without such a file.
 
     Raises:
-        ValueError: naming the checkpoints that there are, when there is no such folder.
+        ValueError: naming the checkpoints that there are, when there is no such folder; and when `latest` is no file.
     """
     latest = load_dir / "latest"
-    if not latest.is_file():
+    try:
+        tag = files.read_bytes(latest, _LONGEST_TAG).decode(errors="replace").strip()
+    except FileNotFoundError:
         return None
-    tag = latest.read_text(errors="replace").strip()
-    if not tag or not (load_dir / tag).is_dir():
+    if not tag or "\0" in tag or not (load_dir / tag).is_dir():
         complete = sorted(path.parent.parent.name for path in load_dir.glob(f"*/{FOLDER}/{MANIFEST}"))
         raise ValueError(
             f"{latest} is damaged: it names {tag!r}, which is no folder in {load_dir}; pass tag= one of the "
@@ -176,10 +181,12 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{folder.parent} does not exist: there is no checkpoint of that tag")
     if not folder.is_dir():
         raise ValueError(f"{folder.parent} holds no meft_offload state: it was saved by a run without the block")
-    if not path.is_file():
-        raise ValueError(f"{folder} is an unfinished save ({MANIFEST} is missing); load an earlier checkpoint")
     try:
         manifest = read_sealed(path)
+    except FileNotFoundError:
+        raise ValueError(
+            f"{folder} is an unfinished save ({MANIFEST} is missing); load an earlier checkpoint"
+        ) from None
     except ValueError as e:
         raise ValueError(f"{path} is damaged ({e}); load an earlier checkpoint") from None
     version = manifest.get("format")
@@ -233,14 +240,15 @@ def _read_all(path: Path) -> dict[str, Tensor]:
 
 
 def _check_file(path: Path, entry: dict[str, Any]) -> None:
-    if not path.is_file():
-        raise ValueError(f"{path} is missing; load an earlier checkpoint")
-    if path.stat().st_size != entry["bytes"]:
+    try:
+        size = files.check_file(path).st_size
+    except (FileNotFoundError, NotADirectoryError):
+        raise ValueError(f"{path} is missing; load an earlier checkpoint") from None
+    if size != entry["bytes"]:
         raise ValueError(
-            f"{path} is truncated or changed: {path.stat().st_size} bytes, expected {entry['bytes']}; "
-            "load an earlier checkpoint"
+            f"{path} is truncated or changed: {size} bytes, expected {entry['bytes']}; load an earlier checkpoint"
         )
-    if fingerprint(path)["sha256"] != entry["sha256"]:
+    if files.fingerprint(path)["sha256"] != entry["sha256"]:
         raise ValueError(f"{path} is damaged: its SHA-256 is not the one in {MANIFEST}; load an earlier checkpoint")
 
 

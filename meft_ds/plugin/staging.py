@@ -23,6 +23,7 @@ from typing import Any
 import torch.distributed as dist
 from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
 
+from meft_ds import files
 from meft_ds.offload.partition import Ranks
 
 FOLDER = "meft"
@@ -56,9 +57,10 @@ class Saving:
             if ranks.rank == 0:
                 self.folder.mkdir(parents=True, exist_ok=True)
                 finish(self.folder)
-                unfinished = [*self.folder.glob(f".{MANIFEST}.*.tmp"), *save_dir.glob(".latest.*.tmp")]
+                unfinished = [*self.folder.glob(".*tmp*"), *save_dir.glob(".latest.*.tmp")]
                 for path in [*unfinished, *_staged(self.folder, "*")]:  # of a save that was killed
-                    path.unlink()
+                    with contextlib.suppress(OSError):  # somebody else's: it takes no name that this save needs
+                        path.unlink()
         self.generation: str = self.agree(secrets.token_hex(8))[0]
 
     @contextlib.contextmanager
@@ -99,9 +101,9 @@ class Saving:
         staged = path.with_name(f".{path.name}.{_MARK}{self.generation}")
         self._written.append(staged)
         with self.attempt(path):
-            writer(staged)
-            _to_disk(staged)
-            found = fingerprint(staged)
+            with files.named(path):
+                files.write_new(staged, writer)
+            found = files.fingerprint(staged)
         return found
 
     @contextlib.contextmanager
@@ -131,9 +133,9 @@ class Saving:
             content = sealed({**manifest, "generation": self.generation})
             # the names that the manifest relies on must not be lost when power is: <tag>/meft, <tag>, save_dir's own
             for folder in (self.folder, *self.folder.parents[:3]):
-                _names_to_disk(folder)
+                files.sync_names(folder)
             text = json.dumps(content, indent=1, sort_keys=True)
-            write_text(self.folder / MANIFEST, text, replaced=self._is_complete)
+            files.write_text(self.folder / MANIFEST, text, replaced=self._is_complete)
             finish(self.folder)
             for path in self.folder.glob("*.safetensors"):  # of another number of ranks, or of other units
                 if path.name not in files_of(manifest):
@@ -145,7 +147,7 @@ class Saving:
     def latest(self) -> None:
         """Let `latest` name this checkpoint."""
         with self.attempt(self.save_dir / "latest"):
-            write_text(self.save_dir / "latest", self.tag)
+            files.write_text(self.save_dir / "latest", self.tag)
 
     def _remove(self) -> None:
         for path in self._written:
@@ -184,8 +186,9 @@ def finish(folder: Path) -> None:
         manifest = read_sealed(folder / MANIFEST)
     except (ValueError, FileNotFoundError):
         return
-    generation = manifest.get("generation")
-    for path in _staged(folder, generation) if generation else ():
+    generation = str(manifest.get("generation"))
+    # no pattern that reaches other files, whoever wrote the manifest
+    for path in _staged(folder, generation) if generation.isalnum() else ():
         with contextlib.suppress(FileNotFoundError):  # somebody else who loads was quicker
             os.replace(path, path.with_name(path.name[1 : -len(f".{_MARK}{generation}")]))
 
@@ -209,10 +212,10 @@ def read_sealed(path: Path) -> dict[str, Any]:
         ValueError: saying what is wrong with it.
         FileNotFoundError: when there is none.
     """
-    content = path.read_bytes()
+    content = files.read_bytes(path)
     if not content.strip():
         raise ValueError("it is empty")
-    manifest = json.loads(content)
+    manifest = files.parse_json(content)
     if not isinstance(manifest, dict):
         raise ValueError("it is no JSON object")
     if "sha256" not in manifest:
@@ -220,27 +223,6 @@ def read_sealed(path: Path) -> dict[str, Any]:
     if _seal({k: v for k, v in manifest.items() if k != "sha256"}) != manifest["sha256"]:
         raise ValueError("its content is not what its checksum was made of")
     return manifest
-
-
-def write_text(path: Path, content: str, replaced: Callable[[], None] = lambda: None) -> None:
-    """Write text atomically; `replaced` is called as soon as it is there, before anything else can fail."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(content)
-        _to_disk(temporary)
-        os.replace(temporary, path)
-        replaced()
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-    _names_to_disk(path.parent)
-
-
-def fingerprint(path: Path) -> dict[str, Any]:
-    """Size and SHA-256 of a file."""
-    with open(path, "rb") as f:
-        digest = hashlib.file_digest(f, "sha256") if hasattr(hashlib, "file_digest") else _digest(f)
-    return {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}
 
 
 def all_gather(item: Any, ranks: Ranks) -> list[Any]:
@@ -259,26 +241,6 @@ def _seal(plain: dict[str, Any]) -> str:
 def _staged(folder: Path, generation: str) -> list[Path]:
     pattern = f".*.{_MARK}{generation}"
     return [*folder.glob(pattern), *folder.parent.glob(pattern)]
-
-
-def _digest(f: Any) -> Any:  # Python 3.10 has no hashlib.file_digest
-    digest = hashlib.sha256()
-    while block := f.read(1 << 20):
-        digest.update(block)
-    return digest
-
-
-def _to_disk(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
-def _names_to_disk(folder: Path) -> None:
-    with contextlib.suppress(OSError):  # some network file systems refuse it: no reason to give up a save
-        _to_disk(folder)
 
 
 def _reason(e: Exception) -> str:

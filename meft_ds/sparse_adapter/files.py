@@ -9,10 +9,9 @@ adapter.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
-import tempfile
+import secrets
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -24,6 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from meft_ds import files
 from meft_ds.sparse_adapter.attach import find_adapters, place
 from meft_ds.sparse_adapter.config import ResolvedSparseAdapter
 from meft_ds.sparse_adapter.discover import Site, make_site
@@ -56,21 +56,25 @@ def write_adapter(directory: str | Path, model: nn.Module, routers: Mapping[str,
     adapters = find_adapters(model)
     if not adapters:
         raise ValueError(f"{type(model).__name__} has no sparse adapter to save")
-    directory = Path(directory)
+    directory = files.checked_folder(directory)
     directory.mkdir(parents=True, exist_ok=True)
     tensors: dict[str, Tensor] = {}
     for i, (module, adapter) in enumerate(adapters.items()):
         router = adapter.router.weight if routers is None else routers[module]
         tensors[f"layers.{i}.rows"] = adapter.rows.master.detach().float().cpu().contiguous()
         tensors[f"layers.{i}.router"] = router.detach().float().cpu().contiguous()
-    temporary = _temporary(directory)
+    # named by its content, which is known when it is written
+    staged = directory / f".meft_adapter-{secrets.token_hex(8)}.tmp"
     try:
-        save_file(tensors, temporary, metadata={"format": "pt"})
-        digest, size = _digest(temporary), temporary.stat().st_size
-        name = f"meft_adapter-{digest[:16]}.safetensors"
-        _into_place(temporary, directory / name)
+        with files.named(directory):
+            files.write_new(staged, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
+            found = files.fingerprint(staged)
+            name = f"meft_adapter-{found['sha256'][:16]}.safetensors"
+            file = directory / name
+            was_there = file.exists()
+            os.replace(staged, file)
     finally:
-        temporary.unlink(missing_ok=True)
+        staged.unlink(missing_ok=True)
     first = next(iter(adapters.values()))
     about = {
         "format": FORMAT,
@@ -79,14 +83,14 @@ def write_adapter(directory: str | Path, model: nn.Module, routers: Mapping[str,
         "hidden_size": first.config.d,
         "config": asdict(first.config),
         "modules": list(adapters),
-        "tensors": {"file": name, "bytes": size, "sha256": digest, "dtype": "float32"},
+        "tensors": {"file": name, **found, "dtype": "float32"},
     }
-    temporary = _temporary(directory)
     try:
-        temporary.write_text(json.dumps(about, indent=2) + "\n")
-        _into_place(temporary, directory / JSON_NAME)
-    finally:
-        temporary.unlink(missing_ok=True)
+        files.write_text(directory / JSON_NAME, json.dumps(about, indent=2) + "\n")
+    except Exception:
+        if not was_there:
+            file.unlink()
+        raise
     for old in directory.glob("meft_adapter-*.safetensors"):
         if old.name != name:
             old.unlink(missing_ok=True)
@@ -97,7 +101,7 @@ def read_adapter(directory: str | Path) -> SavedAdapter:
     """Reads and checks an adapter. Raises ValueError for anything missing, cut short, changed, or of another format."""
     path = Path(directory) / JSON_NAME
     try:
-        about = json.loads(path.read_text())
+        about = files.parse_json(files.read_bytes(path))
         if about["format"] != FORMAT:
             raise ValueError(f"{path}: format {about['format']!r}, this version reads {FORMAT}; update meft-ds")
         config = _config(about["config"])
@@ -110,9 +114,11 @@ def read_adapter(directory: str | Path) -> SavedAdapter:
         raise ValueError(f"{path} not found; save_adapter writes it") from None
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as fault:
         raise ValueError(f"{path} is damaged ({fault!r}); save the adapter again") from None
-    if not file.is_file():
-        raise ValueError(f"{file} is missing; copy the whole directory of the adapter")
-    if file.stat().st_size != size or _digest(file) != digest:
+    try:
+        found = files.fingerprint(file)
+    except FileNotFoundError:
+        raise ValueError(f"{file} is missing; copy the whole directory of the adapter") from None
+    if found != {"bytes": size, "sha256": digest}:
         raise ValueError(f"{file} was cut short or changed: its size or SHA-256 is not the one in {JSON_NAME}")
     try:
         tensors = load_file(file)
@@ -176,27 +182,3 @@ def _checked(tensors: dict[str, Tensor], name: str, shape: tuple[int, int], file
         found = "nothing" if t is None else f"{t.dtype} {tuple(t.shape)}"
         raise ValueError(f"{file}: {name} should be float32 {shape} by {JSON_NAME}, found {found}")
     return t
-
-
-def _temporary(directory: Path) -> Path:
-    handle, name = tempfile.mkstemp(prefix=".meft_adapter-", suffix=".tmp", dir=directory)
-    os.close(handle)
-    return Path(name)
-
-
-def _into_place(temporary: Path, target: Path) -> None:
-    """Renames after the bytes are on disk: a name must never stand for half a file."""
-    with open(temporary, "rb+") as file:
-        os.fsync(file.fileno())
-    mask = os.umask(0)
-    os.umask(mask)
-    os.chmod(temporary, 0o666 & ~mask)
-    os.replace(temporary, target)
-
-
-def _digest(path: Path) -> str:
-    sha = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            sha.update(block)
-    return sha.hexdigest()

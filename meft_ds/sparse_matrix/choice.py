@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -16,6 +15,7 @@ from typing import Any
 import numpy as np
 from pydantic import TypeAdapter, ValidationError
 
+from meft_ds import files
 from meft_ds.offload.matrices import listed
 from meft_ds.sparse_matrix.discover import Site
 
@@ -106,21 +106,16 @@ class Choice:
         """Write it as JSON. Whoever reads `path` meanwhile finds the file as it was, or the new one whole."""
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(f".{path.name}.{os.getpid()}")
-        try:
-            part.write_text(json.dumps(self.to_json()) + "\n", encoding="utf-8")
-            os.replace(part, path)
-        finally:
-            part.unlink(missing_ok=True)
+        files.write_text(path, json.dumps(self.to_json()) + "\n")
 
     @classmethod
     def load(cls, path: str | Path) -> Choice:
         """Read what `save` wrote. Raises ValueError, with the path, when it is not there or damaged."""
         try:
-            return cls.from_json(json.loads(Path(path).read_text(encoding="utf-8")))
+            return cls.from_json(files.parse_json(files.read_bytes(path)))
         except OSError as fault:
             raise ValueError(f"{path}: cannot read this choice of tiles: {fault.strerror}") from None
-        except ValueError as fault:  # json's and UnicodeDecodeError are ValueErrors too
+        except (ValueError, RecursionError) as fault:  # json's and UnicodeDecodeError are ValueErrors too
             raise ValueError(f"{path}: damaged, or not a choice of tiles: {fault}; choose the tiles again") from None
 
 

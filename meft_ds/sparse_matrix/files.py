@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from meft_ds.files import check_file, checked_folder, parse_json, write_whole
 from meft_ds.offload.taps import Tapped
 from meft_ds.sparse_matrix.choice import Choice, Range, misplaced, overlapping
 from meft_ds.sparse_matrix.linear import Corrected
@@ -173,27 +173,21 @@ def _by_place(units: Sequence[BlocksUnit], flats: Sequence[Tensor]) -> dict[tupl
 
 def write_tiles(path: str | Path, saved: SavedTiles) -> None:
     """Write them. Whoever reads `path` meanwhile finds the file as it was, or the new one whole."""
-    path = Path(path)
+    path = checked_folder(path)
     tensors = {f"values.{name}": t.contiguous() for name, t in saved.values.items()}
     tensors |= {f"original.{name}": t.contiguous() for name, t in saved.originals.items()}
     weights = {name: {"shape": saved.shapes[name], "tiles": places} for name, places in saved.places.items()}
     about: dict[str, Any] = {"format": _FORMAT, "digest": saved.digest, "weights": weights}
     about["sha256"] = _sha256(about, tensors)
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        # one key: safetensors writes several in any order
-        save_file(tensors, part, metadata={_KEY: _compact(about)})
-        with open(part, "rb+") as file:
-            os.fsync(file.fileno())  # a name must never stand for half a file
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+    # one key: safetensors writes several in any order
+    write_whole(path, lambda part: save_file(tensors, part, metadata={_KEY: _compact(about)}))
 
 
 def read_tiles(path: str | Path) -> SavedTiles:
     """Read and check what `write_tiles` wrote. Raises ValueError, with the path, for anything else."""
     try:
+        check_file(path)
         with safe_open(path, framework="pt", device="cpu") as file:
             about = file.metadata() or {}
             tensors = {key: file.get_tensor(key) for key in file.keys()} if _KEY in about else {}
@@ -204,12 +198,12 @@ def read_tiles(path: str | Path) -> SavedTiles:
     if _KEY not in about:
         raise ValueError(f"{path} holds no tiles; pass a file that meft_ds.save_tiles wrote")
     try:
-        found = json.loads(about[_KEY])
+        found = parse_json(about[_KEY])
         version = found["format"]
         if version == _FORMAT and _sha256(found, tensors) != found["sha256"]:
             raise ValueError("its SHA-256 is not the one that it was written with")
         saved = _parsed(found, tensors) if version == _FORMAT else None
-    except (KeyError, TypeError, AttributeError, ValueError) as fault:
+    except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as fault:
         why = fault if isinstance(fault, ValueError) else repr(fault)
         raise ValueError(f"{path}: damaged: {why}; save the tiles again") from None
     if saved is None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -15,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from meft_ds.files import check_writable
 from meft_ds.offload.checkpointing import feed_checkpoints
 from meft_ds.offload.layers import count_layers, layer_of
 from meft_ds.offload.matrices import listed
@@ -212,7 +212,7 @@ class SparseMatrixMethod(Method):
             if config.choice_out is not None:
                 try:
                     choice.save(config.choice_out)
-                except OSError as fault:
+                except (OSError, ValueError) as fault:
                     raise _unwritable(config.choice_out, fault) from None
             return choice
 
@@ -226,14 +226,10 @@ class SparseMatrixMethod(Method):
     def _check_choice_out(self) -> None:
         """Refuse a file that cannot be written now, not after scoring."""
         path = Path(str(self._config.choice_out))
-        probe = path.with_name(f".{path.name}.{os.getpid()}")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            probe.touch()
-            probe.unlink()
-            if path.is_dir():
-                raise IsADirectoryError("it is a folder")
-        except OSError as fault:
+            check_writable(path)
+        except (OSError, ValueError) as fault:
             raise _unwritable(path, fault) from None
 
     # -- about ---------------------------------------------------------------------------------------------------------
@@ -387,5 +383,5 @@ def _agreed(make: Callable[[], Choice], ranks: Ranks) -> Choice:
     return choice
 
 
-def _unwritable(path: str | Path, fault: OSError) -> ValueError:
+def _unwritable(path: str | Path, fault: Exception) -> ValueError:
     return ValueError(f"sparse_matrix.choice_out: cannot write {path}: {fault}; name a file that can be written")

@@ -116,16 +116,16 @@ def full_disk(folder: Path, limits: list[tuple[int, int]]) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def fails_to_write(name: str) -> Iterator[None]:
-    from meft_ds.plugin import staging
+    from meft_ds import files
 
-    write = staging.write_text
+    write = files.write_text
 
     def fail(path: Path, content: str, **options: Any) -> None:
         if path.name == name:
             raise OSError(28, "No space left on device")
         write(path, content, **options)
 
-    with patch.object(staging, "write_text", fail):
+    with patch.object(files, "write_text", fail):
         yield
 
 

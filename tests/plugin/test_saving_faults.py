@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from meft_ds.plugin import staging
+from meft_ds import files
 from tests.toy import ADAPTER, ds_config, make_engine, state_of, tiny_llama, train
 
 
@@ -40,12 +40,12 @@ def test_a_file_system_that_cannot_sync_folders_takes_a_checkpoint_over_an_older
     real = getattr(os, refused)
 
     def fail(what: Any, *args: Any, **kwargs: Any) -> Any:
-        if stat.S_ISDIR((os.stat if refused == "open" else os.fstat)(what).st_mode):
+        if os.path.isdir(what) if refused == "open" else stat.S_ISDIR(os.fstat(what).st_mode):
             raise OSError(22, "Invalid argument")
         return real(what, *args, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(staging.os, refused, fail)
+        patch.setattr(os, refused, fail)
         assert ours.save_checkpoint(str(tmp_path), tag="last")
     _holds(tmp_path, state_of(ours))
 
@@ -55,7 +55,7 @@ def test_an_error_after_the_manifest_was_replaced_leaves_the_new_checkpoint_whol
 ) -> None:
     ours = saved_once(tmp_path)
     with monkeypatch.context() as patch:
-        patch.setattr(staging, "_names_to_disk", _after(tmp_path / "last" / "meft", staging._names_to_disk))
+        patch.setattr(files, "sync_names", _after(tmp_path / "last" / "meft", files.sync_names))
         with pytest.raises(RuntimeError, match="planted.*It can be loaded by its tag"):
             ours.save_checkpoint(str(tmp_path), tag="last")
     _holds(tmp_path, state_of(ours))
@@ -100,8 +100,8 @@ def test_names_of_files_and_folders_are_on_disk_before_a_manifest_relies_on_them
 
     ours, save_dir = engine(), tmp_path / "new" / "out"
     with monkeypatch.context() as patch:
-        patch.setattr(staging.os, "fsync", fsync)
-        patch.setattr(staging.os, "replace", rename)
+        patch.setattr(os, "fsync", fsync)
+        patch.setattr(os, "replace", rename)
         ours.save_checkpoint(str(save_dir), tag="t")
     before = log[: log.index(f"rename {save_dir}/t/meft/meft_state.json")]
     staged = max(index for index, path in enumerate(before) if ".meft-" in path)

@@ -256,7 +256,7 @@ def _rewritten(path: Path, to: Path, **changes: Any) -> Path:
         (lambda whole, to: to.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1])), "SHA-256 is not the one"),
         (lambda whole, to: to.write_bytes(pickle.dumps({"tiles": [1]})), "damaged, or not a safetensors file"),
         (lambda whole, to: save_file({"a": torch.ones(2)}, to), "holds no tiles"),
-        (lambda whole, to: to.mkdir(), "cannot read these tiles"),
+        (lambda whole, to: to.mkdir(), "is a folder, expected a regular file"),
         (lambda whole, to: None, "cannot read these tiles"),
     ],
 )
