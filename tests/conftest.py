@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+import tests.toy  # noqa: F401  fp16 for tests that build their engines without it
+
 RunPython = Callable[..., subprocess.CompletedProcess[str]]
 
 
