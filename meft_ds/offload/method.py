@@ -39,6 +39,19 @@ class Run:
     grad_dtype: torch.dtype
     weights: Weights = WHOLE
 
+    @property
+    def group(self) -> int:
+        """Index of the parameter group that rows and all parameters in no group follow: the first that has parameters
+        and a learning rate above 0, now or (`initial_lr`) once its scheduler has warmed up; else the first with
+        parameters."""
+        filled = [i for i, group in enumerate(self.groups) if group["params"]] or [0]
+        return next((i for i in filled if base_lr(self.groups[i]) > 0), filled[0])
+
+
+def base_lr(group: dict[str, Any]) -> float:
+    """Of a parameter group: what its scheduler starts from, where a scheduler of torch's drives it."""
+    return max(float(group["lr"]), float(group.get("initial_lr", 0.0)))
+
 
 class Method(ABC):
     """One method at work in one engine."""

@@ -62,6 +62,8 @@ class MeftEngine(SavingEngine):
                 'meft_offload needs an optimizer: add {"optimizer": {"type": "AdamW", "params": {"lr": 1e-4}}} to the '
                 "ds_config or pass one to deepspeed.initialize"
             )
+        if self.global_rank == 0 and (idle := setup.standing_still(self._meft_run, self.lr_scheduler)):
+            logger.warning(f"meft-ds: {idle}")
 
     # -- overrides ---------------------------------------------------------------------------------------------------
 

@@ -30,7 +30,7 @@ from meft_ds.offload.host_memory import (
     free_shared_bytes,
 )
 from meft_ds.offload.layers import layer_of
-from meft_ds.offload.method import Method, Run
+from meft_ds.offload.method import Method, Run, base_lr
 from meft_ds.offload.partition import LaneRanks, Ranks, all_reduce_sum
 from meft_ds.offload.pipeline import Pipeline
 from meft_ds.offload.threads import HostThreads, host_threads
@@ -89,14 +89,15 @@ def dense_units(run: Run, layers: int, elsewhere: set[int]) -> list[DenseUnit]:
     """Units for every trainable parameter of the model whose id is not in `elsewhere`, one per layer, parameter group
     and dtype; not yet allocated.
 
-    Parameters that no group names (routers, and base tensors the program did not hand to its optimizer) follow group 0.
+    Parameters that no group names (routers, and base tensors the program did not hand to its optimizer) follow
+    `run.group`.
     """
     group_of = {id(p): index for index, group in enumerate(run.groups) for p in group["params"]}
     sorted_in: dict[tuple[int, int, torch.dtype], list[tuple[str, nn.Parameter]]] = {}
     layer = layer_of(run.model, layers)
     for name, p in run.model.named_parameters():
         if p.requires_grad and id(p) not in elsewhere:
-            key = (layer[name], group_of.get(id(p), 0), p.dtype)
+            key = (layer[name], group_of.get(id(p), run.group), p.dtype)
             sorted_in.setdefault(key, []).append((name, p))
     units = []
     for (at, group, dtype), params in sorted(sorted_in.items(), key=lambda item: (item[0][:2], str(item[0][2]))):
@@ -207,6 +208,16 @@ def install_gates(model: nn.Module, pipe: Pipeline, weights: Weights) -> list[An
     units = [unit for unit in pipe.units if isinstance(unit, FlatUnit)]
     guards = guard_gathers(model, units, pipe, weights) if isinstance(weights, PartitionedWeights) else []
     return [*guards, *gates.install(model, units, pipe)]
+
+
+def standing_still(run: Run, scheduler: Any) -> str:
+    """A warning where rows and parameters in no group get a learning rate of 0 and no scheduler is known; else ""."""
+    if scheduler is not None or base_lr(run.groups[run.group]) > 0:
+        return ""
+    return (
+        f"parameter group {run.group} has lr 0 and no LR scheduler drives it; adapter rows, routers and parameters in "
+        "no group of the optimizer follow it and stand still; give a group with parameters an lr above 0"
+    )
 
 
 def grad_dtype(config: MeftConfig, compute: torch.dtype) -> torch.dtype:

@@ -105,7 +105,7 @@ class SparseAdapterMethod(Method):
                     name=f"layer{layer}.rows",
                     layer=layer,
                     rows=rows,
-                    group=0,
+                    group=run.group,
                     ranks=run.ranks,
                     mode=sizes.optimizer,
                     moments_dtype=run.moments_dtype,

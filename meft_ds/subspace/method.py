@@ -125,7 +125,7 @@ class SubspaceMethod(Method):
         sorted_in: dict[tuple[int, int, int, torch.dtype], list[Site]] = {}
         for site in sites:
             stack = stacks.setdefault(_stack_of(site.name), len(stacks))
-            key = (layer[site.name], stack, group_of.get(id(site.weight), 0), site.weight.dtype)
+            key = (layer[site.name], stack, group_of.get(id(site.weight), run.group), site.weight.dtype)
             sorted_in.setdefault(key, []).append(site)
         values = sum(site.d**2 * math.prod(shape_of(site.weight)[:-2]) for site in sites)
         nbytes = values * 2 * run.moments_dtype.itemsize // run.ranks.world
