@@ -13,6 +13,7 @@ import contextlib
 import errno
 import mmap
 import os
+import re
 import secrets
 import weakref
 from collections.abc import Callable
@@ -27,6 +28,7 @@ from meft_ds.offload.host_memory import SHM_DIR, no_shared_memory
 from meft_ds.offload.partition import Ranks
 
 _PREFIX = "meft-ds"
+_OURS = re.compile(_PREFIX + r"-(?P<uid>\d{1,10})-(?P<pid>\d{1,10})-(?P<started>\d{1,20})-[0-9a-f]{16}", re.ASCII)
 _ALIGN = 4096
 
 Specs = dict[str, tuple[tuple[int, ...], torch.dtype]]
@@ -67,18 +69,21 @@ def allocate(specs: Specs, ranks: Ranks, *, pinned: set[str], directory: Path = 
 
 
 def remove_stale(directory: Path = SHM_DIR) -> list[str]:
-    """Delete our own files whose creator is dead (killed before it could unlink); returns their names."""
+    """Delete our own files whose creator is dead (killed before it could unlink); returns their names.
+
+    Anybody may put anything into `directory`: what this package did not make is left alone, whatever its name is, and
+    what cannot be deleted stays. Never raises OSError.
+    """
     removed = []
-    for path in directory.glob(f"{_PREFIX}-{os.getuid()}-*"):
-        _, pid, started, _ = path.name.removeprefix(f"{_PREFIX}-").split("-", 3)
-        if _start_time(int(pid)) == started:
-            continue
-        try:
-            if path.lstat().st_uid == os.getuid():
-                path.unlink()
-                removed.append(path.name)
-        except FileNotFoundError:  # another start was quicker
-            pass
+    with contextlib.suppress(OSError):  # a folder that this user may not list
+        for entry in list(os.scandir(directory)):
+            made = _OURS.fullmatch(entry.name)
+            if made is None or int(made["uid"]) != os.getuid() or _start_time(int(made["pid"])) == made["started"]:
+                continue
+            with contextlib.suppress(OSError):  # another start was quicker, or the folder's owner does not let us
+                if entry.is_file(follow_symlinks=False) and entry.stat(follow_symlinks=False).st_uid == os.getuid():
+                    os.unlink(entry.path)
+                    removed.append(entry.name)
     return removed
 
 
@@ -116,23 +121,26 @@ def _map(nbytes: int, ranks: Ranks, directory: Path, make: Callable[[Path], tupl
                 os.posix_fallocate(fd, 0, nbytes)  # claim the pages now: a full file system would be a SIGBUS later
             except OSError as e:
                 fault = no_shared_memory(nbytes, directory, e) if fd >= 0 or not _unsupported(e) else ""
+            except Exception as e:  # the other ranks wait for what this one says
+                fault = no_shared_memory(nbytes, directory, OSError(f"{type(e).__name__}: {e}"))
         path, place, fault = _from_first((path, place, fault), ranks)
         _raise_if(fault)
         if path and ranks.rank != 0:
-            with contextlib.suppress(OSError):
-                fd = os.open(path, os.O_RDWR)
+            with contextlib.suppress(OSError):  # where process ids mean other processes it may be anything: do not wait
+                fd = os.open(path, os.O_RDWR | os.O_NONBLOCK | os.O_NOCTTY)
         opened = fd >= 0 and _place(fd) == place  # the same process id may be another process here
         if opened:
             try:
                 memory = mmap.mmap(fd, nbytes)
-            except OSError as e:
-                fault = no_shared_memory(nbytes, directory, e)
+            except (OSError, OverflowError, ValueError) as e:
+                fault = no_shared_memory(nbytes, directory, OSError(str(e)))
         states = _all_gather((opened, fault), ranks)
         _raise_if(next((fault for _, fault in states if fault), ""))
         return memory if all(there for there, _ in states) else None
     finally:
         if ranks.rank == 0 and path.startswith(f"{directory}/"):
-            os.unlink(path)
+            with contextlib.suppress(OSError):  # a clean-up of somebody's was quicker
+                os.unlink(path)
         if fd >= 0:
             os.close(fd)
 
@@ -222,7 +230,7 @@ def _unregister(address: int) -> None:
 def _start_time(pid: int) -> str | None:
     """Start time of a live process, which tells a reused pid apart; None when there is no such process."""
     try:
-        stat = Path(f"/proc/{pid}/stat").read_text()
+        stat = Path(f"/proc/{pid}/stat").read_bytes()  # a process may give itself any name
     except OSError:
         return None
-    return stat.rpartition(")")[2].split()[19]
+    return stat.rpartition(b")")[2].split()[19].decode()

@@ -20,8 +20,11 @@ def free_host_bytes() -> int:
 
 
 def free_shared_bytes(directory: Path = SHM_DIR) -> int:
-    """Bytes free in the shared-memory file system, which containers often limit to 64 MiB."""
-    stat = os.statvfs(directory)
+    """Bytes free in the shared-memory file system, which containers often limit to 64 MiB; 0 where there is none."""
+    try:
+        stat = os.statvfs(directory)
+    except OSError:  # one rank must not raise while the others wait for its number
+        return 0
     return stat.f_bavail * stat.f_frsize
 
 

@@ -110,6 +110,70 @@ def test_ranks_share_one_block_and_leave_no_file(tmp_path: Path) -> None:
     assert list(shm.iterdir()) == []
 
 
+def plant_strays(shm: Path) -> set[Path]:
+    """What anybody may leave in /dev/shm, under names like ours."""
+    me, dead, token = os.getuid(), 2**31 - 1, "0" * 16
+    (shm / f"meft-ds-{me}-x").touch()
+    (shm / f"meft-ds-{me}-").touch()
+    (shm / f"meft-ds-{me}-{dead}-1-abc").touch()
+    (shm / f"meft-ds-{me}-\u0663-1-{token}").touch()
+    (shm / f"meft-ds-{me}-{'9' * 30}-1-{token}").touch()
+    (shm / f"meft-ds-{me}-{dead}-1-{token}").mkdir()
+    (shm / f"meft-ds-{me}-{dead}-2-{token}").symlink_to(shm / f"meft-ds-{me}-x")
+    (shm / f"meft-ds-{me}-{dead}-3-{token}").symlink_to(shm / "nowhere")
+    os.mkfifo(shm / f"meft-ds-{me}-{dead}-4-{token}")
+    os.close(os.open(bytes(shm / f"meft-ds-{me}-") + b"\xff", os.O_CREAT))
+    return set(shm.iterdir())
+
+
+def test_files_that_a_start_did_not_make_neither_stop_it_nor_are_removed(tmp_path: Path) -> None:
+    script = tmp_path / "share.py"
+    script.write_text(SCRIPT.replace("list(directory.iterdir()) == []", "len(list(directory.iterdir())) == 10"))
+    (shm := tmp_path / "shm").mkdir()
+    strays = plant_strays(shm)
+    assert len(strays) == 10 and remove_stale(shm) == []
+    assert run_ranks(script, 2, str(shm)) == ["shared\n"] * 2
+    assert set(shm.iterdir()) == strays
+    assert remove_stale(shm / "nowhere") == []
+
+
+def test_a_leftover_that_cannot_be_removed_stays_and_stops_nobody(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left = tmp_path / f"meft-ds-{os.getuid()}-{2**31 - 1}-1-{'0' * 16}"
+    left.touch()
+
+    def refused(*args: object, **kwargs: object) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "unlink", refused)
+        assert remove_stale(tmp_path) == [] and left.exists()
+    assert remove_stale(tmp_path) == [left.name] and not left.exists()
+
+
+def test_whatever_the_first_rank_fails_on_is_told_to_every_rank(tmp_path: Path) -> None:
+    fails = """
+from meft_ds.offload import arena
+def make(directory):
+    raise RuntimeError("planted")
+arena._make_nameless = make
+"""
+    caught = """
+try:
+    t = allocate(specs, ranks, pinned=set(), directory=directory)
+except ValueError as e:
+    print("planted" in str(e), flush=True)
+    dist.destroy_process_group()
+    os._exit(0)
+"""
+    line = "t = allocate(specs, ranks, pinned=set(), directory=directory)\n"
+    script = tmp_path / "fails.py"
+    script.write_text(SCRIPT.replace("dist.init", fails + "dist.init", 1).replace(line, caught))
+    (shm := tmp_path / "shm").mkdir()
+    assert run_ranks(script, 2, str(shm), timeout=60) == ["True\n"] * 2
+
+
 @pytest.mark.parametrize("fails", [False, True])
 def test_shared_memory_is_unlocked_before_it_is_unmapped_and_a_rank_that_cannot_lock_it_fails_all(
     tmp_path: Path, fails: bool
