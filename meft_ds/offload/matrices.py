@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
+import torch
 from torch import nn
 
 from meft_ds.offload.weights import shape_of
@@ -13,15 +15,42 @@ from meft_ds.offload.weights import shape_of
 
 def weights(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, nn.Parameter]]:
     """(module name, module, key, weight) of linear layers [m, n] and of expert tensors [experts, m, n]."""
-    from transformers.pytorch_utils import Conv1D
-
     for name, module in model.named_modules():
-        if type(module) in (nn.Linear, Conv1D) and "weight" in module._parameters:  # else weight norm computes it
+        if _is_linear(module):
             yield name, module, "weight", module.weight  # type: ignore[misc]
         elif not isinstance(module, nn.modules.conv._ConvNd):
             for key, p in module._parameters.items():
                 if p is not None and len(shape_of(p)) == 3 and min(shape_of(p)[-2:]) > 1:
                     yield name, module, key, p  # type: ignore[misc]
+
+
+def _is_linear(module: nn.Module) -> bool:
+    """Whether a module multiplies with its weight, and does nothing else but add its bias: as nn.Linear and Conv1D do,
+    or a subclass whose forward says the same in other words (Falcon's)."""
+    from transformers.pytorch_utils import Conv1D
+
+    if "weight" not in module._parameters:  # weight norm computes it
+        return False
+    if type(module) in (nn.Linear, Conv1D):
+        return True
+    more = {*module._parameters, *module._buffers, *module._modules} - {"weight", "bias"}
+    return isinstance(module, nn.Linear) and not more and _agrees_with_linear(module)
+
+
+@torch.no_grad()
+def _agrees_with_linear(module: nn.Linear) -> bool:
+    """Whether the forward of the module's class gives what nn.Linear's does, tried with a small weight."""
+    if type(module).forward is nn.Linear.forward:
+        return True
+    twin, draw = copy.copy(module), torch.Generator().manual_seed(0)
+    x, weight, bias = (torch.randn(shape, generator=draw) for shape in ((2, 4, 5), (3, 5), (3,)))
+    given = {"weight": nn.Parameter(weight), "bias": None if module.bias is None else nn.Parameter(bias)}
+    twin.__dict__.update(in_features=5, out_features=3, _parameters=given)
+    try:
+        y = type(module).forward(twin, x)
+    except Exception:  # whatever it needs, nn.Linear does without
+        return False
+    return isinstance(y, torch.Tensor) and y.shape == (2, 4, 3) and torch.allclose(y, nn.Linear.forward(twin, x))
 
 
 def output_heads(model: nn.Module) -> set[nn.Module]:

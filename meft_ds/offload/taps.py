@@ -65,7 +65,12 @@ def is_tapped(module: nn.Module) -> bool:
 
 def can_tap(module: nn.Module) -> bool:
     """Whether the module's forward is its class's: one that somebody replaced cannot be told not to compute the
-    weight's gradient. A tap that another engine or a copy of the model left behind may be replaced."""
+    weight's gradient. A tap that another engine or a copy of the model left behind may be replaced.
+
+    Not so the output projection of torch's attention, which reads the weight and never calls the layer.
+    """
+    if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
+        return False
     return isinstance(module.__dict__.get("forward"), Tapped | type(None))
 
 

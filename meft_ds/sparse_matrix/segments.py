@@ -114,8 +114,11 @@ def _parts_of_qkv(last: str, holder: nn.Module, out: int, inputs: int, heads: _H
     if heads and kind == "CodeGenAttention" and out == 3 * heads.q * dim and heads.q % 4 == 0:
         # four shards, as on the four TPU cores it was trained on, and v before k
         return [(heads.q // 4 * dim, role) for role in "qvk"] * 4, ""
+    told = getattr(holder, "multi_query", None)
+    if heads and out == (heads.q + 2 * heads.kv) * dim and getattr(holder, "new_decoder_architecture", False):
+        return [(heads.q // heads.kv * dim, "q"), (dim, "k"), (dim, "v")] * heads.kv, ""  # Falcon from 40B on
     by_head = last == "query_key_value" or kind == "MiniMaxLightningAttention"
-    if by_head or getattr(holder, "multi_query", None) is False:
+    if told is False or (by_head and told is None):
         if heads and out == 3 * heads.q * dim:
             return [(dim, role) for role in "qkv"] * heads.q, ""
         if heads and out % dim == 0:

@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
+from meft_ds.offload.matrices import weights
 from meft_ds.offload.taps import can_tap, tap, untap
 
 
@@ -205,3 +206,42 @@ def test_only_the_features_to_keep_live_on_and_are_handed_over(kind: str, how: s
             y = checkpoint(module, x, use_reentrant=how == "reentrant")
         y.sin().sum().backward()
     torch.testing.assert_close(part.gradient, whole.gradient[:, keep])
+
+
+class InOtherWords(nn.Linear):
+    """As Falcon's layers."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        y = input @ self.weight.T
+        return y if self.bias is None else y + self.bias
+
+
+class Scaled(nn.Linear):
+    def forward(self, input: Tensor) -> Tensor:
+        return 2 * super().forward(input)
+
+
+class WithMore(nn.Linear):
+    """As a layer that somebody put an adapter into, which adds nothing yet."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.more = nn.Parameter(torch.zeros(self.out_features, self.in_features))
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input) + input @ self.more.T
+
+
+def test_subclasses_of_linear_count_as_one_where_they_compute_what_it_does() -> None:
+    model = nn.ModuleDict(
+        {
+            "words": InOtherWords(5, 3),
+            "words_without_bias": InOtherWords(5, 3, False),
+            "renamed": type("Renamed", (nn.Linear,), {})(5, 3),
+            "scaled": Scaled(5, 3),
+            "more": WithMore(5, 3),
+            "attention": nn.MultiheadAttention(4, 2),  # reads its output projection and never calls it
+        }
+    )
+    found = {name: can_tap(module) for name, module, _, _ in weights(model)}
+    assert found == {"words": True, "words_without_bias": True, "renamed": True, "attention.out_proj": False}

@@ -23,6 +23,7 @@ _SIZES: dict[str, Any] = {
     **{"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2},
 }
 _GPT = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "vocab_size": 64}
+_FALCON = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 64}
 _MORE: dict[str, tuple[str, dict[str, Any]]] = {
     "bloom": ("BloomConfig", {"hidden_size": 32, "n_layer": 2, "n_head": 4, "vocab_size": 64}),
     "persimmon": ("PersimmonConfig", {**_SIZES, "qk_layernorm": False}),
@@ -30,6 +31,9 @@ _MORE: dict[str, tuple[str, dict[str, Any]]] = {
     "codegen": ("CodeGenConfig", {**_GPT, "n_ctx": 64, "rotary_dim": 4, "tie_word_embeddings": False}),
     "bigcode": ("GPTBigCodeConfig", _GPT),
     "bigcode-heads": ("GPTBigCodeConfig", {**_GPT, "multi_query": False}),
+    "falcon": ("FalconConfig", {**_FALCON, "bias": True}),
+    "falcon-heads": ("FalconConfig", {**_FALCON, "multi_query": False}),
+    "falcon-groups": ("FalconConfig", {**_FALCON, "new_decoder_architecture": True, "num_kv_heads": 2}),
     "glm": ("GlmConfig", _SIZES),
     "gpt-oss": ("GptOssConfig", {**_SIZES, "num_local_experts": 4, "layer_types": ["full_attention"] * 2}),
     "llama4": (
@@ -182,6 +186,7 @@ def seen_by(model: nn.Module, module: nn.Module) -> Tensor:
 
 
 FUSED = ["phi3", "gpt2", "gpt-neox", "bloom", "persimmon", "mpt", "codegen", "bigcode", "bigcode-heads"]
+FUSED += ["falcon", "falcon-heads", "falcon-groups"]
 
 
 @pytest.mark.parametrize("name", FUSED)
