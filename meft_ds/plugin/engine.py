@@ -145,6 +145,7 @@ class MeftEngine(SavingEngine):
         self._open_meft_window()
         self._watch_exports()
         self.module.meft_stats = lambda: e.meft_stats() if (e := engine()) is not None else {}
+        export.remember_trained(self.module, units, self._meft_methods)
         if self._meft_config.sparse_adapter is not None or self._meft_config.sparse_matrix is not None:
             export.save_plain_weights(self.module)
         if self.global_rank == 0:

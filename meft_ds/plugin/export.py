@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MethodType
 from typing import Any
@@ -16,11 +16,15 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from meft_ds.offload import gates
+from meft_ds.offload.dense import DenseUnit
+from meft_ds.offload.method import Method
 from meft_ds.offload.partition import Ranks, first_decides
 from meft_ds.offload.taps import untap
 from meft_ds.offload.weights import Weights, shape_of
+from meft_ds.offload.wire import Unit
 from meft_ds.sparse_adapter.attach import ADAPTER_NAME, find_adapters
-from meft_ds.sparse_adapter.files import write_adapter
+from meft_ds.sparse_adapter.base import remember
+from meft_ds.sparse_adapter.files import needed_from, write_adapter
 from meft_ds.sparse_matrix.files import collect_tiles, corrected, merge_tiles, write_tiles
 from meft_ds.sparse_matrix.method import SparseMatrixMethod
 from meft_ds.sparse_matrix.unit import BlocksUnit
@@ -29,7 +33,8 @@ _logger = logging.getLogger("meft_ds")
 
 
 def save_adapter(model_or_engine: nn.Module, directory: str | Path) -> None:
-    """Write the adapter (float32 master rows, routers, settings) to `directory`, for `load_adapter`.
+    """Write the adapter (float32 master rows, routers, settings, and the base's tensors that were trained beside it) to
+    `directory`, for `load_adapter`. What `subspace` or tiles train of the base is not in it.
 
     Args:
         model_or_engine: the engine that `deepspeed.initialize` returned, or the model inside it.
@@ -54,19 +59,23 @@ def save_adapter(model_or_engine: nn.Module, directory: str | Path) -> None:
     if refuse is not None:
         refuse("save_adapter")
     gates.flush(model)  # rows wait for their update by themselves, routers do not
-    if is_partitioned(next(iter(adapters.values())).router.weight):
+    if any(map(is_partitioned, needed_from(model).values())):
         write_adapter_together(directory, model, Ranks(rank=dist.get_rank(), world=dist.get_world_size()))
     else:
         write_adapter(Path(directory), model)
 
 
 def write_adapter_together(directory: str | Path, model: nn.Module, ranks: Ranks) -> None:
-    """`write_adapter` on the first rank, of routers that may be partitioned. Nothing may be under way. Collective."""
-    routers = [adapter.router.weight for adapter in find_adapters(model).values()]
-    whole = deepspeed.zero.GatheredParameters(routers) if is_partitioned(routers[0]) else contextlib.nullcontext()
-    with first_writes(directory, ranks), whole:
+    """`write_adapter` on the first rank; parameters may be partitioned, nothing may be under way. Collective."""
+    state: dict[str, Tensor] = {}
+    for name, p in needed_from(model).items():
+        # one after another: what was trained of the base may be large
+        with deepspeed.zero.GatheredParameters([p]) if is_partitioned(p) else contextlib.nullcontext():
+            if ranks.rank == 0:
+                state[name] = p.detach().cpu().clone()
+    with first_writes(directory, ranks):
         if ranks.rank == 0:
-            write_adapter(Path(directory), model)
+            write_adapter(Path(directory), model, state)
 
 
 @contextlib.contextmanager
@@ -124,6 +133,13 @@ def save_tiles(engine: Any, path: str | Path) -> None:
             write_tiles(path, collect_tiles(method.choice, units, values, originals))
 
 
+def remember_trained(model: nn.Module, units: Sequence[Unit], methods: Sequence[Method]) -> None:
+    """Let who saves an adapter of `model` know what else these units train, and that these methods do."""
+    params = [pair for unit in units if isinstance(unit, DenseUnit) for pair in unit.params]
+    names = [name for name, _ in params if ADAPTER_NAME not in name.split(".")]
+    remember(model, names, [method.name for method in methods if method.name != "sparse_adapter"])
+
+
 def save_plain_weights(model: nn.Module) -> None:
     """Make the model's `save_pretrained` write plain weights of the base: no tensors of ours, tiles of the delta form
     merged in, and an adapter beside them."""
@@ -140,15 +156,18 @@ def _save_pretrained(model: Any, directory: Any, *args: Any, **kwargs: Any) -> A
     kwargs["state_dict"] = plain_weights(model, state)
     result = type(model).save_pretrained(model, directory, *args, **kwargs)
     if kwargs.get("is_main_process", True) and find_adapters(model):
-        # those of the given state, because this one rank could not gather the model's
-        names = {module: f"{module}.{ADAPTER_NAME}.router.weight" for module in find_adapters(model)}
-        if all(name in state for name in names.values()):
-            write_adapter(Path(directory), model, {module: state[name] for module, name in names.items()})
+        if all(name in state for name in needed_from(model)):
+            # those of the given state, because this one rank could not gather the model's
+            write_adapter(Path(directory), model, state)
         elif not any(is_partitioned(p) for p in model.parameters()):
             gates.flush(model)
             write_adapter(Path(directory), model)
         else:
-            _logger.warning("meft-ds: no adapter is written to %s: the state dict has no routers", directory)
+            _logger.warning(
+                "meft-ds: no adapter is written to %s: the state dict lacks %s",
+                directory,
+                next(name for name in needed_from(model) if name not in state),
+            )
     return result
 
 

@@ -1,68 +1,86 @@
 # SPDX-License-Identifier: Apache-2.0
 """An adapter on disk, and back into a plain model on one device for inference.
 
-``meft_adapter.json`` says what the adapter is and names the tensor file with its size and SHA-256;
+``meft_adapter.json`` says what the adapter is (``layout.About``) and names the tensor file with its size and SHA-256;
 ``meft_adapter-<hash>.safetensors`` holds fp32 ``layers.<i>.rows`` [r, 2 d] (key || value) and ``layers.<i>.router``
-[N, d]. The tensor file is named by its content and the JSON is replaced last, so a directory always holds one complete
-adapter.
+[N, d], and ``base.<name>`` for each tensor of the base that was trained beside the adapter, as the model has it. The
+tensor file is named by its content and the JSON is replaced last, so a directory always holds one complete adapter.
 """
 
 from __future__ import annotations
 
-import json
+import logging
 import os
 import secrets
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from meft_ds import files
-from meft_ds.sparse_adapter.attach import find_adapters, place
+from meft_ds.sparse_adapter.attach import ADAPTER_NAME, find_adapters, place
+from meft_ds.sparse_adapter.base import check_fits, remember, take_over, trained_in
 from meft_ds.sparse_adapter.config import ResolvedSparseAdapter
 from meft_ds.sparse_adapter.discover import Site, make_site
+from meft_ds.sparse_adapter.layout import FORMAT, JSON_NAME, About, TensorFile, read_about, text_of
 from meft_ds.sparse_adapter.module import SparseAdapter
 from meft_ds.sparse_adapter.rows import DeviceRows
 
-__all__ = ["FORMAT", "JSON_NAME", "SavedAdapter", "load_adapter", "read_adapter", "write_adapter"]
+__all__ = ["FORMAT", "JSON_NAME", "SavedAdapter", "load_adapter", "needed_from", "read_adapter", "write_adapter"]
 
-JSON_NAME = "meft_adapter.json"
-FORMAT = 1
+_logger = logging.getLogger("meft_ds")
 
 
 @dataclass(frozen=True, kw_only=True)
 class SavedAdapter:
-    """A read adapter. modules: name of the FFN of every layer. rows fp32 [r, 2 d] and routers fp32 [N, d] per layer."""
+    """A read adapter.
+
+    modules: name of the FFN of every layer. rows fp32 [r, 2 d] and routers fp32 [N, d] per layer. base: tensors of the
+    base that were trained with it, by name. elsewhere: methods that trained more of the base.
+    """
 
     config: ResolvedSparseAdapter
     model_class: str
     modules: list[str]
     rows: list[Tensor]
     routers: list[Tensor]
+    base: dict[str, Tensor]
+    elsewhere: list[str]
 
 
-def write_adapter(directory: str | Path, model: nn.Module, routers: Mapping[str, Tensor] | None = None) -> Path:
+def needed_from(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that ``write_adapter`` writes, by name: routers, and what was trained of the base."""
+    named = dict(model.named_parameters(remove_duplicate=False))
+    routers = [f"{module}.{ADAPTER_NAME}.router.weight" for module in find_adapters(model)]
+    return {name: named[name] for name in [*routers, *trained_in(model).names] if name in named}
+
+
+def write_adapter(directory: str | Path, model: nn.Module, state: Mapping[str, Tensor] | None = None) -> Path:
     """Writes the adapter of ``model``; returns the path of the JSON. Raises ValueError when the model has none.
 
-    ``routers`` by the names of their modules, as in ``find_adapters``, where the model's own are partitioned. Ranks
-    that share rows must not write at the same time: call it on one of them.
+    ``state`` has the whole tensors of ``needed_from`` where the model's own are partitioned. Ranks that share rows must
+    not write at the same time: call it on one of them.
     """
     adapters = find_adapters(model)
     if not adapters:
         raise ValueError(f"{type(model).__name__} has no sparse adapter to save")
     directory = files.checked_folder(directory)
     directory.mkdir(parents=True, exist_ok=True)
+    given: Mapping[str, Tensor] = needed_from(model) if state is None else state
+    trained = trained_in(model)
+    base = [name for name in trained.names if name in needed_from(model)]
     tensors: dict[str, Tensor] = {}
     for i, (module, adapter) in enumerate(adapters.items()):
-        router = adapter.router.weight if routers is None else routers[module]
+        router = given[f"{module}.{ADAPTER_NAME}.router.weight"]
         tensors[f"layers.{i}.rows"] = adapter.rows.master.detach().float().cpu().contiguous()
         tensors[f"layers.{i}.router"] = router.detach().float().cpu().contiguous()
+    for name in base:
+        tensors[f"base.{name}"] = given[name].detach().cpu().clone().contiguous()
     # named by its content, which is known when it is written
     staged = directory / f".meft_adapter-{secrets.token_hex(8)}.tmp"
     try:
@@ -76,17 +94,16 @@ def write_adapter(directory: str | Path, model: nn.Module, routers: Mapping[str,
     finally:
         staged.unlink(missing_ok=True)
     first = next(iter(adapters.values()))
-    about = {
-        "format": FORMAT,
-        "method": "sparse_adapter",
-        "model_class": type(model).__name__,
-        "hidden_size": first.config.d,
-        "config": asdict(first.config),
-        "modules": list(adapters),
-        "tensors": {"file": name, **found, "dtype": "float32"},
-    }
+    about = About(
+        model_class=type(model).__name__,
+        config=first.config,
+        modules=list(adapters),
+        base=base,
+        elsewhere=list(trained.elsewhere),
+        tensors=TensorFile(file=name, **found),
+    )
     try:
-        files.write_text(directory / JSON_NAME, json.dumps(about, indent=2) + "\n")
+        files.write_text(directory / JSON_NAME, text_of(about))
     except Exception:
         if not was_there:
             file.unlink()
@@ -99,40 +116,50 @@ def write_adapter(directory: str | Path, model: nn.Module, routers: Mapping[str,
 
 def read_adapter(directory: str | Path) -> SavedAdapter:
     """Reads and checks an adapter. Raises ValueError for anything missing, cut short, changed, or of another format."""
-    path = Path(directory) / JSON_NAME
-    try:
-        about = files.parse_json(files.read_bytes(path))
-        if about["format"] != FORMAT:
-            raise ValueError(f"{path}: format {about['format']!r}, this version reads {FORMAT}; update meft-ds")
-        config = _config(about["config"])
-        modules, model_class, stored = about["modules"], about["model_class"], about["tensors"]
-        file = path.parent / Path(stored["file"]).name
-        size, digest = stored["bytes"], stored["sha256"]
-    except ValidationError as fault:
-        raise ValueError(f"{path} is damaged: {fault}") from None
-    except FileNotFoundError:
-        raise ValueError(f"{path} not found; save_adapter writes it") from None
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as fault:
-        raise ValueError(f"{path} is damaged ({fault!r}); save the adapter again") from None
+    path = files.checked_folder(directory) / JSON_NAME
+    about = read_about(path)
+    config, file = about.config, path.parent / about.tensors.file
     try:
         found = files.fingerprint(file)
     except FileNotFoundError:
         raise ValueError(f"{file} is missing; copy the whole directory of the adapter") from None
-    if found != {"bytes": size, "sha256": digest}:
-        raise ValueError(f"{file} was cut short or changed: its size or SHA-256 is not the one in {JSON_NAME}")
+    except OSError as fault:
+        raise ValueError(f"{file} cannot be read: {fault.strerror or fault}; make it readable") from None
+    if found != {"bytes": about.tensors.bytes, "sha256": about.tensors.sha256}:
+        raise ValueError(
+            f"{file} was cut short or changed: its size or SHA-256 is not the one in {JSON_NAME}; copy or save the "
+            "adapter again"
+        )
     try:
         tensors = load_file(file)
     except SafetensorError as fault:
-        raise ValueError(f"{file} cannot be read: {fault}") from None
-    rows, routers = [], []
-    for i in range(len(modules)):
+        raise ValueError(f"{file} cannot be read: {fault}; save the adapter again") from None
+    rows, routers, base = [], [], {}
+    for i in range(len(about.modules)):
         rows.append(_checked(tensors, f"layers.{i}.rows", (config.rows, 2 * config.d), file))
         routers.append(_checked(tensors, f"layers.{i}.router", (config.experts, config.d), file))
-    return SavedAdapter(config=config, model_class=model_class, modules=modules, rows=rows, routers=routers)
+    for name in about.base:
+        if f"base.{name}" not in tensors:
+            raise ValueError(f"{file}: base.{name} is missing, which {JSON_NAME} names; save the adapter again")
+        base[name] = tensors[f"base.{name}"]
+    if len(tensors) != 2 * len(rows) + len(base):
+        raise ValueError(f"{file} has tensors that {JSON_NAME} does not name; save the adapter again")
+    return SavedAdapter(
+        config=config,
+        model_class=about.model_class,
+        modules=about.modules,
+        rows=rows,
+        routers=routers,
+        base=base,
+        elsewhere=about.elsewhere,
+    )
 
 
 def load_adapter(model: nn.Module, directory: str | Path) -> nn.Module:
     """Puts a saved adapter into a plain model, for inference on the model's device and in its dtype; returns the model.
+
+    Tensors of the base that were trained with it (heads, LoRA, what "train" named) get the values that they had. An
+    engine on the model goes on training what was loaded.
 
     Raises ValueError, and leaves the model as it was, when the files are damaged or belong to another architecture.
     """
@@ -140,12 +167,22 @@ def load_adapter(model: nn.Module, directory: str | Path) -> nn.Module:
     if find_adapters(model):
         raise ValueError(f"{type(model).__name__} already has sparse adapters; load into a fresh model")
     sites = _sites(model, saved)
+    params = check_fits(model, saved.base)
     adapters = []
     for layer, site in enumerate(sites):
         like = next(p for p in site.module.parameters() if p.is_floating_point())
         rows = DeviceRows(saved.rows[layer].to(like.device, like.dtype))
         adapters.append(SparseAdapter(saved.config, saved.routers[layer].to(like.device, like.dtype), rows, layer))
     place(model, sites, adapters)
+    take_over(params, saved.base)
+    remember(model, saved.base, saved.elsewhere)
+    if saved.elsewhere:
+        _logger.warning(
+            "meft-ds: %s trained the base that the adapter in %s was saved with, and that is not in its file; load the "
+            "adapter into what save_pretrained wrote, or apply the tiles first",
+            " and ".join(saved.elsewhere),
+            directory,
+        )
     return model
 
 
@@ -166,14 +203,6 @@ def _sites(model: nn.Module, saved: SavedAdapter) -> list[Site]:
             "load it into the architecture that it was trained in"
         )
     return [make_site(model, module, modules[module]) for module in saved.modules]
-
-
-def _config(stored: dict[str, Any]) -> ResolvedSparseAdapter:
-    """The resolved settings; pydantic checks the type of every field, and the dataclass the sizes."""
-    known = {f.name for f in fields(ResolvedSparseAdapter)}
-    if set(stored) != known:
-        raise KeyError(f"config keys {sorted(set(stored) ^ known)}")
-    return TypeAdapter(ResolvedSparseAdapter).validate_json(json.dumps(stored), strict=True)
 
 
 def _checked(tensors: dict[str, Tensor], name: str, shape: tuple[int, int], file: Path) -> Tensor:
