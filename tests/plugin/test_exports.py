@@ -55,7 +55,7 @@ def test_an_export_that_the_first_rank_cannot_write_is_an_error_on_every_rank_an
     assert list(first["told"]) == list(second["told"]) == exports
     assert first["same"] and second["same"]
     for what in exports:
-        assert first["told"][what] == "[Errno 28] No space left on device"
+        assert first["told"][what].startswith("[Errno 28] No space left on device")
         assert second["told"][what].startswith(f"the first rank could not write {tmp_path / what}")
         assert "No space left on device" in second["told"][what]
 
