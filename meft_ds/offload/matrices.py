@@ -20,7 +20,7 @@ def weights(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, nn.Paramete
             yield name, module, "weight", module.weight  # type: ignore[misc]
         elif not isinstance(module, nn.modules.conv._ConvNd):
             for key, p in module._parameters.items():
-                if p is not None and len(shape_of(p)) == 3 and min(shape_of(p)[-2:]) > 1:
+                if p is not None and _has_experts(f"{name}.{key}", shape_of(p)):
                     yield name, module, key, p  # type: ignore[misc]
 
 
@@ -51,6 +51,11 @@ def _agrees_with_linear(module: nn.Linear) -> bool:
     except Exception:  # whatever it needs, nn.Linear does without
         return False
     return isinstance(y, torch.Tensor) and y.shape == (2, 4, 3) and torch.allclose(y, nn.Linear.forward(twin, x))
+
+
+def _has_experts(name: str, shape: Sequence[int]) -> bool:
+    """Whether a parameter is one matrix per expert; embeddings of positions are stored in three dimensions too."""
+    return len(shape) == 3 and min(shape) > 1 and "embed" not in name.rpartition(".")[2]
 
 
 def output_heads(model: nn.Module) -> set[nn.Module]:

@@ -6,27 +6,17 @@ from __future__ import annotations
 
 import logging
 import re
-import sys
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from torch import nn
 
-from meft_ds.offload.matrices import listed, output_heads
+from meft_ds.offload.heads import head_parameters, peft_parameters, pretrained, vocabulary_parameters
+from meft_ds.offload.matrices import listed
 from meft_ds.offload.method import Method
 from meft_ds.offload.weights import numel_of
 
 _logger = logging.getLogger("meft_ds")
 _FROZEN = "_meft_frozen"  # names of what an engine froze, on the model that it was given
-_HEADS = re.compile(
-    r"score|classifier|pre_classifier|classification_head|(qa|span)_(outputs|classifier)|(v|value|values|reward|"
-    r"regression|classifier|critic|multiple_choice|mc|rank|ranking)_head|(sequence_)?summary|logits_proj|"
-    r"answer_class|(start|end)_logits|seq_relationship"
-)
-_TASKS = re.compile(
-    r"For\w*(Classification|Answering|MultipleChoice|Regression|Reward|Value|NextSentence|Prediction|Detection|"
-    r"Segmentation|XVector|Retrieval)"
-)
 _WHY = {"peft": "PEFT", "head": "a head", "fresh": "not in the checkpoint", "left": "left trainable", "train": "train"}
 
 
@@ -133,92 +123,17 @@ def _tell(trains: dict[str, str], lost: list[str], fresh: list[str], methods: Se
         )
 
 
-# -- which parameters are what -----------------------------------------------------------------------------------------
-
-
-def peft_parameters(model: nn.Module) -> set[int]:
-    """ids of the parameters that PEFT added: those of its modules outside the ones that they wrap."""
-    found: set[int] = set()
-
-    def walk(module: nn.Module) -> None:
-        peft = type(module).__module__.partition(".")[0] == "peft"
-        if peft:
-            found.update(id(p) for p in module._parameters.values() if p is not None)
-        for name, child in module.named_children():
-            if peft and name not in ("base_layer", "original_module", "base_model", "model"):
-                found.update(id(p) for p in child.parameters())
-            else:
-                walk(child)
-
-    walk(model)
-    return found
-
-
 def fresh_parameters(model: nn.Module) -> set[int]:
     """ids of the parameters that transformers made because the checkpoint did not have them, as far as it tells.
 
     It marks what it loads (5.x always, 4.57 under ZeRO-3), and marks nothing in models without a checkpoint.
     """
-    aside = _vocabulary(model) | peft_parameters(model)
+    aside = vocabulary_parameters(model) | peft_parameters(model)
     found: set[int] = set()
-    for _, inner in _pretrained(model):
+    for _, inner in pretrained(model):
         params = [p for p in inner.parameters() if id(p) not in aside]
         unmarked = [p for p in params if not getattr(p, "_is_hf_initialized", False)]
         # more than half: marks were lost, because the program put tensors of its own in
         if 2 * sum(map(numel_of, unmarked)) < sum(map(numel_of, params)):
             found.update(map(id, unmarked))
     return found
-
-
-def head_parameters(model: nn.Module) -> set[int]:
-    """ids of the parameters of heads for classification, regression, questions, choices, rewards and values: by name,
-    or what a model for such a task has outside its base, or what a program has put around a pretrained model."""
-    outer = _pretrained(model)
-    found = {
-        id(p)
-        for name, module in model.named_modules()
-        if _HEADS.fullmatch(_own_name(name)) and not any(part.isdigit() for part in name.split("."))
-        for p in module.parameters()
-    }
-    for _, inner in outer:
-        base = inner.base_model
-        if base is not inner and _TASKS.search(type(inner).__name__):
-            found |= _outside(inner, [base])
-    inside = [module for _, module in outer if module is not model]
-    if inside:
-        around = _outside(model, inside)
-        if 2 * sum(numel_of(p) for p in model.parameters() if id(p) in around) < sum(map(numel_of, model.parameters())):
-            found |= around
-    return found - _vocabulary(model) - peft_parameters(model)
-
-
-def _own_name(name: str) -> str:
-    """PEFT's `modules_to_save` keeps a head under a name of its own, as do wrappers of compiled modules."""
-    return name.removesuffix("._orig_mod").rpartition(".")[2]
-
-
-def _outside(module: nn.Module, parts: Sequence[nn.Module]) -> set[int]:
-    inside = {id(p) for part in parts for p in part.parameters()}
-    return {id(p) for p in module.parameters()} - inside
-
-
-def _pretrained(model: nn.Module) -> list[tuple[str, Any]]:
-    """The outermost of transformers' models in `model`, by their names."""
-    transformers = sys.modules.get("transformers.modeling_utils")
-    if transformers is None:
-        return []
-
-    def walk(name: str, module: nn.Module) -> Iterator[tuple[str, Any]]:
-        if isinstance(module, transformers.PreTrainedModel):
-            yield name, module
-            return
-        for key, child in module.named_children():
-            yield from walk(f"{name}.{key}" if name else key, child)
-
-    return list(walk("", model))
-
-
-def _vocabulary(model: nn.Module) -> set[int]:
-    """ids of the parameters of output heads over a vocabulary, and of what is tied to them."""
-    modules = {*output_heads(model), *(m for name, m in model.named_modules() if name.split(".")[-1] == "lm_head")}
-    return {id(p) for module in modules for p in module.parameters()}

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from meft_ds.offload.heads import peft_layer
 from meft_ds.offload.matrices import Sharing, listed, output_heads, weights
 from meft_ds.offload.taps import can_tap
 from meft_ds.offload.weights import numel_of, shape_of
@@ -229,10 +229,7 @@ def _cuts(parts: list[tuple[int, str]], side: int) -> tuple[tuple[tuple[int, int
 
 def _refuse_peft(model: nn.Module) -> None:
     """PEFT freezes the base, so its own matrices would be all that is left to choose tiles from."""
-    peft = sys.modules.get("peft.tuners.tuners_utils")  # if not imported, no model has a layer of it
-    if peft is None:
-        return
-    adapted = next((name for name, m in model.named_modules() if isinstance(m, peft.BaseTunerLayer)), None)
+    adapted = peft_layer(model)
     if adapted is not None:
         raise ValueError(
             f"sparse_matrix chooses among the weights of the base, but PEFT has frozen them ({adapted} is a PEFT "

@@ -10,6 +10,12 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from meft_ds.fields import not_negative, patterns, positive, positive_int, size_or_fraction, whole
 from meft_ds.fields import seed as check_seed
 
+_LEAST_GAIN = 1.5
+"""Values of a matrix for each of its S, or learning through S saves next to nothing."""
+_THIN, _FEW = 8, 2**21
+"""A matrix whose sides are that different keeps less than 1 of 32 of its values in S (at half of the shorter side); one
+with so few values costs at most 24 MiB uncompressed."""
+
 
 class SubspaceConfig(BaseModel):
     """Settings of learned subspace projectors (LSP-Offload, arXiv 2406.10181). Letters: W is m x n, S is d x d."""
@@ -19,7 +25,9 @@ class SubspaceConfig(BaseModel):
     dim: Annotated[int | float, BeforeValidator(size_or_fraction)] = Field(
         0.5,
         description="d, the side of the compressed gradient: a whole number, or a fraction of a matrix's smaller side. "
-        "Matrices that d would not make smaller train uncompressed. Default: half (the paper's 2,048 of 4,096).",
+        "What d would not make smaller trains uncompressed, and at a fraction also what gains too little: d below 2 "
+        "nonzeros, S more than two thirds of the matrix, or a longer side over 8 times the shorter in at most "
+        "2,097,152 values (routers, low-rank factors). Default: half (the paper's 2,048 of 4,096).",
     )
     nonzeros: Annotated[int, BeforeValidator(positive_int)] = Field(
         4, description="k, nonzeros in each row of a projector. The paper: 4 to 16."
@@ -73,13 +81,24 @@ class SubspaceConfig(BaseModel):
     target_modules: Annotated[tuple[str, ...] | None, BeforeValidator(patterns)] = Field(
         None,
         description="Regular expression(s) for whole names of the modules to compress. null = all linear layers and "
-        "expert tensors except embeddings, the output head, tied weights and matrices too small to gain.",
+        "expert tensors except embeddings, heads, PEFT's, tied weights and matrices too small to gain. Heads and what "
+        "PEFT added are never compressed; small matrices are when they are named here.",
     )
     seed: Annotated[int, BeforeValidator(check_seed)] = Field(
         0, description="Seed of positions, signs and rounding; independent of the global random state."
     )
 
     def dim_of(self, m: int, n: int) -> int:
-        """d for an m x n matrix; 0 when compressing it would not pay."""
-        d = self.dim if isinstance(self.dim, int) else round(self.dim * min(m, n))
-        return d if self.nonzeros <= d < min(m, n) else 0
+        """d for an m x n matrix; 0 when compressing it would not pay.
+
+        A whole number and a matrix that `target_modules` names are what the user asked for, so there it only has to
+        be possible.
+        """
+        short, long = min(m, n), max(m, n)
+        d = self.dim if isinstance(self.dim, int) else round(self.dim * short)
+        if not self.nonzeros <= d < short:
+            return 0
+        if isinstance(self.dim, int) or self.target_modules is not None:
+            return d
+        thin = long > _THIN * short and m * n <= _FEW
+        return 0 if thin or d < 2 * self.nonzeros or _LEAST_GAIN * d * d > m * n else d

@@ -53,7 +53,14 @@ class SubspaceMethod(Method):
 
     def claim(self, run: Run) -> set[int]:
         sites, excluded = find_matrices(run.model, self._config)
-        if excluded and run.ranks.rank == 0:
+        if run.ranks.rank == 0 and not sites:
+            _logger.warning(
+                "meft-ds: subspace compresses nothing: what trains here trains uncompressed. %s. If that is all that "
+                "is to train, take subspace out of the meft_offload block; if not, unfreeze the rest, or name matrices "
+                "in subspace.target_modules",
+                listed(excluded) or "The model has no linear layers",
+            )
+        elif excluded and run.ranks.rank == 0:
             _logger.info("meft-ds: subspace leaves uncompressed: %s", listed(excluded))
         if run.weights.partitioned:
             if self._config.rounding == "residual":
@@ -92,6 +99,8 @@ class SubspaceMethod(Method):
 
     def summary(self) -> str:
         matrices = [m for unit in self._units for m in unit.matrices]
+        if not matrices:
+            return "subspace on no matrix"
         whole = sum(m.left.projector.m * m.right.projector.m for m in matrices)
         where = "accelerator" if self._units[0].on_device else "host"
         return (

@@ -27,7 +27,7 @@ def test_a_method_that_is_named_is_the_only_one_unless_both_are() -> None:
 
 def test_the_dimension_of_a_matrix_is_a_fraction_of_its_smaller_side_and_0_where_nothing_is_gained() -> None:
     half, fixed = (parse_config({"subspace": {"dim": dim, "nonzeros": 4}}).subspace for dim in (0.5, 16))
-    assert [half.dim_of(m, n) for m, n in ((64, 32), (32, 64), (9, 9), (7, 99), (1, 64))] == [16, 16, 4, 4, 0]
+    assert [half.dim_of(m, n) for m, n in ((64, 32), (32, 64), (17, 17), (9, 9), (1, 64))] == [16, 16, 8, 0, 0]
     assert [fixed.dim_of(m, n) for m, n in ((64, 32), (16, 64), (17, 17))] == [16, 0, 16]
 
 

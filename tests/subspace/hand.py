@@ -110,7 +110,10 @@ def run_of(model: nn.Module) -> Run:
 
 def pipeline_of(model: nn.Module, *, clip: float = 0.0, hyper: AdamHyper = HYPER, **settings: Any) -> Pipeline:
     """What an engine does with a "subspace" block of these settings; gradients are sums over the window."""
-    config = SubspaceConfig(**{"projectors": "learned", "dim": 0.5, "nonzeros": 2, "fit_steps": 5, **settings})
+    config = SubspaceConfig(
+        # named, because some would be too small
+        **{"target_modules": ".*", "projectors": "learned", "dim": 0.5, "nonzeros": 2, "fit_steps": 5, **settings}
+    )
     method, run = SubspaceMethod(config), run_of(model)
     method.prepare(model)
     claimed = method.claim(run)

@@ -106,14 +106,101 @@ def test_small_matrices_are_left_out_with_the_reason() -> None:
     assert set(sites) == {"0.weight"}
     assert "1.weight (8, 16) is too small for subspace.dim 8" in excluded
     sites, excluded = found(model, dim=0.5, nonzeros=4)
-    assert {name: site.d for name, site in sites.items()} == {"0.weight": 8, "1.weight": 4}
-    assert set(found(model, dim=0.5, nonzeros=5)[0]) == {"0.weight"}, "d cannot be below k"
+    assert {name: site.d for name, site in sites.items()} == {"0.weight": 8}
+    named, _ = found(model, dim=0.5, nonzeros=4, target_modules=".*")
+    assert {name: site.d for name, site in named.items()} == {"0.weight": 8, "1.weight": 4}, "as the user asked"
+    assert set(found(model, dim=0.5, nonzeros=5, target_modules=".*")[0]) == {"0.weight"}, "d cannot be below k"
+
+
+@pytest.mark.parametrize(
+    ("m", "n", "settings", "d"),
+    [
+        (384, 384, {}, 192),
+        (8, 384, {}, 0),  # thin: 3,072 values would train through 16
+        (64, 2048, {}, 0),  # a router's shape
+        (64, 2048, {"dim": 32}, 32),
+        (64, 2048, {"target_modules": ".*"}, 32),
+        (65_536, 1024, {}, 512),  # thin, but too large to train whole
+        (1024, 4096, {}, 512),  # keys of grouped heads
+        (32, 32, {}, 16),
+        (14, 14, {}, 0),
+        (14, 14, {"nonzeros": 3}, 7),
+        (64, 64, {"dim": 0.8}, 51),
+        (64, 64, {"dim": 0.9}, 0),  # next to no gain
+        (64, 64, {"dim": 63}, 63),
+        (64, 64, {"dim": 64}, 0),
+    ],
+)
+def test_a_matrix_is_compressed_where_that_gains_something_or_where_it_was_asked_for(
+    m: int, n: int, settings: dict[str, Any], d: int
+) -> None:
+    assert SubspaceConfig(**settings).dim_of(m, n) == SubspaceConfig(**settings).dim_of(n, m) == d
 
 
 def test_the_output_head_is_left_out_even_when_it_is_named() -> None:
     model = tiny_model("llama")
     assert "lm_head.weight" not in found(model, dim=8)[0]
     assert "lm_head.weight is the output head" in refused(model, target_modules="lm_head")
+
+
+@pytest.mark.parametrize("settings", [{}, {"target_modules": ".*"}, {"dim": 4}])
+@pytest.mark.parametrize(
+    ("made", "head"),
+    [
+        ("BertForSequenceClassification", "classifier"),
+        ("RobertaForTokenClassification", "classifier"),
+        ("BertForQuestionAnswering", "qa_outputs"),
+        ("LlamaForSequenceClassification", "score"),
+        ("DistilBertForSequenceClassification", "pre_classifier"),
+        ("BartForSequenceClassification", "classification_head"),
+    ],
+)
+def test_heads_are_never_compressed(made: str, head: str, settings: dict[str, Any]) -> None:
+    import transformers
+
+    cls = getattr(transformers, made)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "intermediate_size": 64, "num_labels": 24, "n_layers": 1}
+    more = {"dim": 32, "hidden_dim": 64, "n_heads": 2, "d_model": 32, "encoder_layers": 1, "decoder_layers": 1}
+    config = cls.config_class(vocab_size=64, num_attention_heads=2, **sizes)
+    if made.startswith(("Distil", "Bart")):
+        config = cls.config_class(vocab_size=64, num_labels=24, **{k: v for k, v in more.items() if hasattr(config, k)})
+    model = cls(config)
+    sites, excluded = found(model, **settings)
+    assert len(sites) >= 4 and not any(head in name.split(".") for name in sites)
+    assert any(head in line and "is a head" in line for line in excluded)
+
+
+def test_a_head_that_a_program_puts_around_a_model_and_pefts_matrices_are_never_compressed() -> None:
+    peft = pytest.importorskip("peft")
+
+    class Rewards(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.backbone = tiny_model("llama")
+            self.out = nn.Sequential(nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 16))
+
+    sites, excluded = found(Rewards())
+    assert sites and all("layers" in name for name in sites)
+    assert "out.0.weight is a head" in excluded and "out.2.weight is a head" in excluded
+    settings = {"r": 16, "target_modules": ["q_proj"], "modules_to_save": ["down_proj"]}
+    model = peft.get_peft_model(tiny_model("llama"), peft.LoraConfig(**settings))
+    model.base_model.model.model.layers[0].mlp.up_proj.weight.requires_grad_(True)
+    sites, excluded = found(model)
+    assert [name.split(".")[-2] for name in sites] == ["up_proj"], "what of the base trains"
+    assert "q_proj.lora_A.default.weight is PEFT's, as are 5 more" in excluded[0]
+    sites, excluded = found(peft.get_peft_model(tiny_model("llama"), peft.LoraConfig(**settings)))
+    assert not sites and "as are 5 more" in excluded[0], "they train all the same"
+    for asked in ({"target_modules": ".*q_proj.*"}, {"target_modules": ".*lora_A.*"}):
+        told = refused(peft.get_peft_model(tiny_model("llama"), peft.LoraConfig(**settings)), **asked)
+        assert "is a PEFT layer" in told and "merge_and_unload()" in told
+
+
+def test_embeddings_of_positions_in_three_dimensions_are_no_experts() -> None:
+    from transformers import ViTConfig, ViTForImageClassification
+
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    sites, _ = found(ViTForImageClassification(ViTConfig(image_size=16, patch_size=4, **sizes)))
+    assert sites and not any("embed" in name for name in sites)
 
 
 def test_frozen_parameters_stay_out_and_a_wholly_frozen_model_says_so() -> None:
