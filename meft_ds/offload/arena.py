@@ -26,6 +26,7 @@ from torch import Tensor
 
 from meft_ds.offload.host_memory import SHM_DIR, no_shared_memory
 from meft_ds.offload.partition import Ranks
+from meft_ds.offload.sizes import in_units
 
 _PREFIX = "meft-ds"
 _OURS = re.compile(_PREFIX + r"-(?P<uid>\d{1,10})-(?P<pid>\d{1,10})-(?P<started>\d{1,20})-[0-9a-f]{16}", re.ASCII)
@@ -195,7 +196,7 @@ def _lock_pages(view: memoryview, memory: mmap.mmap, tensors: list[Tensor], rank
         nbytes = t.numel() * t.element_size()
         if error := _register(t.data_ptr(), nbytes):
             fault = (
-                f"rank {ranks.rank} could not page-lock {nbytes / 2**30:.2f} GiB of the store that ranks share "
+                f"rank {ranks.rank} could not page-lock {in_units(nbytes)} of the store that ranks share "
                 f"(cudaHostRegister: error {error}); lift the container's or driver's limit, or make the store smaller"
             )
             break

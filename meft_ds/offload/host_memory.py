@@ -7,6 +7,8 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from meft_ds.offload.sizes import in_units
+
 _CGROUP_V2 = Path("/sys/fs/cgroup")
 _CGROUP_V1 = Path("/sys/fs/cgroup/memory")
 SHM_DIR = Path("/dev/shm")
@@ -45,13 +47,13 @@ def check_host_memory(needed: int, free: int, *, limit_gb: float | None, detail:
     turn += ', or train fewer base tensors ("train")'
     if limit_gb is not None and needed > limit_gb * 2**30:
         raise ValueError(
-            f"meft_offload needs {_gib(needed)} of host memory ({detail}) but meft_offload.host_memory_gb allows "
-            f"{limit_gb:.2f} GiB. Raise host_memory_gb, {turn}."
+            f"meft_offload needs {in_units(needed)} of host memory ({detail}) but meft_offload.host_memory_gb allows "
+            f"{in_units(limit_gb * 2**30)}. Raise host_memory_gb, {turn}."
         )
     if needed > free:
         raise ValueError(
-            f"meft_offload needs {_gib(needed)} of host memory ({detail}) but only {_gib(free)} are free on this node "
-            f"(container limits included). Free memory, or {turn}."
+            f"meft_offload needs {in_units(needed)} of host memory ({detail}) but only {in_units(free)} are free on "
+            f"this node (container limits included). Free memory, or {turn}."
         )
 
 
@@ -64,22 +66,18 @@ def check_shared_memory(needed: int, free: int, *, knobs: Sequence[str]) -> None
     if needed > free:
         turn = "".join(f"{knob}, " for knob in knobs)
         raise ValueError(
-            f"meft_offload shares one store of {_gib(needed)} between the ranks of this node, but {SHM_DIR} has only "
-            f"{_gib(free)} free. Enlarge it (containers: --shm-size), {turn}or run one rank."
+            f"meft_offload shares one store of {in_units(needed)} between the ranks of this node, but {SHM_DIR} has "
+            f"only {in_units(free)} free. Enlarge it (containers: --shm-size), {turn}or run one rank."
         )
 
 
 def no_shared_memory(needed: int, directory: Path, error: OSError) -> str:
     """What to say when shared memory that was free a moment ago cannot be taken."""
     return (
-        f"meft_offload could not take {_gib(needed)} of {directory}, which the ranks of this node share: "
-        f"{error.strerror or error}; {_gib(free_shared_bytes(directory))} are free now. Enlarge it (containers: "
+        f"meft_offload could not take {in_units(needed)} of {directory}, which the ranks of this node share: "
+        f"{error.strerror or error}; {in_units(free_shared_bytes(directory))} are free now. Enlarge it (containers: "
         "--shm-size), see who else fills it and what limits this process (ulimit -a), or run one rank."
     )
-
-
-def _gib(n: int) -> str:
-    return f"{n / 2**30:.2f} GiB"
 
 
 def _meminfo_available() -> int:

@@ -37,7 +37,16 @@ def host_threads(knob: int | Literal["auto"], ranks: Ranks) -> HostThreads:
         all_allowed = [()] * ranks.world
         dist.all_gather_object(all_allowed, mine, group=ranks.group)
     quota = cpu_quota(Path("/proc/self/cgroup"), Path("/sys/fs/cgroup"))
-    return choose(knob, all_allowed, ranks.rank, omp=os.environ.get("OMP_NUM_THREADS"), quota=quota)
+    omp = os.environ.get("OMP_NUM_THREADS")
+    plan = choose(knob, all_allowed, ranks.rank, omp=omp, quota=quota)
+    if knob == "auto" and _first_number(omp) == 1 and (not dist.is_initialized() or dist.get_rank() == 0):
+        free = choose(knob, all_allowed, ranks.rank, omp=None, quota=quota).threads
+        if free > 1:
+            _warn_once(
+                f"the host update uses 1 thread because OMP_NUM_THREADS is 1, as launchers set it by themselves; this "
+                f"rank could use {free} CPUs: set meft_offload.schedule.host_threads to {free}"
+            )
+    return plan
 
 
 def choose(
@@ -75,7 +84,7 @@ def choose(
         threads = knob
         if threads > len(cpus):
             logger.warning(
-                "meft-ds: host_threads is %d, but rank %d's share of this node is %d CPU(s) (%s): its threads will "
+                "host_threads is %d, but rank %d's share of this node is %d CPU(s) (%s): its threads will "
                 'take turns. Use "auto" or at most %d',
                 *(threads, rank, len(cpus), ",".join(map(str, cpus)), len(cpus)),
             )
@@ -160,7 +169,7 @@ def enter(plan: HostThreads) -> None:
         try:
             os.sched_setaffinity(0, plan.cpus)  # on Linux 0 is the calling thread, not the process
         except OSError as error:
-            _warn_once(f"meft-ds: could not bind the host worker to CPUs {plan.cpus} ({error}); it runs unbound")
+            _warn_once(f"could not bind the host worker to CPUs {plan.cpus} ({error}); it runs unbound")
 
 
 @functools.cache

@@ -111,4 +111,4 @@ def _write(path: Path, events: list[dict[str, Any]], rank: int) -> None:
     try:
         write_text(path, text, sync=False)
     except (OSError, ValueError) as e:  # a full disk must not end the training
-        _logger.warning("meft-ds: the trace %s could not be written: %s", path, e)
+        _logger.warning("the trace %s could not be written: %s", path, e)

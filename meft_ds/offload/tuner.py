@@ -83,7 +83,7 @@ class Tuner:
         if self.choice is None:
             self.choice = choose_mode(forward_s=forward, host_s=updates, up_s=sum(u))
             _logger.info(
-                "meft-ds: schedule mode auto chose %s: per step the host updates take %.1f ms and the way up %.1f ms, "
+                "schedule mode auto chose %s: per step the host updates take %.1f ms and the way up %.1f ms, "
                 "the forward that can hide them %.1f ms",
                 self.choice,
                 updates * 1e3,
@@ -94,7 +94,7 @@ class Tuner:
         first_fcfs = transition(times, backward)
         if self._order is None and self.choice == "eager":
             _logger.info(
-                "meft-ds: eager updates begin: they are clipped by the norm of the window before, and a unit that is "
+                "eager updates begin: they are clipped by the norm of the window before, and a unit that is "
                 "not finite is left out alone; first come first served down to unit %d of %d",
                 first_fcfs,
                 n,

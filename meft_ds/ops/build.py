@@ -60,7 +60,7 @@ def _load_once() -> Any | None:
     except Exception as error:
         reason = next((line for line in reversed(str(error).strip().splitlines()) if line.strip()), repr(error))
         logger.warning(
-            "meft_ds: the C++ host kernels could not be built (%s); going on with the slower plain torch path. "
+            "the C++ host kernels could not be built (%s); going on with the slower plain torch path. "
             "A C++17 compiler and ninja are needed; MEFT_DS_OPS=torch silences this.",
             reason.strip(),
         )

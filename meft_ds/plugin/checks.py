@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from importlib.metadata import version
 from typing import Any
@@ -11,8 +12,18 @@ import torch.distributed as dist
 from packaging.version import Version
 from torch import nn
 
+_logger = logging.getLogger("meft_ds")
+
 TESTED = {"deepspeed": ("0.18.2", "0.19.8"), "transformers": ("4.57.3", "5.23.0")}
 """Oldest and newest version that the tests run against."""
+
+
+def tell(ds_config: Mapping[str, Any]) -> None:
+    """Log which settings have no effect, and versions outside the tested ranges."""
+    for line in [*version_warnings(), *skipped(ds_config)]:
+        # almost every config has this one, and the optimizer state is on the host as it asks
+        level = logging.INFO if line.startswith("zero_optimization.offload_optimizer") else logging.WARNING
+        _logger.log(level, line)
 
 
 def version_warnings() -> list[str]:
@@ -62,7 +73,7 @@ def conflicts(ds_config: Mapping[str, Any]) -> list[str]:
 
 
 def skipped(ds_config: Mapping[str, Any]) -> list[str]:
-    """Settings that have no effect under the block, one warning line each."""
+    """Settings that have no effect under the block, one line each."""
     lines = []
     zero = ds_config.get("zero_optimization") or {}
     if _is_on(zero.get("offload_optimizer")):

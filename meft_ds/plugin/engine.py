@@ -13,8 +13,8 @@ import weakref
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from deepspeed.runtime.engine import DeepSpeedEngine
-from deepspeed.utils import logger
 from torch import nn
 
 from meft_ds import __version__
@@ -23,11 +23,13 @@ from meft_ds.monitor import WindowMonitor
 from meft_ds.offload.at_exit import call_at_exit
 from meft_ds.offload.bus import Bus
 from meft_ds.offload.method import Method, Run
+from meft_ds.offload.sizes import in_units
 from meft_ds.offload.trace import Trace
 from meft_ds.offload.weights import WHOLE
 from meft_ds.offload.window import StepResult
 from meft_ds.offload.wire import Unit
 from meft_ds.plugin import checks, export, methods, setup, trainable
+from meft_ds.plugin.console import show_log
 from meft_ds.plugin.optimizer import MeftOptimizer, adamw_from_config, check_client_optimizer
 from meft_ds.plugin.saving import SavingEngine
 from meft_ds.plugin.stats import Stats
@@ -48,8 +50,8 @@ class MeftEngine(SavingEngine):
 
         ds_config = ds_config_of(args, kwargs)
         show_log()
-        for warning in [*checks.version_warnings(), *checks.skipped(ds_config)]:
-            logger.warning(f"meft-ds: {warning}")
+        if not dist.is_initialized() or dist.get_rank() == 0:
+            checks.tell(ds_config)
         self._meft_config = parse_config(ds_config[BLOCK], checks.conflicts(ds_config))
         if kwargs.get("mpu") is not None:
             raise ValueError(
@@ -63,7 +65,7 @@ class MeftEngine(SavingEngine):
                 "ds_config or pass one to deepspeed.initialize"
             )
         if self.global_rank == 0 and (idle := setup.standing_still(self._meft_run, self.lr_scheduler)):
-            logger.warning(f"meft-ds: {idle}")
+            _log.warning(idle)
 
     # -- overrides ---------------------------------------------------------------------------------------------------
 
@@ -203,7 +205,7 @@ class MeftEngine(SavingEngine):
 
     def _announce(self, method: Method) -> None:
         if self.global_rank == 0:
-            _log.info("meft-ds: %s; training begins", method.summary())
+            _log.info("%s; training begins", method.summary())
 
     def _after_meft_step(self, result: StepResult) -> None:
         # the step has applied what the one before it left under way, and DeepSpeed has not counted its samples yet
@@ -240,20 +242,12 @@ class MeftEngine(SavingEngine):
         return torch.float16 if self.fp16_enabled() else torch.bfloat16 if self.bfloat16_enabled() else torch.float32
 
     def _first_line(self, plan: setup.Plan) -> str:
-        gib = 2**30
         return (
-            f"meft-ds {__version__}: {' and '.join(method.summary() for method in self._meft_methods)}, and "
+            f"version {__version__}: {' and '.join(method.summary() for method in self._meft_methods)}, and "
             f"{plan.dense_parameters:,} dense ones train; "
-            f"per step at most {plan.down / gib:.3f} GiB down, {plan.up / gib:.3f} GiB up; "
-            f"device {plan.device / gib:.3f} GiB at most, host {plan.host / gib:.3f} GiB"
+            f"per step at most {in_units(plan.down)} down, {in_units(plan.up)} up; "
+            f"device {in_units(plan.device)} at most, host {in_units(plan.host)}"
         )
-
-
-def show_log() -> None:
-    """Let users see what is logged; DeepSpeed's own logger hides everything below warnings by default."""
-    _log.setLevel(logging.INFO)
-    if not _log.hasHandlers():
-        _log.addHandler(logging.StreamHandler())
 
 
 def refuse_engine(cls: type) -> None:

@@ -164,7 +164,7 @@ def _save_pretrained(model: Any, directory: Any, *args: Any, **kwargs: Any) -> A
             write_adapter(Path(directory), model)
         else:
             _logger.warning(
-                "meft-ds: no adapter is written to %s: the state dict lacks %s",
+                "no adapter is written to %s: the state dict lacks %s",
                 directory,
                 next(name for name in needed_from(model) if name not in state),
             )

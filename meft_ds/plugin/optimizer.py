@@ -3,19 +3,22 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from deepspeed.runtime.base_optimizer import ZeROOptimizer
 from deepspeed.runtime.fp16.loss_scaler import CreateLossScaler
-from deepspeed.utils import logger
 from torch import Tensor, nn
 
 from meft_ds.offload.pipeline import Pipeline
 from meft_ds.offload.window import StepResult, StepSettings
 from meft_ds.offload.wire import AdamHyper, Unit
+
+logger = logging.getLogger("meft_ds")
 
 _READ = ("lr", "betas", "eps", "weight_decay")
 _IGNORABLE = {"torch_adam", "adam_w_mode", "fp32_optimizer_states", "fused", "foreach", "bias_correction", "amsgrad"}
@@ -110,8 +113,8 @@ class MeftOptimizer(ZeROOptimizer):
         self._global_grad_norm = result.grad_norm
         if not result.overflow:
             self.applied_steps += 1
-        elif not self.dynamic_loss_scale:
-            logger.warning("meft-ds: gradients are not finite, step skipped; weights and moments are unchanged")
+        elif not self.dynamic_loss_scale and self.pipeline.ranks.rank == 0:
+            logger.warning("gradients are not finite, step skipped; weights and moments are unchanged")
         self.loss_scaler.update_scale(result.overflow)
         self._after_step(result)
 
@@ -119,8 +122,8 @@ class MeftOptimizer(ZeROOptimizer):
         """End a window that trained nothing. DeepSpeed sees a skipped step, so LR schedules start with training."""
         result = StepResult(overflow=True, grad_norm=math.nan, times=self.pipeline.pass_over())
         self.overflow, self._global_grad_norm = True, None
-        if not finite and not self.dynamic_loss_scale:
-            logger.warning("meft-ds: gradients are not finite, this batch is not scored")
+        if not finite and not self.dynamic_loss_scale and self.pipeline.ranks.rank == 0:
+            logger.warning("gradients are not finite, this batch is not scored")
         self.loss_scaler.update_scale(not finite)
         self._after_step(result)
 
@@ -204,8 +207,8 @@ def adamw_from_config(
 ) -> torch.optim.AdamW:
     """The ds_config's "optimizer.params" as an AdamW that only serves as the holder of parameter groups."""
     for key in settings:
-        if key not in _READ and key not in _IGNORABLE:
-            logger.warning(f"meft-ds: optimizer.params.{key} is skipped: the host AdamW has no such setting")
+        if key not in _READ and key not in _IGNORABLE and (not dist.is_initialized() or dist.get_rank() == 0):
+            logger.warning("optimizer.params.%s is skipped: the host AdamW has no such setting", key)
     return torch.optim.AdamW(params, **{k: v for k, v in settings.items() if k in _READ})
 
 

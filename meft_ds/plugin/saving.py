@@ -9,6 +9,7 @@ number of ranks.
 from __future__ import annotations
 
 import contextlib
+import logging
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from functools import wraps
@@ -17,7 +18,6 @@ from typing import Any, TypeVar
 
 import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
-from deepspeed.utils import logger
 from torch import nn
 
 from meft_ds.offload import gates
@@ -29,6 +29,8 @@ from meft_ds.plugin.mapping import mapped
 from meft_ds.plugin.optimizer import MeftOptimizer
 from meft_ds.plugin.staging import Saving
 from meft_ds.sparse_matrix.files import merge_base
+
+logger = logging.getLogger("meft_ds")
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -281,7 +283,7 @@ class SavingEngine(DeepSpeedEngine):
         for method in self._meft_methods:
             why = method.untrained(self.optimizer.applied_steps)
             if why and why != self._meft_told:
-                logger.warning(f"meft-ds: {why}")
+                logger.warning(why)
                 self._meft_told = why
 
     # -- helpers -----------------------------------------------------------------------------------------------------

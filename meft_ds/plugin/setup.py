@@ -33,6 +33,7 @@ from meft_ds.offload.layers import layer_of
 from meft_ds.offload.method import Method, Run, base_lr
 from meft_ds.offload.partition import LaneRanks, Ranks, all_reduce_sum
 from meft_ds.offload.pipeline import Pipeline
+from meft_ds.offload.sizes import in_units
 from meft_ds.offload.threads import HostThreads, host_threads
 from meft_ds.offload.threads import enter as enter_threads
 from meft_ds.offload.weights import Weights
@@ -134,7 +135,7 @@ def preflight(run: Run, methods: list[Method], footprints: list[Footprint], spec
     for members in _places(ranks):
         private, free_host, free_shared = ([told[3 * k + i] for k in members] for i in range(3))
         needed = shared + int(sum(private))
-        detail = f"{shared / 2**30:.2f} GiB shared, {sum(private) / 2**30:.2f} GiB moments and buffers"
+        detail = f"{in_units(shared)} shared, {in_units(sum(private))} moments and buffers"
         free, knobs = int(min(free_host)), [method.knob for method in methods]
         check_host_memory(needed, free, limit_gb=limit, detail=detail, knobs=knobs)
         if several:

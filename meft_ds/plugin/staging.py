@@ -25,6 +25,7 @@ from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchChe
 
 from meft_ds import files
 from meft_ds.offload.partition import Ranks
+from meft_ds.offload.sizes import in_units
 
 FOLDER = "meft"
 MANIFEST = "meft_state.json"
@@ -254,5 +255,5 @@ def _reason(e: Exception) -> str:
 def _room(path: Path) -> str:
     for folder in path.parents:
         with contextlib.suppress(OSError):
-            return f"{shutil.disk_usage(folder).free / 2**30:.2f} GiB are free there"
+            return f"{in_units(shutil.disk_usage(folder).free)} are free there"
     return "its folder cannot be read"

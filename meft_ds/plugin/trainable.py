@@ -107,17 +107,17 @@ def _tell(trains: dict[str, str], lost: list[str], fresh: list[str], methods: Se
     told = " and ".join(method.name for method in methods)
     unasked = [f"{name} ({_WHY[why]})" for name, why in trains.items() if why != "train"]
     if unasked:
-        _logger.info('meft-ds: beside %s train %s; "train": [] freezes them', told, listed(unasked))
+        _logger.info('beside %s train %s; "train": [] freezes them', told, listed(unasked))
     if lost:
         _logger.info(
-            'meft-ds: %s freezes what the program left trainable: %s; "train": [...] in the meft_offload block takes '
+            '%s freezes what the program left trainable: %s; "train": [...] in the meft_offload block takes '
             "regular expressions for names that shall train",
             told,
             listed(lost),
         )
     if fresh:
         _logger.warning(
-            "meft-ds: %s not from the checkpoint, and the program froze it: it stays at its random values; "
+            "%s not from the checkpoint, and the program froze it: it stays at its random values; "
             '"train": [...] in the meft_offload block takes regular expressions for names that shall train',
             listed(fresh),
         )

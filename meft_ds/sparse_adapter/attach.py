@@ -123,7 +123,7 @@ class _TokenMask:
     def ignore(self, why: str) -> None:
         if not self._told:
             self._told = True
-            logger.warning("meft-ds: %s; padding tokens, if there are any, will select rows too", why)
+            logger.warning("%s; padding tokens, if there are any, will select rows too", why)
 
 
 class _TakeMask:

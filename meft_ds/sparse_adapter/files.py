@@ -178,7 +178,7 @@ def load_adapter(model: nn.Module, directory: str | Path) -> nn.Module:
     remember(model, saved.base, saved.elsewhere)
     if saved.elsewhere:
         _logger.warning(
-            "meft-ds: %s trained the base that the adapter in %s was saved with, and that is not in its file; load the "
+            "%s trained the base that the adapter in %s was saved with, and that is not in its file; load the "
             "adapter into what save_pretrained wrote, or apply the tiles first",
             " and ".join(saved.elsewhere),
             directory,

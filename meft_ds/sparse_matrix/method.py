@@ -81,7 +81,7 @@ class SparseMatrixMethod(Method):
         self._sites, self._elsewhere = narrow(self._sites, run.groups, tapped_only=self._form == "delta")
         left_out = [*self._left_out, *(f"{name} {why}" for name, why in self._elsewhere.items())]
         if left_out and run.ranks.rank == 0:
-            _logger.info("meft-ds: sparse_matrix leaves out: %s", listed(left_out))
+            _logger.info("sparse_matrix leaves out: %s", listed(left_out))
         check_roles(self._sites, self._config, left_out)
         config = self._config
         if config.choice_file is not None:

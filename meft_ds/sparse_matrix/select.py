@@ -77,7 +77,7 @@ def warn_of_unreached(choice: Choice, scores: Mapping[str, Tensor]) -> None:
     chosen = [tile.name for tile in choice.tiles if tile.name in unreached]
     if chosen:
         _logger.warning(
-            "meft-ds: sparse_matrix: no gradient reached %s, and still %d tiles there are chosen to use up the budget; "
+            "sparse_matrix: no gradient reached %s, and still %d tiles there are chosen to use up the budget; "
             "if these are no experts without tokens, look for what cuts the graph (frozen embeddings under reentrant "
             "gradient checkpointing, say)",
             listed(sorted(set(chosen))),

@@ -55,13 +55,13 @@ class SubspaceMethod(Method):
         sites, excluded = find_matrices(run.model, self._config)
         if run.ranks.rank == 0 and not sites:
             _logger.warning(
-                "meft-ds: subspace compresses nothing: what trains here trains uncompressed. %s. If that is all that "
+                "subspace compresses nothing: what trains here trains uncompressed. %s. If that is all that "
                 "is to train, take subspace out of the meft_offload block; if not, unfreeze the rest, or name matrices "
                 "in subspace.target_modules",
                 listed(excluded) or "The model has no linear layers",
             )
         elif excluded and run.ranks.rank == 0:
-            _logger.info("meft-ds: subspace leaves uncompressed: %s", listed(excluded))
+            _logger.info("subspace leaves uncompressed: %s", listed(excluded))
         if run.weights.partitioned:
             if self._config.rounding == "residual":
                 raise ValueError(

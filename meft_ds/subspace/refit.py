@@ -165,7 +165,7 @@ class Refit:
     def _warn_of_time(self, matrix: Matrix) -> None:
         if not self._gave_up:
             _logger.warning(
-                "meft-ds: fitting projectors reached subspace.fit_seconds = %g at %s; matrices left keep what they "
+                "fitting projectors reached subspace.fit_seconds = %g at %s; matrices left keep what they "
                 "have, and this run cannot be repeated bit for bit. Raise fit_seconds or lower fit_steps",
                 self._config.fit_seconds,
                 matrix.name,

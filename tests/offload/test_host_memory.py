@@ -24,7 +24,7 @@ def test_the_users_own_limit_counts_even_when_more_is_free() -> None:
 
 
 def test_small_shared_memory_file_system_is_an_error_with_the_fix() -> None:
-    with pytest.raises(ValueError, match=r"1\.00 GiB .*0\.06 GiB free.*--shm-size.*sparse_adapter\.rows"):
+    with pytest.raises(ValueError, match=r"1\.00 GiB .*64\.0 MiB free.*--shm-size.*sparse_adapter\.rows"):
         check_shared_memory(GIB, 64 * 2**20, knobs=KNOBS)
 
 

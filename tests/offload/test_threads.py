@@ -7,7 +7,7 @@ import sys
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import pytest
 import torch
@@ -102,6 +102,42 @@ def test_ranks_of_a_node_share_its_quota_even_if_they_are_bound() -> None:
     assert auto([EIGHT] * 2, quota=4.0).threads == 2
     assert auto([(0, 1, 2, 3), (4, 5, 6, 7)], quota=4.0).threads == 2
     assert auto([EIGHT] * 3, quota=1.0).threads == 1
+
+
+@pytest.mark.parametrize(
+    ("knob", "omp", "rank", "told"),
+    [
+        ("auto", "1", 0, True),
+        ("auto", "1", 1, False),
+        ("auto", "2", 0, False),
+        ("auto", "", 0, False),
+        (1, "1", 0, False),
+    ],
+)
+def test_a_launchers_omp_num_threads_is_warned_of_with_the_figure_and_the_knob(
+    knob: Any, omp: str, rank: int, told: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", omp)
+    monkeypatch.setattr(threads, "allowed_cpus", lambda: EIGHT)
+    monkeypatch.setattr(threads, "cpu_quota", lambda membership, root: None)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: rank)
+    threads._warn_once.cache_clear()
+    for _ in range(2):
+        host_threads(knob, Ranks(rank=0, world=1))
+    lines = [record.getMessage() for record in caplog.records]
+    assert len(lines) == told
+    if told:
+        assert "uses 1 thread because OMP_NUM_THREADS is 1" in lines[0] and "host_threads to 8" in lines[0]
+
+
+def test_a_rank_that_has_one_cpu_is_not_told_of_omp_num_threads(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setattr(threads, "allowed_cpus", lambda: (3,))
+    host_threads("auto", Ranks(rank=0, world=1))
+    assert not caplog.records
 
 
 def test_a_number_wins_over_every_bound_and_only_an_excess_over_the_cpus_is_warned_of(

@@ -262,6 +262,14 @@ def little_shared_memory(folder: Path, what: str) -> str:
     return ""
 
 
+def settings_without_effect(folder: Path) -> None:
+    """An engine whose config has settings that are skipped, on ranks whose log is looked at."""
+    config = ds_config(prescale_gradients=True)
+    config["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
+    config["optimizer"]["params"]["nesterov"] = True
+    make_engine(config)
+
+
 def killed_at_every_step_of_a_save(folder: Path, mode: str) -> dict[str, int]:
     """One rank dies at the n-th thing that a save does to files, for all n, and what is there is loaded."""
     engine, other = engine_for(mode="serial"), engine_for(seed=9, mode="serial")

@@ -41,7 +41,9 @@ def test_a_disk_that_is_full_at_any_byte_is_an_error_on_every_rank_and_harms_not
         expected = {"meft_state.json": "meft_state.json: No space left", "latest": "latest: No space left"}.get(
             limit, r"mp_rank_00_model_states.pt: |\.safetensors: .*File too large"
         )
-        assert re.search(f"rank {victim} could not write .*({expected}).*GiB are free there. Make room", message), limit
+        assert re.search(f"rank {victim} could not write .*({expected}).*[KMG]iB are free there. Make room", message), (
+            limit
+        )
         assert ("can be loaded by its tag" if limit == "latest" else "of it is left") in message
 
 
@@ -115,11 +117,27 @@ def test_a_save_in_the_middle_of_a_step_is_refused(ranks: Forge, tmp_path: Path)
     assert "in the middle of a step" in found["eager"]
 
 
+def test_the_first_rank_alone_tells_what_is_active_and_what_is_skipped(ranks: Forge, tmp_path: Path) -> None:
+    first, second = ranks.run(RANKS + "settings_without_effect", tmp_path)
+    assert first.code == second.code == 0, first.log + second.log
+    told = [line for line in first.log.splitlines() if line.startswith("meft-ds: ")]
+    assert [line.split(" is skipped")[0] for line in told if " is skipped" in line] == [
+        "meft-ds: zero_optimization.offload_optimizer",
+        "meft-ds: prescale_gradients",
+        "meft-ds: optimizer.params.nesterov",
+    ]
+    assert sum("version " in line for line in told) == 1
+    assert "meft" not in second.log
+
+
 @pytest.mark.parametrize(
     ("what", "told"),
     [
-        ("seen by one rank", r"one store of 0\.00 GiB .* only 0\.00 GiB free.*--shm-size.*lower \"sparse_adapter.rows"),
-        ("full after the check", r"could not take .* No space left on device; .* GiB are free now.*--shm-size"),
+        (
+            "seen by one rank",
+            r"one store of [\d.]+ KiB .* only [\d.]+ KiB free.*--shm-size.*lower \"sparse_adapter.rows",
+        ),
+        ("full after the check", r"could not take .* No space left on device; .* [KMG]iB are free now.*--shm-size"),
         ("a limit after the check", r"could not take .* File too large; .*ulimit"),
         ("no mapping", r"could not take .* Cannot allocate memory"),
     ],

@@ -268,5 +268,5 @@ def test_one_line_at_the_start_says_what_is_active(caplog: pytest.LogCaptureFixt
     with caplog.at_level("INFO", logger="meft_ds"):
         make_engine(ds_config(precision="bf16"))
     (line,) = [r.getMessage() for r in caplog.records if r.name == "meft_ds"]
-    for part in ("sparse_adapter on 2 layers", "r=40", "N=7", "2,560 row parameters", "224 dense", "GiB down", "host"):
+    for part in ("sparse_adapter on 2 layers", "r=40", "N=7", "2,560 row parameters", "224 dense", "KiB down", "host"):
         assert part in line, part
