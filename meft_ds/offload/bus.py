@@ -50,6 +50,7 @@ class Bus:
         self._staging: dict[Hashable, Tensor] = {}
         self._runtime: Any = None if self.is_host else torch.get_device_module(device)
         self._streams: dict[str, Any] = {}
+        self._training: Any = None
         if self._runtime is not None:
             self._streams = {name: self._runtime.Stream(device) for name in ("down", "up")}
 
@@ -184,6 +185,23 @@ class Bus:
                 stream.wait_event(after)
             yield
         stream.synchronize()
+
+    def enter(self) -> None:
+        """The current stream is the one that trains."""
+        if self._runtime is not None:
+            self._training = self._runtime.current_stream(self.device)
+
+    @contextlib.contextmanager
+    def training(self) -> Iterator[None]:
+        """Work inside runs on the stream that trains, and the current stream goes on after it."""
+        current = None if self._runtime is None else self._runtime.current_stream(self.device)
+        if self._training is None or current == self._training:
+            yield
+            return
+        with self._runtime.stream(self._training):
+            yield
+            done = self.mark()
+        self.wait(done)
 
     def use_device(self) -> None:
         """Make `device` the calling thread's current one."""

@@ -59,7 +59,7 @@ class DenseUnit(FlatUnit):
     def allocate(self) -> None:
         """Also take master and moments; the master starts as the parameters are now."""
         super().allocate()
-        own = torch.cat([self._own_part(p, offset) for (_, p), offset in zip(self.params, self._offsets, strict=True)])
+        own = self._own_values()
         self._adam = FlatAdam(own.float().clone(), self._reply, self._moments_dtype)
         self._reply.copy_(own)
 
@@ -74,6 +74,15 @@ class DenseUnit(FlatUnit):
     def change(self, reply: Tensor) -> None:
         for (_, p), offset in zip(self.params, self._offsets, strict=True):
             self.weights.write(p, reply[offset : offset + numel_of(p)])
+
+    @torch.no_grad()
+    def adopt(self) -> None:
+        assert self._adam is not None
+        self._adam.adopt(self._own_values(), self._reply)
+
+    def _own_values(self) -> Tensor:
+        """What this rank owns, as the parameters are now, on the host. Collective where they are partitioned."""
+        return torch.cat([self._own_part(p, offset) for (_, p), offset in zip(self.params, self._offsets, strict=True)])
 
     def _own_part(self, p: nn.Parameter, offset: int) -> Tensor:
         """What this rank owns of a parameter, as it is now, on the host."""

@@ -9,6 +9,7 @@ parameters.
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
@@ -18,6 +19,7 @@ from meft_ds import ops
 from meft_ds.offload.bus import Bus
 from meft_ds.offload.gradients import hand_over
 from meft_ds.offload.partition import Ranks, owned_range
+from meft_ds.offload.waiting import unwatch, watch
 from meft_ds.offload.weights import WHOLE, Weights
 from meft_ds.offload.wire import AdamHyper, Footprint, Unit
 
@@ -94,6 +96,16 @@ class FlatUnit(Unit):
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
+
+    def hold(self, apply: Callable[[], None]) -> None:
+        if not self.weights.partitioned:  # slices are guarded where they are gathered
+            watch((p for _, p in self.params), apply)
+
+    def unhold(self) -> None:
+        unwatch(p for _, p in self.params)
+
+    def versions(self) -> tuple[int, ...]:
+        return () if self.weights.partitioned else tuple(p._version for _, p in self.params)
 
     def footprint(self) -> Footprint:
         own, size, wire = self._hi - self._lo, self._dtype.itemsize, self._wire_dtype.itemsize

@@ -2,8 +2,11 @@
 """Gates: hooks before a model's forwards that let no parameter be read while its update is under way.
 
 A parameter's gates are the module that holds it and, for parameters inside a numbered block (`layers.3`), that block,
-which may read them without calling their module. Until a unit's gates were seen to open before its gradients came, the
-whole model's forward waits for it instead.
+which may read them without calling their module. They are where a forward waits as late as it can. Whoever reads a
+parameter elsewhere waits too (`meft_ds.offload.waiting`).
+
+A forward may begin at the model, at a model inside it or at any gate: programs with a loss of their own call what is
+inside.
 """
 
 from __future__ import annotations
@@ -11,7 +14,7 @@ from __future__ import annotations
 import sys
 import weakref
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from types import FrameType
 from typing import Any
 
@@ -26,18 +29,20 @@ _CALL = nn.Module._wrapped_call_impl.__code__
 
 def install(model: nn.Module, units: Sequence[FlatUnit], pipeline: Pipeline) -> list[Any]:
     """Register the hooks; returns their handles."""
-    gates = _Gates(pipeline, units)
-    guarded: dict[nn.Module, dict[int, set[int]]] = defaultdict(lambda: defaultdict(set))
+    gates = _Gates(pipeline, units, model.modules())
+    guarded: dict[nn.Module, set[int]] = defaultdict(set)
     names = {id(p): name for name, p in model.named_parameters()}
     modules = dict(model.named_modules())
     shared = _holders(model)
     for index, unit in enumerate(units):
-        for slot, (_, p) in enumerate(unit.params):
+        for _, p in unit.params:
             for holder in {*shared[id(p)], *_blocks(names[id(p)], modules)}:
-                guarded[holder][index].add(slot)
-    handles: list[Any] = [
-        model.register_forward_pre_hook(_Open(gates), prepend=True),
-        model.register_forward_hook(_Close(gates), always_call=True),
+                guarded[holder].add(index)
+    handles: list[Any] = []
+    for outer in {name: modules[name] for p in names.values() for name in _around(p)}.values():
+        handles.append(outer.register_forward_pre_hook(_Open(gates), prepend=True))
+        handles.append(outer.register_forward_hook(_Close(gates), always_call=True))
+    handles += [
         model.register_state_dict_pre_hook(_Flush(gates)),
         model.register_load_state_dict_pre_hook(_Flush(gates)),  # what is under way would overwrite what was loaded
     ]
@@ -73,14 +78,20 @@ def inside_forward(model: nn.Module) -> bool:
 class _Gates:
     """What the hooks share. It holds the pipeline weakly: a model may outlive its engine."""
 
-    def __init__(self, pipeline: Pipeline | None, units: Sequence[FlatUnit]) -> None:
+    def __init__(self, pipeline: Pipeline | None, units: Sequence[FlatUnit], modules: Iterable[nn.Module] = ()) -> None:
         self.find = weakref.ref(pipeline) if pipeline is not None else _nobody
         self.units = [weakref.ref(unit) for unit in units]
-        self.unseen = [set(range(len(unit.params))) for unit in units]  # parameters whose gates never opened yet
+        self.outermost: nn.Module | None = None  # whose forward is running; left behind by Ctrl-C
+        self._modules = list(modules)
 
     def need(self, pipeline: Pipeline, index: int) -> None:
         if (unit := self.units[index]()) is not None:
             pipeline.needed(unit)
+
+    @property
+    def compiled(self) -> bool:
+        """Whether something runs as compiled code: its guards must not meet a parameter that waits."""
+        return any(module._compiled_call_impl is not None for module in self._modules)
 
 
 class _Hook:
@@ -93,22 +104,32 @@ class _Hook:
 
 
 class _Open(_Hook):
-    def __call__(self, model: nn.Module, args: Any) -> None:
-        pipeline = self.gates.find()
+    """Before the model's forward, or that of a part which holds blocks."""
+
+    def __call__(self, module: nn.Module, args: Any) -> None:
+        gates = self.gates
+        pipeline = gates.find()
         if pipeline is None or _recomputing():
             return
-        pipeline.begin_forward(training=model.training)
-        for index, unseen in enumerate(self.gates.unseen):
-            if unseen:
-                self.gates.need(pipeline, index)
-        if model.training:
-            pipeline.timeline.mark("forward")
+        # not module.training: models that `from_pretrained` leaves in eval mode train too
+        training = torch.is_grad_enabled()
+        pipeline.begin_forward(training=training)
+        if gates.outermost in (None, module):
+            gates.outermost = module
+            if gates.compiled:
+                pipeline.flush()
+            if training:
+                pipeline.timeline.mark("forward")
 
 
 class _Close(_Hook):
-    def __call__(self, model: nn.Module, args: Any, output: Any) -> None:
-        pipeline = self.gates.find()
-        if pipeline is not None and model.training and not _recomputing():
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
+        gates = self.gates
+        pipeline = gates.find()
+        if gates.outermost is not module or pipeline is None or _recomputing():
+            return
+        gates.outermost = None
+        if torch.is_grad_enabled():
             pipeline.timeline.mark("forward_end")
 
 
@@ -119,19 +140,19 @@ class _Flush(_Hook):
 
 
 class _Pass(_Hook):
-    """Gate of the parameters `slots` of units by their index."""
+    """Gate of units by their index."""
 
-    def __init__(self, gates: _Gates, slots: Mapping[int, set[int]] | None = None) -> None:
+    def __init__(self, gates: _Gates, units: Iterable[int] = ()) -> None:
         super().__init__(gates)
-        self.slots = dict(slots or {})
+        self.units = sorted(units)
 
     def __call__(self, module: nn.Module, args: Any) -> None:
         pipeline = self.gates.find()
         if pipeline is None:
             return
-        for index, slots in self.slots.items():
-            if self.gates.unseen[index]:
-                self.gates.unseen[index] -= slots
+        if not pipeline.window_begun and torch.is_grad_enabled() and not _recomputing():
+            pipeline.begin_forward(training=True)  # the program called a part that no `_Open` stands before
+        for index in self.units:
             self.gates.need(pipeline, index)
 
 
@@ -157,7 +178,15 @@ def _holders(model: nn.Module) -> dict[int, list[nn.Module]]:
 def _blocks(name: str, modules: dict[str, nn.Module]) -> list[nn.Module]:
     """The outermost numbered module on the way to a parameter, and those between it and the parameter."""
     parts = name.split(".")[:-1]
-    number = next((i for i, part in enumerate(parts) if part.isdigit()), None)
-    if number is None:
-        return []
+    number = _first_number(parts)
     return [modules[".".join(parts[:end])] for end in range(number + 1, len(parts) + 1)]
+
+
+def _around(name: str) -> list[str]:
+    """Names of the modules around a parameter's block, or around the module that holds it: the model's is ""."""
+    parts = name.split(".")[:-1]
+    return [".".join(parts[:end]) for end in range(min(_first_number(parts), max(len(parts) - 1, 0)) + 1)]
+
+
+def _first_number(parts: Sequence[str]) -> int:
+    return next((i for i, part in enumerate(parts) if part.isdigit()), len(parts))

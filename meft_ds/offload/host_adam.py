@@ -53,6 +53,13 @@ class FlatAdam:
             replica=self.replica,
         )
 
+    def adopt(self, now: Tensor, known: Tensor) -> None:
+        """Let the master take over values [n] that the model holds `now` and that are not those last sent, `known`."""
+        edited = now != known
+        if bool(edited.any()):
+            self.master[edited] = now[edited].float()
+            known.copy_(now)
+
     def tensors(self) -> dict[str, Tensor]:
         """Live state tensors by name."""
         return {"master": self.master, "exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq}

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import logging
 import math
+import threading
 import weakref
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -77,6 +78,7 @@ class Pipeline:
         self._ranks_of = lane_ranks if lane_ranks is not None else LaneRanks.shared(ranks)
         self._progress = Progress()
         self.applying = False  # an update is being waited for or put into the weights
+        self._one_applies = threading.RLock()  # the thread that trains, or one that touched a weight
         if lanes is None and not self.overlaps:
             lanes = Lanes.inline()
         elif lanes is None:
@@ -144,6 +146,21 @@ class Pipeline:
         if entry.pending and torch._C._current_graph_task_id() == -1:
             self._apply(entry)
 
+    def touched(self, unit: Unit) -> None:
+        """The program is about to read or write `unit`'s parameters by itself: apply the update that is under way.
+
+        Raises:
+            RuntimeError: inside an update, where only a signal handler can touch them.
+        """
+        entry = self._of[id(unit)]
+        entry.exposed = True
+        with self._one_applies:
+            self._refuse_inside_apply()
+            if entry.pending:
+                self._apply(entry)
+            else:
+                unit.unhold()
+
     def _backward_ended(self) -> None:
         self._window.in_backward = False
         self.timeline.mark("backward_end")
@@ -161,6 +178,7 @@ class Pipeline:
         for entry in self._entries:
             if entry.quiet:
                 entry.unit.end_quiet()
+        self._adopt_late_edits()
         self._send_the_rest()
         total = self._agreed_sq_norm()
         settings = self._settings_now()
@@ -178,6 +196,10 @@ class Pipeline:
                 entry.unit.discard()
         if not self.overlaps:
             self.flush()
+        for entry in self._entries:
+            if entry.pending:
+                entry.unit.hold(partial(_touched, weakref.ref(self), weakref.ref(entry.unit)))
+        self.bus.enter()
         self.tuner.saw_norm(grad_norm)
         times = self.timeline.close_window()
         self.tuner.saw(times)
@@ -198,14 +220,12 @@ class Pipeline:
             RuntimeError: inside an update, where only a signal handler can call it: it would be applied twice.
         """
         self._progress.check()
-        if self.applying:
-            raise RuntimeError(
-                "meft-ds: weights or state were asked for while an update was being applied, from a signal handler "
-                "perhaps. Let the handler set a flag, and do this after engine.step() has returned"
-            )
-        for entry in self._entries:
-            if entry.pending:
-                self._apply(entry)
+        with self._one_applies:
+            self._refuse_inside_apply()
+            for entry in self._entries:
+                entry.exposed = True
+                if entry.pending:
+                    self._apply(entry)
 
     def close(self, *, exiting: bool = False) -> None:
         """Stop the lanes and stop listening to the model. Updates under way are applied unless a lane has failed.
@@ -220,6 +240,7 @@ class Pipeline:
             self._cancel_exit()
             self._lanes.close()
             for unit in self.units:
+                unit.unhold()
                 unit.release()
                 unit.listener = None
             if usable and not exiting:
@@ -234,10 +255,18 @@ class Pipeline:
         except RuntimeError as error:
             _logger.warning("%s", error)
 
+    @property
+    def window_begun(self) -> bool:
+        """Whether the open window has seen a forward that may train."""
+        return self._window.begun
+
     def begin_forward(self, *, training: bool) -> None:
-        """Called before the model's forward: nothing under way may be left to an evaluation or a quiet window."""
+        """Called before a forward: nothing under way may be left to an evaluation or a quiet window.
+
+        `training`: whether gradients may come of it. May be called several times in one forward.
+        """
         self._progress.check()
-        begins = torch.is_grad_enabled() and not self._window.begun  # some programs train in eval mode
+        begins = training and not self._window.begun
         if begins:
             self._window.begun = True
             for entry in self._entries:
@@ -298,9 +327,26 @@ class Pipeline:
             self._send(entry)
         self._window.next_to_send = len(self._entries)
 
+    def _adopt_late_edits(self) -> None:
+        """The program may have written weights after their payload left."""
+        for entry in self._entries:
+            if not entry.sent or entry.versions == entry.unit.versions():
+                continue
+            if entry.early:
+                raise RuntimeError(
+                    f"meft-ds: the program wrote into the weights of {entry.unit.name} after backward and before "
+                    "engine.step(), when their update had begun. Write them after step(), or set "
+                    'meft_offload.schedule.mode to "exact"'
+                )
+            entry.unit.adopt()
+
     def _send(self, entry: Entry) -> None:
         entry.sent, entry.measured, entry.late = True, False, False
         entry.early = self.tuner.eager_now and entry.reliable and not entry.quiet
+        versions = entry.unit.versions()
+        if entry.exposed or versions != entry.versions:
+            entry.unit.adopt()
+        entry.exposed, entry.versions = False, versions
         if entry.early:
             self._settings_now()
             if not self._window.update_order:
@@ -378,23 +424,35 @@ class Pipeline:
                 self._update(entry, settings, settings.grad_scale * clip_factor(settings.clip, norm))
 
     def _apply(self, entry: Entry) -> None:
-        self.applying = True
-        try:
-            if not entry.pending:  # a signal handler came in between and has flushed
-                return
-            if not entry.updated:
-                with self.timeline.span("main", "stall", entry.unit.name):
-                    self._progress.wait_for([entry], "updated")
-            with self.timeline.span("main", "apply", entry.unit.name):
-                self.bus.wait(entry.up_mark)
-                try:
-                    entry.unit.apply()
-                    entry.pending = entry.updated = False
-                except BaseException as error:  # an interrupt too: half of the update may be in the weights
-                    self.fail(error)
-                    raise
-        finally:
-            self.applying = False
+        with self._one_applies:
+            self.applying = True
+            try:
+                if not entry.pending:  # another thread or a signal handler came in between
+                    return
+                if not entry.updated:
+                    with self.timeline.span("main", "stall", entry.unit.name):
+                        self._progress.wait_for([entry], "updated")
+                with self.timeline.span("main", "apply", entry.unit.name), self.bus.training():
+                    self.bus.wait(entry.up_mark)
+                    try:
+                        with torch._C.DisableTorchFunctionSubclass():  # the parameters still wait, for other threads
+                            entry.unit.apply()
+                        entry.pending = entry.updated = False
+                        entry.versions = entry.unit.versions()
+                        entry.unit.unhold()
+                    except BaseException as error:  # an interrupt too: half of the update may be in the weights
+                        self.fail(error)
+                        raise
+            finally:
+                self.applying = False
+
+    def _refuse_inside_apply(self) -> None:
+        """Another thread waits for the lock, so only a signal handler on this one comes here inside an update."""
+        if self.applying:
+            raise RuntimeError(
+                "meft-ds: weights or state were asked for while an update was being applied, from a signal handler "
+                "perhaps. Let the handler set a flag, and do this after engine.step() has returned"
+            )
 
     # -- helpers -------------------------------------------------------------------------------------------------------
 
@@ -407,6 +465,17 @@ class Pipeline:
     def fail(self, error: BaseException) -> None:
         """Called on a lane: the thread that trains learns of it at its next call."""
         self._progress.fail(error)
+
+
+def _touched(pipeline: weakref.ref[Pipeline], unit: weakref.ref[Unit]) -> None:
+    # weak: a model that outlives its engine must not keep the engine's memory alive
+    found = unit()
+    if found is None:
+        return
+    if (alive := pipeline()) is not None:
+        alive.touched(found)
+    else:
+        found.unhold()
 
 
 def _failing(pipeline: weakref.ref[Pipeline]) -> Callable[[BaseException], None]:

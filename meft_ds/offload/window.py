@@ -59,6 +59,8 @@ class Entry:
     pending: bool = False  # an update was handed over and not yet applied
     updated: bool = False  # its reply is on the device
     up_mark: Any = None
+    exposed: bool = True  # the program may have written into the parameters since the last payload left
+    versions: tuple[int, ...] = ()  # the parameters' own, when the update was applied or the payload left
 
     def open_window(self) -> None:
         self.ready = self.sent = self.late = self.measured = self.early = self.decided = False

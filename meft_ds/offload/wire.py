@@ -17,6 +17,7 @@ one registration.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -78,6 +79,19 @@ class Unit(ABC):
 
     def release(self) -> None:  # noqa: B027 - most units listen to nothing
         """Stop listening to the model; called once, at the end."""
+
+    def hold(self, apply: Callable[[], None]) -> None:  # noqa: B027 - rows wait by themselves
+        """An update is under way after its step: have `apply` called before anything touches what it changes."""
+
+    def unhold(self) -> None:  # noqa: B027 - rows wait by themselves
+        """The update was applied, or never will be."""
+
+    def adopt(self) -> None:  # noqa: B027 - not all formats keep a copy of what the model holds
+        """Let the state follow what the program wrote into the unit's parameters. Nothing of the unit is under way."""
+
+    def versions(self) -> tuple[int, ...]:
+        """Numbers that differ when the program has written into the unit's parameters."""
+        return ()
 
     def wants_quiet(self, step: int) -> bool:
         """Whether the window after `step` updates of this unit must be a *quiet* one.

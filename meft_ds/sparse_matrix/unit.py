@@ -162,6 +162,12 @@ class BlocksUnit(FlatUnit):
         else:
             self._write(reply, self.matrices)
 
+    @torch.no_grad()
+    def adopt(self) -> None:
+        assert self._adam is not None
+        if self.form == "value":  # in the delta form the master is what is added to the weight, whatever that is
+            self._adam.adopt(self.values()[self._lo : self._hi].to(self._reply.device), self._reply)
+
     # -- values --------------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
