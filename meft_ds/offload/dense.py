@@ -10,10 +10,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from meft_ds.offload.flat import FlatUnit
+from meft_ds.offload.flat import MOMENTS, FlatUnit
 from meft_ds.offload.host_adam import FlatAdam
 from meft_ds.offload.partition import Ranks
-from meft_ds.offload.weights import WHOLE, Weights, numel_of
+from meft_ds.offload.weights import WHOLE, Weights, numel_of, shape_of
 from meft_ds.offload.wire import AdamHyper
 
 
@@ -59,7 +59,7 @@ class DenseUnit(FlatUnit):
     def allocate(self) -> None:
         """Also take master and moments; the master starts as the parameters are now."""
         super().allocate()
-        own = self._own_values()
+        own = torch.cat([self._own_part(p, offset) for (_, p), offset in zip(self.params, self._offsets, strict=True)])
         self._adam = FlatAdam(own.float().clone(), self._reply, self._moments_dtype)
         self._reply.copy_(own)
 
@@ -75,20 +75,63 @@ class DenseUnit(FlatUnit):
         for (_, p), offset in zip(self.params, self._offsets, strict=True):
             self.weights.write(p, reply[offset : offset + numel_of(p)])
 
-    @torch.no_grad()
     def adopt(self) -> None:
-        assert self._adam is not None
-        self._adam.adopt(self._own_values(), self._reply)
+        for _, p in self.params:
+            self.adopt_one(p)
 
-    def _own_values(self) -> Tensor:
-        """What this rank owns, as the parameters are now, on the host. Collective where they are partitioned."""
-        return torch.cat([self._own_part(p, offset) for (_, p), offset in zip(self.params, self._offsets, strict=True)])
+    @torch.no_grad()
+    def adopt_one(self, p: Tensor) -> None:
+        assert self._adam is not None
+        offset = next(at for (_, q), at in zip(self.params, self._offsets, strict=True) if q is p)
+        lo, hi = self._own_range(p, offset)
+        now = p.detach().reshape(-1)[lo:hi].cpu()
+        self._adam.adopt(now, self._reply, max(offset - self._lo, 0))
+
+    def full(self, index: int) -> Tensor:
+        assert self._adam is not None
+        return self._of(index, self.gathered(self._adam.master))
+
+    @torch.no_grad()
+    def set_full(self, index: int, value: Tensor) -> None:
+        assert self._adam is not None
+        self._put(index, self._adam.master, self._checked(index, value))
+        super().set_full(index, value)
+        self.after_load()
+
+    def full_moment(self, index: int, key: str) -> Tensor:
+        return self._of(index, self.gathered(self._moment(index, key)).float())
+
+    @torch.no_grad()
+    def set_full_moment(self, index: int, value: Tensor, key: str) -> None:
+        self._put(index, self._moment(index, key), self._checked(index, value))
+
+    def _moment(self, index: int, key: str) -> Tensor:
+        if key not in MOMENTS:
+            raise ValueError(self._no_moment(index, key))
+        return self.state_tensors()[key]
+
+    def _of(self, index: int, flat: Tensor) -> Tensor:
+        """Parameter `index`'s part of a vector [numel], in its shape."""
+        _, p = self.params[index]
+        return flat[self._offsets[index] : self._offsets[index] + numel_of(p)].view(shape_of(p)).clone()
+
+    def _put(self, index: int, own: Tensor, value: Tensor) -> None:
+        """Write parameter `index`'s value into this rank's slice `own` of a vector, as far as it lies in it."""
+        offset, n = self._offsets[index], value.numel()
+        lo, hi = max(self._lo, offset), min(self._hi, offset + n)
+        if lo < hi:
+            own[lo - self._lo : hi - self._lo] = value.reshape(-1)[lo - offset : hi - offset].to(own)
 
     def _own_part(self, p: nn.Parameter, offset: int) -> Tensor:
         """What this rank owns of a parameter, as it is now, on the host."""
-        lo, hi = (min(max(edge - offset, 0), numel_of(p)) for edge in (self._lo, self._hi))
+        lo, hi = self._own_range(p, offset)
         with self.weights.whole([p]):
             return p.detach().reshape(-1)[lo:hi].cpu()
+
+    def _own_range(self, p: Tensor, offset: int) -> tuple[int, int]:
+        """[lo, hi) of a flattened parameter's elements that this rank owns."""
+        lo, hi = (min(max(edge - offset, 0), numel_of(p)) for edge in (self._lo, self._hi))
+        return lo, hi
 
     def state_tensors(self) -> dict[str, Tensor]:
         assert self._adam is not None

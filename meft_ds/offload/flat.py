@@ -20,8 +20,10 @@ from meft_ds.offload.bus import Bus
 from meft_ds.offload.gradients import hand_over
 from meft_ds.offload.partition import Ranks, owned_range
 from meft_ds.offload.waiting import unwatch, watch
-from meft_ds.offload.weights import WHOLE, Weights
+from meft_ds.offload.weights import WHOLE, Weights, shape_of
 from meft_ds.offload.wire import AdamHyper, Footprint, Unit
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class FlatUnit(Unit):
@@ -103,6 +105,9 @@ class FlatUnit(Unit):
 
     def unhold(self) -> None:
         unwatch(p for _, p in self.params)
+
+    def adopt_one(self, p: Tensor) -> None:  # noqa: B027 - not all formats keep a copy of what the model holds
+        """`adopt` of one parameter, which is whole now: partitioned ones are so only inside a gather."""
 
     def versions(self) -> tuple[int, ...]:
         return () if self.weights.partitioned else tuple(p._version for _, p in self.params)
@@ -226,6 +231,56 @@ class FlatUnit(Unit):
 
     def discard(self) -> None:
         self._open_window()
+
+    # -- state in the shapes of parameters --------------------------------------------------------------------------
+
+    def full(self, index: int) -> Tensor:
+        """Parameter `index` in float32, as exactly as the unit knows it: on the device, in its shape. Collective."""
+        _, p = self.params[index]
+        with self.weights.whole([p]):
+            return p.detach().to(torch.float32, copy=True)
+
+    @torch.no_grad()
+    def set_full(self, index: int, value: Tensor) -> None:
+        """Counterpart of `full`; the parameter follows. Every rank gives the same value."""
+        _, p = self.params[index]
+        self.weights.write(p, self._checked(index, value).to(p.dtype).reshape(-1))
+
+    def full_moment(self, index: int, key: str) -> Tensor:
+        """AdamW's moment `key` of parameter `index`, float32, as `full`. Collective.
+
+        Raises:
+            ValueError: when the format has none in the parameter's shape.
+        """
+        raise ValueError(self._no_moment(index, key))
+
+    def set_full_moment(self, index: int, value: Tensor, key: str) -> None:
+        """Counterpart of `full_moment`."""
+        raise ValueError(self._no_moment(index, key))
+
+    def _no_moment(self, index: int, key: str) -> str:
+        name = self.params[index][0]
+        if key not in MOMENTS:
+            return f"meft-ds: {name} has no optimizer state {key!r}; AdamW's are {' and '.join(MOMENTS)}"
+        return f"meft-ds: {name} has no {key} in its own shape: it trains in the {self.wire!r} format"
+
+    def _checked(self, index: int, value: Tensor) -> Tensor:
+        name, p = self.params[index]
+        if value.shape != shape_of(p):
+            raise ValueError(f"meft-ds: {name} has shape {tuple(shape_of(p))}, but the value has {tuple(value.shape)}")
+        return value.to(self._device, torch.float32)
+
+    def gathered(self, own: Tensor) -> Tensor:
+        """A vector [numel] of which every rank gives its slice `own`, on the device. Collective."""
+        if self._ranks.world == 1:
+            return own.to(self._device)
+        slices = self._slices()
+        # rows of one length, because not every backend gathers slices of different sizes
+        rows = torch.zeros(len(slices) + 1, max(hi - lo for lo, hi in slices), dtype=own.dtype, device=self._device)
+        *everyone, mine = rows.unbind(0)
+        mine[: self._hi - self._lo] = own
+        dist.all_gather(everyone, mine, group=self._ranks.group)
+        return torch.cat([row[: hi - lo] for row, (lo, hi) in zip(everyone, slices, strict=True)])
 
     def state_range(self) -> tuple[int, int, int]:
         return self._lo, self._hi, self.numel

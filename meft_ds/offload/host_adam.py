@@ -53,11 +53,17 @@ class FlatAdam:
             replica=self.replica,
         )
 
-    def adopt(self, now: Tensor, known: Tensor) -> None:
-        """Let the master take over values [n] that the model holds `now` and that are not those last sent, `known`."""
+    def adopt(self, now: Tensor, known: Tensor, first: int = 0) -> None:
+        """Let the master follow values that the model holds now and that are not those last sent to it.
+
+        Args:
+            now: [k], what the model holds of the elements from `first` on.
+            known: [n], what was last sent; takes over what differs.
+        """
+        master, known = (t[first : first + now.numel()] for t in (self.master, known))
         edited = now != known
         if bool(edited.any()):
-            self.master[edited] = now[edited].float()
+            master[edited] = now[edited].float()
             known.copy_(now)
 
     def tensors(self) -> dict[str, Tensor]:

@@ -344,7 +344,7 @@ class Pipeline:
         entry.sent, entry.measured, entry.late = True, False, False
         entry.early = self.tuner.eager_now and entry.reliable and not entry.quiet
         versions = entry.unit.versions()
-        if entry.exposed or versions != entry.versions:
+        if versions and (entry.exposed or versions != entry.versions):
             entry.unit.adopt()
         entry.exposed, entry.versions = False, versions
         if entry.early:

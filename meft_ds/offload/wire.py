@@ -90,7 +90,8 @@ class Unit(ABC):
         """Let the state follow what the program wrote into the unit's parameters. Nothing of the unit is under way."""
 
     def versions(self) -> tuple[int, ...]:
-        """Numbers that differ when the program has written into the unit's parameters."""
+        """Numbers that differ when the program has written into the unit's parameters; none where `adopt` is not the
+        pipeline's to call."""
         return ()
 
     def wants_quiet(self, step: int) -> bool:

@@ -28,7 +28,7 @@ from meft_ds.offload.trace import Trace
 from meft_ds.offload.weights import WHOLE
 from meft_ds.offload.window import StepResult
 from meft_ds.offload.wire import Unit
-from meft_ds.plugin import checks, export, methods, setup, trainable
+from meft_ds.plugin import checks, export, full_params, methods, setup, trainable
 from meft_ds.plugin.console import show_log
 from meft_ds.plugin.optimizer import MeftOptimizer, adamw_from_config, check_client_optimizer
 from meft_ds.plugin.saving import SavingEngine
@@ -117,6 +117,7 @@ class MeftEngine(SavingEngine):
             closes_window=lambda: _alive(engine)._closes_window(),
         )
         self._meft_gates = setup.install_gates(self.module, pipeline, weights)
+        full_params.attach(self.module, pipeline)
         self.optimizer = MeftOptimizer(
             self.basic_optimizer,
             pipeline,
@@ -222,6 +223,7 @@ class MeftEngine(SavingEngine):
 
     def _at_meft_end(self) -> None:
         self._say_untrained(at_end=True)
+        full_params.detach(self.module)
         for method in self._meft_methods:
             method.release()
         if self._meft_stage3:

@@ -128,8 +128,16 @@ def guard_gathers(
                     alive.needed(unit)
         streams.read()
 
+    def adopt(params: Sequence[Tensor]) -> None:
+        for p in params:
+            if (unit := of.get(id(p), _nobody)()) is not None:
+                unit.adopt_one(p)
+
     # every parameter, because any of them may be asked to gather a list of others
-    guards = [_Guard(p, name, wait_for) for p in model.parameters() for name in ("all_gather", "all_gather_coalesced")]
+    guards: list[_Guard] = [
+        _Guard(p, name, wait_for) for p in model.parameters() for name in ("all_gather", "all_gather_coalesced")
+    ]
+    guards += [_EditGuard(p, "partition", adopt) for p in model.parameters()]
     return [*guards, model.register_forward_pre_hook(_Enter(streams), prepend=True)]
 
 
@@ -150,21 +158,35 @@ class _Enter:
 class _Guard:
     """Stands before one of the two gathers of a parameter."""
 
-    def __init__(self, p: Tensor, name: str, wait_for: Callable[[Sequence[Tensor]], None]) -> None:
+    def __init__(self, p: Tensor, name: str, tell: Callable[[Sequence[Tensor]], None]) -> None:
         self._p, self._name, self._original = p, name, getattr(p, name)
-        original = self._original
+        setattr(p, name, self._standing_in(self._original, tell))
 
+    def _standing_in(self, original: Callable[..., Any], wait_for: Callable[[Sequence[Tensor]], None]) -> Any:
         def gather(params: Any = None, *args: Any, **kwargs: Any) -> Any:
             given = kwargs.pop("param_list", kwargs.pop("params", params))
-            listed = [p] if given is None else list(given)
+            listed = [self._p] if given is None else list(given)
             wait_for(listed)
             return original(listed, *args, **kwargs)
 
-        setattr(p, name, gather)
+        return gather
 
     def remove(self) -> None:
         """Put the parameter's own gather back."""
         setattr(self._p, self._name, self._original)
+
+
+class _EditGuard(_Guard):
+    """Stands around the partitioning of a parameter: `GatheredParameters(modifier_rank=...)` says what was written."""
+
+    def _standing_in(self, original: Callable[..., Any], adopt: Callable[[Sequence[Tensor]], None]) -> Any:
+        def partition(param_list: Any = None, *args: Any, **kwargs: Any) -> Any:
+            listed = [self._p] if param_list is None else list(param_list)
+            if kwargs.get("has_been_updated"):
+                adopt(listed)  # now, while they are whole
+            return original(listed, *args, **kwargs)
+
+        return partition
 
 
 def _nobody() -> None:

@@ -14,10 +14,9 @@ from dataclasses import replace
 from typing import Literal
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
-from meft_ds.offload.flat import FlatUnit
+from meft_ds.offload.flat import MOMENTS, FlatUnit
 from meft_ds.offload.host_adam import FlatAdam
 from meft_ds.offload.partition import Ranks
 from meft_ds.offload.taps import tap, untap
@@ -185,15 +184,53 @@ class BlocksUnit(FlatUnit):
 
     def originals(self) -> Tensor:
         """What the tiles were before training, flat [numel] in the weights' dtype, on the device. Collective."""
-        if self._ranks.world == 1:
-            return self.original.to(self._device)
-        slices = self._slices()
-        # rows of one length, because not every backend gathers slices of different sizes
-        rows = torch.zeros(len(slices) + 1, max(hi - lo for lo, hi in slices), dtype=self._dtype, device=self._device)
-        *everyone, mine = rows.unbind(0)
-        mine[: self._hi - self._lo] = self.original
-        dist.all_gather(everyone, mine, group=self._ranks.group)
-        return torch.cat([row[: hi - lo] for row, (lo, hi) in zip(everyone, slices, strict=True)])
+        return self.gathered(self.original)
+
+    def full(self, index: int) -> Tensor:
+        assert self._adam is not None
+        return self._with_tiles(super().full(index), index, self._adam.master)
+
+    @torch.no_grad()
+    def set_full(self, index: int, value: Tensor) -> None:
+        if self.form == "delta":
+            raise ValueError(
+                f"meft-ds: {self.params[index][0]} trains in the delta form of sparse_matrix, which never writes the "
+                "weight; load a checkpoint or a state dict, or set the weights before the engine is made"
+            )
+        super().set_full(index, value)
+        self._take_tiles(self._adam_state()["master"], index, self._checked(index, value))
+        self.after_load()
+
+    def full_moment(self, index: int, key: str) -> Tensor:
+        return self._with_tiles(torch.zeros_like(super().full(index)), index, self._moment(index, key))
+
+    @torch.no_grad()
+    def set_full_moment(self, index: int, value: Tensor, key: str) -> None:
+        self._take_tiles(self._moment(index, key), index, self._checked(index, value))
+
+    def _moment(self, index: int, key: str) -> Tensor:
+        if key not in MOMENTS:
+            raise ValueError(self._no_moment(index, key))
+        return self._adam_state()[key]
+
+    def _adam_state(self) -> dict[str, Tensor]:
+        assert self._adam is not None
+        return self._adam.tensors()
+
+    def _with_tiles(self, whole: Tensor, index: int, own: Tensor) -> Tensor:
+        """`whole` [m, n] with the tiles' values of a vector of which this rank has its slice. Collective."""
+        flat = self.gathered(own).float()
+        for blocks in self._of_param[index]:
+            blocks.write(blocks.matrix(whole), blocks.part(flat))
+        return whole
+
+    def _take_tiles(self, own: Tensor, index: int, value: Tensor) -> None:
+        """Write the tiles of `value` [m, n] into this rank's slice of a vector, as far as they lie in it."""
+        for blocks in self._of_param[index]:
+            lo, hi = max(self._lo, blocks.offset), min(self._hi, blocks.offset + blocks.numel)
+            if lo < hi:
+                tiles = blocks.read(blocks.matrix(value))[lo - blocks.offset : hi - blocks.offset]
+                own[lo - self._lo : hi - self._lo] = tiles.to(own)
 
     @torch.no_grad()
     def take_back(self) -> None:
