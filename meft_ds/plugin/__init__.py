@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The only room that knows DeepSpeed: it gives `DeepSpeedEngine.__new__` one decision and holds every override.
 
-A config with a `"meft_offload"` block yields `MeftEngine`; any other config yields exactly what DeepSpeed would have
-built. Nothing else of DeepSpeed's is touched.
+A config with a `"meft_offload"` block yields `MeftEngine`, unless the engine cannot train; any other config yields
+exactly what DeepSpeed would have built. Nothing else of DeepSpeed's is touched.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ from collections.abc import Mapping
 from types import ModuleType
 from typing import Any
 
-BLOCK = "meft_offload"
+from meft_ds.plugin.decision import BLOCK, only_evaluates, say_why, warn_of_misspelt_block, without_training
+
 _MARK = "_meft_ds_new"
 
 
@@ -22,21 +23,26 @@ def install(engine_module: ModuleType) -> None:
         return
     original = engine_class.__new__
 
+    def theirs(cls: type, *args: Any, **kwargs: Any) -> Any:
+        return original(cls) if original is object.__new__ else original(cls, *args, **kwargs)
+
     def decide(cls: type, *args: Any, **kwargs: Any) -> Any:
-        if not _has_block(args, kwargs):
-            return original(cls) if original is object.__new__ else original(cls, *args, **kwargs)
+        ds_config = ds_config_of(args, kwargs)
+        if BLOCK not in ds_config:
+            warn_of_misspelt_block(ds_config)
+            return theirs(cls, *args, **kwargs)
         from meft_ds.plugin.engine import MeftEngine, refuse_engine
 
         if cls is not engine_class and not issubclass(cls, MeftEngine):
             refuse_engine(cls)
+        if cls is engine_class and (why := only_evaluates(kwargs, ds_config)) is not None:
+            say_why(why)
+            without_training(kwargs, ds_config)
+            return theirs(cls, *args, **kwargs)
         return object.__new__(MeftEngine)
 
     engine_class.__new__ = staticmethod(decide)
     setattr(engine_class, _MARK, True)
-
-
-def _has_block(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
-    return BLOCK in ds_config_of(args, kwargs)
 
 
 def ds_config_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Mapping[str, Any]:

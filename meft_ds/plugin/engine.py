@@ -59,11 +59,7 @@ class MeftEngine(SavingEngine):
             )
         self._meft_stage3 = (ds_config.get("zero_optimization") or {}).get("stage") == 3
         super().__init__(*args, **kwargs)
-        if self.optimizer is None:
-            raise ValueError(
-                'meft_offload needs an optimizer: add {"optimizer": {"type": "AdamW", "params": {"lr": 1e-4}}} to the '
-                "ds_config or pass one to deepspeed.initialize"
-            )
+        assert self.optimizer is not None, "an engine without one only evaluates, and is DeepSpeed's own"
         if self.global_rank == 0 and (idle := setup.standing_still(self._meft_run, self.lr_scheduler)):
             _log.warning(idle)
 
