@@ -175,9 +175,12 @@ class Pipeline:
         """
         self.timeline.mark("step")
         self._progress.check()
-        for entry in self._entries:
-            if entry.quiet:
-                entry.unit.end_quiet()
+        quiet = [entry for entry in self._entries if entry.quiet]
+        for entry in quiet:
+            if entry.pending:
+                self._apply(entry)  # by what it was encoded with, which `end_quiet` may change
+        for entry in quiet:
+            entry.unit.end_quiet()
         self._adopt_late_edits()
         self._send_the_rest()
         total = self._agreed_sq_norm()
@@ -270,9 +273,9 @@ class Pipeline:
         if begins:
             self._window.begun = True
             for entry in self._entries:
-                entry.quiet = entry.unit.wants_quiet(entry.steps)
+                entry.quiet = entry.unit.wants_quiet(entry.steps) or entry.unit.watches
         quiet = [entry for entry in self._entries if entry.quiet] if begins else []
-        if quiet or not training:
+        if not training or any(entry.unit.wants_quiet(entry.steps) for entry in quiet):
             self.flush()
         for entry in quiet:
             entry.unit.begin_quiet(entry.steps)

@@ -102,11 +102,20 @@ class Unit(ABC):
         """
         return False
 
+    @property
+    def watches(self) -> bool:
+        """Whether a gradient may make this unit change how it encodes, in a window that it wants no quiet for.
+
+        Such a window is as a quiet one, but that updates of it and of other units may be under way when it begins.
+        """
+        return False
+
     def begin_quiet(self, step: int) -> None:  # noqa: B027 - only units that asked for a quiet window need it
-        """A quiet window begins; no update is under way."""
+        """A quiet window begins, or one in which the unit watches."""
 
     def end_quiet(self) -> None:  # noqa: B027 - only units that asked for a quiet window need it
-        """A quiet window's backwards are over, and no payload that this rank still has to send has been collected.
+        """A quiet window's backwards are over, and no payload that this rank still has to send has been collected. No
+        update of a unit with such a window is under way.
 
         The place for collectives that other ranks may have run during their backwards.
         """

@@ -41,6 +41,8 @@ class SubspaceMethod(Method):
         self._units: list[SubspaceUnit] = []
         self._anchored: list[Site] = []
         self._refit: Refit
+        self._told: int | None = None  # matrices of which the log last said that they wait for a gradient
+        self._tells = False
 
     def prepare(self, model: nn.Module) -> None:
         find_matrices(model, self._config)
@@ -73,6 +75,7 @@ class SubspaceMethod(Method):
             for site in self._anchored:
                 site.weight.requires_grad_(False)
         self._refit = Refit(self._config, run.ranks)
+        self._tells = run.ranks.rank == 0
         self._units = self._make_units(run, sites)
         return {id(site.weight) for site in sites}
 
@@ -83,6 +86,29 @@ class SubspaceMethod(Method):
         for unit in self._units:
             unit.allocate()
         return list(self._units)
+
+    def end_window(self, loss_factor: float) -> None:
+        if self._tells and any(unit.settled for unit in self._units):
+            self._tell_who_waits([m.name for unit in self._units for m in unit.awaited])
+
+    def _tell_who_waits(self, names: list[str]) -> None:
+        told, self._told = self._told, len(names)
+        if told is None and names:
+            _logger.info(
+                "meft-ds: no gradient reached %d of %d matrices in the first window; their projectors stay random "
+                "until one does, and are fitted to it then: %s",
+                len(names),
+                sum(len(unit.matrices) for unit in self._units),
+                listed(names),
+            )
+        elif told is not None and names and 8 * (told - len(names)) < told:
+            self._told = told  # a line for each of many experts would be too much
+        elif told:
+            _logger.info(
+                "meft-ds: %d more matrices got their first gradient, and projectors that are fitted to it; %d wait",
+                told - len(names),
+                len(names),
+            )
 
     def release(self) -> None:
         for site in self._anchored:
@@ -118,6 +144,7 @@ class SubspaceMethod(Method):
             "parameters": sum(m.left.projector.m * m.right.projector.m for m in matrices),
             "compressed": sum(m.numel for m in matrices),
             "bias": {m.name: m.bias for m in matrices},
+            "waiting_for_gradient": [m.name for unit in self._units for m in unit.awaited],
             "held_out_bias_mean": sum(finite) / len(finite) if finite else None,
             "held_out_bias_max": max(finite, default=None),
             "checks": self._refit.checks,

@@ -51,6 +51,7 @@ class Refit:
         self._step = 0  # updates so far of the unit that is taken
         self._settled: set[int] = set()  # sides that this check has decided on
         self._spent, self._gave_up, self._overflow = 0.0, False, False
+        self._counted = False  # this window is among the checks
         self.checks, self.seconds = 0, 0.0
 
     # -- order ---------------------------------------------------------------------------------------------------------
@@ -61,12 +62,19 @@ class Refit:
             return self._config.projectors == "learned"
         return interval > 0 and step % interval == 0
 
+    def awaits(self, matrix: Matrix) -> bool:
+        return self._config.projectors == "learned" and not matrix.bias  # it has never been measured
+
     def begin(self, unit: SubspaceUnit) -> None:
         if not self._open:
             self._complete.clear()
             self._settled.clear()
             self._spent, self._gave_up, self._overflow = 0.0, False, False
-            self.checks += 1
+            self._counted = False
+        if self.due(unit.step):
+            self._count()
+        else:  # what this window sums of the others is of the projectors that they have
+            self._settled.update(id(matrix.right) for matrix in unit.matrices if matrix not in unit.asked)
         self._open.append(unit)
         self._open.sort(key=lambda u: ([-x for x in u.depth], u.name))
 
@@ -91,15 +99,36 @@ class Refit:
     def _take(self, unit: SubspaceUnit) -> None:
         self._open.remove(unit)
         self._step = unit.step
-        for matrix in unit.matrices:
+        reached = self._reached(unit)
+        for matrix, did in zip(unit.asked, reached, strict=True):
+            if not did:
+                unit.add_captured(matrix)
+                continue
             start = time.monotonic()
             self._calibrate(unit, matrix)
             seconds = time.monotonic() - start
             self._spent += seconds
             self.seconds += seconds
-        if self._ranks.world > 1:
-            self._compare(unit)
+        if any(reached):
+            self._count()
+            if self._ranks.world > 1:
+                self._compare(unit)
         unit.calibrated(complete=id(unit) in self._complete)
+
+    def _reached(self, unit: SubspaceUnit) -> list[bool]:
+        """Which of its asked matrices to calibrate: in a check all, in other windows those that got a gradient on any
+        rank, so that a part of the model which gets none costs one small sum."""
+        if self.due(unit.step):
+            return [True] * len(unit.asked)
+        if self._ranks.world == 1 and not unit.captured:
+            return [False] * len(unit.asked)
+        found = unit.reached()
+        self._sum(found)
+        return [count > 0 for count in found.tolist()]
+
+    def _count(self) -> None:
+        self.checks += not self._counted
+        self._counted = True
 
     # -- one matrix ----------------------------------------------------------------------------------------------------
 

@@ -32,8 +32,11 @@ class Calibrator(Protocol):
     def due(self, step: int) -> bool:
         """Whether the window after `step` updates calibrates."""
 
+    def awaits(self, matrix: Matrix) -> bool:
+        """Whether a window calibrates `matrix` as soon as it has a gradient."""
+
     def begin(self, unit: SubspaceUnit) -> None:
-        """`unit` begins such a window."""
+        """`unit` begins a window that calibrates its `asked` matrices."""
 
     def arriving(self, unit: SubspaceUnit) -> None:
         """A gradient of `unit` is about to be added."""
@@ -108,6 +111,9 @@ class SubspaceUnit(FlatUnit):
         self._residuals: list[Tensor] = []
         self._calibrator = calibrator
         self.step, self.calibrating = 0, False
+        self.settled = False  # a window that calibrated has been updated
+        self.awaited = [m for m in matrices if calibrator.awaits(m)]  # no gradient has reached them yet
+        self.asked: list[Matrix] = []  # of the window that calibrates
         self._bias_before: list[dict[str, float]] = []  # of a calibrating window
         self.captured: dict[int, list[tuple[Tensor, Tensor | None]]] = {}
         self._sketched: dict[int, tuple[Tensor, Tensor]] = {}
@@ -140,8 +146,13 @@ class SubspaceUnit(FlatUnit):
     def wants_quiet(self, step: int) -> bool:
         return self._calibrator.due(step)
 
+    @property
+    def watches(self) -> bool:
+        return bool(self.awaited)
+
     def begin_quiet(self, step: int) -> None:
         self.step, self.calibrating = step, True
+        self.asked = self.matrices if self._calibrator.due(step) else self.awaited
         self._bias_before = [matrix.bias for matrix in self.matrices]
         self._calibrator.begin(self)
 
@@ -149,24 +160,46 @@ class SubspaceUnit(FlatUnit):
         """A backward came by a linear layer: x [..., in], dy [..., out]."""
         self._begin()
         x, dy = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
-        if self.calibrating:
+        (matrix,) = self._of_param[index]
+        if self.calibrating and matrix in self.asked:
             self.captured.setdefault(index, []).append((x, dy))
         else:
-            (matrix,) = self._of_param[index]
             self._add_product(matrix, self._input_sketch(matrix, x), dy)
         self._received(index)
 
     def add_gradient(self, index: int, grad: Tensor) -> None:
-        if self.calibrating:
+        asked = self.asked if self.calibrating else ()
+        if any(matrix in asked for matrix in self._of_param[index]):
             self.captured.setdefault(index, []).append((grad, None))
-            return
         for matrix in self._of_param[index]:
-            g = grad if matrix.expert is None else grad[matrix.expert]
-            self.add(matrix, compress(g, matrix.left.projector, matrix.right.projector))
+            if matrix not in asked:
+                self._add_compressed(matrix, grad)
+
+    def _add_compressed(self, matrix: Matrix, grad: Tensor) -> None:
+        g = grad if matrix.expert is None else grad[matrix.expert]
+        self.add(matrix, compress(g, matrix.left.projector, matrix.right.projector))
 
     def add(self, matrix: Matrix, s: Tensor) -> None:
         """Add S [d, d] of one matrix to the window's sum."""
         matrix.part(self._acc).add_(s)
+
+    def reached(self) -> Tensor:
+        """Which of the asked matrices got a gradient that is not zero, as far as this rank has captured: float32
+        [asked]."""
+        found = torch.zeros(len(self.asked), device=self._device)
+        for at, matrix in enumerate(self.asked):
+            for given, dy in self.captured.get(matrix.param, []):
+                g = given if matrix.expert is None else given[matrix.expert]
+                found[at] += g.any() if dy is None else g.any() & dy.any()
+        return found
+
+    def add_captured(self, matrix: Matrix) -> None:
+        """Add S of what was captured of a matrix that keeps its projectors."""
+        for given, dy in self.captured.get(matrix.param, []):
+            if dy is None:
+                self._add_compressed(matrix, given)
+            else:
+                self._add_product(matrix, self._input_sketch(matrix, given), dy)
 
     def gradients(self, matrix: Matrix) -> tuple[Tensor, Tensor | None]:
         """What a calibrating backward captured of a matrix, float32 [m, n]: the gradient of the first half of the
@@ -196,6 +229,7 @@ class SubspaceUnit(FlatUnit):
         """All matrices have their projectors and S of what was captured."""
         self.calibrating = False
         self.captured.clear()
+        self._sketched.clear()  # what was sketched before may be of other projectors
         if complete:
             super()._all_received()
 
@@ -306,7 +340,8 @@ class SubspaceUnit(FlatUnit):
             matrix.fitted = True
         for side in self.sides:
             side.before = None
-        self._bias_before = []
+        self._bias_before, self.settled = [], True
+        self._look_who_waits()
 
     def _gathered(self, ranks: Ranks) -> tuple[Tensor, Tensor]:
         """Both moments of the whole layer, float32 [numel], on every rank."""
@@ -333,6 +368,9 @@ class SubspaceUnit(FlatUnit):
         self.calibrating = False
         self.captured.clear()
         super().discard()
+
+    def _look_who_waits(self) -> None:
+        self.awaited = [m for m in self.matrices if self._calibrator.awaits(m)]
 
     def _open_window(self) -> None:
         self._sketched.clear()
@@ -366,6 +404,7 @@ class SubspaceUnit(FlatUnit):
         for matrix in self.matrices:
             saved = scalars["matrices"][matrix.name]
             matrix.fitted, matrix.bias = bool(saved["fitted"]), dict(saved["bias"])
+        self._look_who_waits()
 
     def after_load(self) -> None:
         self._update = None

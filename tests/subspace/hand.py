@@ -99,7 +99,7 @@ def backward(model: nn.Module, seed: int, factor: float = 1.0, **kwargs: Any) ->
 def run_of(model: nn.Module) -> Run:
     return Run(
         model=model,
-        groups=[{"params": list(model.parameters())}],
+        groups=[{"params": list(model.parameters()), "lr": HYPER.lr}],
         bus=Bus(CPU),
         ranks=Ranks(),
         dtype=next(model.parameters()).dtype,
