@@ -87,6 +87,8 @@ class Refit:
         self._complete.add(id(unit))
         while self._open and id(self._open[0]) in self._complete:
             self._take(self._open[0])
+        if unit in self._open and self._ranks.world == 1 and not self.due(unit.step):
+            self._take(unit)  # not after a deeper one that may never get a gradient
 
     def force(self, unit: SubspaceUnit) -> None:
         while unit in self._open:

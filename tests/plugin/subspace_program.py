@@ -115,6 +115,19 @@ def train_apart(mode: str, side: str, rank: int) -> Any:
     return engine
 
 
+def train_late(mode: str, side: str, rank: int) -> Any:
+    """In the first window no rank uses the layers that some use later, a different rank first for each; one is never
+    used."""
+    engine = engine_for(mode, rank=rank, world=2, model=Branches(), refit_interval=0, gradient_side=side)
+    for step in range(5):
+        g = torch.Generator().manual_seed(10 * step + rank)
+        used = [step == 2 and rank == 0, step >= 3 and rank == 1, False]
+        engine.backward(engine(torch.randn(4, 5, 16, generator=g), used))
+        engine.step()
+    engine.meft_flush()
+    return engine
+
+
 def main() -> None:
     folder = Path(sys.argv[1])
     rank = int(os.environ["RANK"])
@@ -159,6 +172,9 @@ def main() -> None:
         engine = train_apart(mode, side, rank)
         bias = engine.meft_stats()["subspace"]["bias"]
         found[f"apart {mode} {side}"] = {"digest": digest(common(engine)), "bias": bias}
+        engine = train_late(mode, side, rank)
+        bias = engine.meft_stats()["subspace"]["bias"]
+        found[f"late {mode} {side}"] = {"digest": digest(common(engine)), "bias": bias}
     print(json.dumps(found))
     dist.barrier()
     dist.destroy_process_group()

@@ -72,3 +72,14 @@ def test_a_rank_that_does_not_reach_a_layer_keeps_nobody_waiting(ranks: Any, whi
     bias = a[f"apart {which}"]["bias"]
     assert len(bias) == 6 and all(found["step"] >= 2 for found in bias.values())
     assert a["apart exact activation"] == a["apart serial activation"]
+
+
+@pytest.mark.parametrize("which", ["exact activation", "serial activation", "exact weight"])
+def test_ranks_agree_on_late_fits_whichever_of_them_has_the_gradient(ranks: Any, which: str) -> None:
+    (a, b), _ = ranks
+    assert a[f"late {which}"] == b[f"late {which}"]
+    bias = a[f"late {which}"]["bias"]
+    fitted = {name.removesuffix(".weight"): found["step"] for name, found in bias.items() if found}
+    assert fitted == {"layers.0.0": 0, "layers.1.0": 0, "layers.2.0": 0, "layers.0.1": 2, "layers.1.1": 3}
+    assert bias["layers.2.1.weight"] == {}, "nobody used it"
+    assert a["late exact activation"] == a["late serial activation"]
