@@ -15,7 +15,6 @@ import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -190,11 +189,6 @@ def _sites(model: nn.Module, saved: SavedAdapter) -> list[Site]:
     name = type(model).__name__
     if name != saved.model_class:
         raise ValueError(f"the adapter was trained in a {saved.model_class}, this model is a {name}")
-    config: Any = getattr(model, "config", None)
-    config = config.get_text_config() if hasattr(config, "get_text_config") else config
-    width = getattr(config, "hidden_size", saved.config.d)
-    if width != saved.config.d:
-        raise ValueError(f"the adapter has hidden size d = {saved.config.d}, this model has {width}")
     modules = dict(model.named_modules())
     missing = [module for module in saved.modules if module not in modules]
     if missing:
@@ -202,7 +196,13 @@ def _sites(model: nn.Module, saved: SavedAdapter) -> list[Site]:
             f"this model lacks {len(missing)} of the adapter's {len(saved.modules)} places, the first is {missing[0]}; "
             "load it into the architecture that it was trained in"
         )
-    return [make_site(model, module, modules[module]) for module in saved.modules]
+    sites = [make_site(model, module, modules[module]) for module in saved.modules]
+    for site in sites:
+        if site.d != saved.config.d:
+            raise ValueError(
+                f"the adapter has hidden size d = {saved.config.d}, {site.name} of this model has {site.d}"
+            )
+    return sites
 
 
 def _checked(tensors: dict[str, Tensor], name: str, shape: tuple[int, int], file: Path) -> Tensor:

@@ -154,7 +154,7 @@ class SparseAdapterMethod(Method):
 
 
 def _mode_of(adapter: SparseAdapter) -> Callable[[], bool]:
-    return lambda: adapter.training
+    return lambda: not adapter.evaluating
 
 
 def _initializer_range(model: nn.Module) -> float | None:

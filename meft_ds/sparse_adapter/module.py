@@ -24,7 +24,7 @@ from meft_ds.sparse_adapter.plan import (
     plan_groups,
     sort_pairs,
 )
-from meft_ds.sparse_adapter.replay import Replay, inside_backward
+from meft_ds.sparse_adapter.replay import Replay, inside_backward, inside_function
 from meft_ds.sparse_adapter.router import Router, expert_starts
 from meft_ds.sparse_adapter.rows import RowSource
 from meft_ds.sparse_adapter.select import Selection, active_slots, key_scores, select_keys, top_experts
@@ -36,7 +36,9 @@ __all__ = ["SparseAdapter"]
 class SparseAdapter(nn.Module):
     """Sparse adapter of one layer. The router is its only parameter; rows belong to ``rows``.
 
-    In eval mode nothing is written: no row gradients, no metrics, no saved selections.
+    What counts is whether grad is enabled, not train or eval mode, which is dropout's: `from_pretrained` leaves models
+    in eval mode, and programs train them so. Without grad nothing is written: no row gradients, no metrics, no saved
+    selections; except in the first forward of a reentrant checkpoint, which is training that runs without grad.
     """
 
     rows: RowSource
@@ -57,24 +59,38 @@ class SparseAdapter(nn.Module):
             self.rows = rows
         self.aux_scale = 1.0
         """Factor on the balance loss's gradient: the engine sets loss scale / accumulation steps."""
+        self.evaluating = False
+        """Whether the forward that is running belongs to an evaluation."""
         self._replay = Replay()
         self._starts = expert_starts(config.rows, config.experts)
         self._starts_on: dict[torch.device, Tensor] = {self._starts.device: self._starts}
 
-    def forward(self, x: Tensor, token_mask: Tensor | None = None) -> Tensor:
-        """y, shaped and typed like x [..., d]. ``token_mask`` [...]: False or 0 for padding, which selects nothing."""
-        config = self.config
+    def forward(self, x: Tensor, token_mask: Tensor | None = None, *, repeatable: bool = True) -> Tensor:
+        """y, shaped and typed like x [..., d]. ``token_mask`` [...]: False or 0 for padding, which selects nothing.
+
+        ``repeatable=False``: the model's whole forward runs without grad, so that no backward will repeat it.
+        """
         if not hasattr(self, "rows"):
             raise RuntimeError(f"the sparse adapter of layer {self.layer} has no rows; set adapter.rows first")
+        trains = torch.is_grad_enabled() or (inside_function() and (repeatable or inside_backward()))
+        self.evaluating = not trains
+        try:
+            return self._forward(x, token_mask, again=trains and inside_backward())
+        finally:
+            self.evaluating = False
+
+    def _forward(self, x: Tensor, token_mask: Tensor | None, *, again: bool) -> Tensor:
+        """``again``: backward repeats an earlier forward."""
+        config = self.config
         flat = x.reshape(-1, config.d)
         with torch.autocast(x.device.type, enabled=False):
             p = self.router(flat) if config.gate else self.router(flat.detach()).detach()
             x_rows = flat.to(self.rows.dtype)
-            selection, scores = self._select(x_rows.detach(), p.detach(), token_mask)
-            if config.gate and config.balance_loss > 0 and self.training and torch.is_grad_enabled():
+            selection, scores = self._select(x_rows.detach(), p.detach(), token_mask, again)
+            if config.gate and config.balance_loss > 0 and torch.is_grad_enabled():
                 weight = config.balance_loss * self.aux_scale
                 p = with_balance_gradient(p, selection.experts, selection.tokens, weight)
-            job = Job(self.rows, selection, self.training, scores)
+            job = Job(self.rows, selection, self.rows.trains, scores)
             gate_p = p if config.gate else None
             if config.compute == "grouped" and selection.plan is None:
                 y = apply_fused(x_rows, gate_p, job, self._starts)
@@ -84,8 +100,8 @@ class SparseAdapter(nn.Module):
                     selection.plan = None
             else:
                 y = apply_union(x_rows, gate_p, job, self._starts, config.scope == "batch")
-            if self.training and y.grad_fn is not None:
-                self.rows.expect(y.grad_fn, again=inside_backward())
+            if y.grad_fn is not None:
+                self.rows.expect(selection, y.grad_fn)
         return y.to(x.dtype).view(x.shape)
 
     def end_window(self) -> None:
@@ -96,8 +112,7 @@ class SparseAdapter(nn.Module):
         c = self.config
         return f"layer={self.layer}, d={c.d}, r={c.rows}, N={c.experts}, E={c.experts_per_token}, K={c.keys_per_token}"
 
-    def _select(self, x: Tensor, p: Tensor, token_mask: Tensor | None) -> tuple[Selection, Tensor | None]:
-        again = self.training and inside_backward()
+    def _select(self, x: Tensor, p: Tensor, token_mask: Tensor | None, again: bool) -> tuple[Selection, Tensor | None]:
         if again:
             saved = self._replay.take(x)
             if saved is not None:
@@ -106,8 +121,9 @@ class SparseAdapter(nn.Module):
                 return saved, None
         with torch.no_grad():
             selection, scores = self._choose(x, p, token_mask)
-        if self.training and not again:
+        if not (again or self.evaluating):
             self._replay.save(x, selection)
+            self.rows.foretell(selection)
             self.rows.record(int(selection.active.sum()), x.shape[0], selection.counts.sum(0))
         return selection, scores
 

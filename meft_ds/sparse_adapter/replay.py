@@ -11,24 +11,31 @@ from __future__ import annotations
 
 import logging
 import weakref
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from meft_ds.sparse_adapter.select import Selection
 
-__all__ = ["Replay", "inside_backward"]
+__all__ = ["Replay", "inside_backward", "inside_function"]
 
 logger = logging.getLogger(__name__)
 
-# Forwards in training mode without grad that no checkpoint will ever recompute (generation inside a training loop) look
-# like a reentrant checkpoint's first forward. This bounds what they can pile up; the oldest goes first.
+# Checkpoints whose backward never comes (a validation loss with grad enabled) keep theirs until the window ends. This
+# bounds what they can pile up; the oldest goes first.
 _MOST_PENDING = 64
 
 
 def inside_backward() -> bool:
     """True while autograd runs backward on this thread, so that a forward can only be a recomputation."""
     return torch._C._current_graph_task_id() != -1
+
+
+def inside_function() -> bool:
+    """True inside the forward of a `torch.autograd.Function`, as reentrant checkpoints are: it runs without grad, but
+    may be repeated with it. Unlike `torch.no_grad`, torch turns forward-mode differentiation off there too."""
+    return not (torch.is_grad_enabled() or torch._C._is_fwd_grad_enabled() or torch.is_inference_mode_enabled())
 
 
 class _Entry:
@@ -53,21 +60,24 @@ class Replay:
         return len(self._pending)
 
     def save(self, x: Tensor, selection: Selection) -> None:
-        """Keeps the selection of a training forward. With grad enabled the caller's graph must hold it too."""
+        """Keeps a forward's selection for its recomputation. With grad enabled the caller's graph must hold it too."""
         self._drop_dead()
         if len(self._pending) >= _MOST_PENDING:
             self._pending.pop(0)
             if not self._warned:
                 self._warned = True
                 logger.warning(
-                    "more than %d forwards in training mode without a backward; the oldest selection was dropped. "
-                    "Use model.eval() for forwards that are not trained on",
+                    "more than %d forwards with grad enabled and without a backward; the oldest selection was dropped. "
+                    "Use torch.no_grad() for forwards that are not trained on",
                     _MOST_PENDING,
                 )
         self._pending.append(_Entry(x, selection, torch.is_grad_enabled()))
 
     def take(self, x: Tensor) -> Selection | None:
-        """The selection of the forward that is now recomputed, matched by shape and then by values of x; or None."""
+        """The selection of the forward that is now recomputed, matched by shape and then by values of x; or None.
+
+        Without grad it is the first forward of a checkpoint inside another one's recomputation, and is asked for again.
+        """
         self._drop_dead()
         candidates = [entry for entry in self._pending if entry.shape == x.shape]
         if not candidates:
@@ -78,12 +88,15 @@ class Replay:
             distance = (stored - _sample(x)).abs().nan_to_num(nan=0.0).sum(1)
             entry = candidates[int(distance.argmin())]
         selection = entry.weak()
-        if entry.strong is not None:
+        if entry.strong is not None and torch.is_grad_enabled():
             self._pending.remove(entry)
         return selection
 
     def clear(self) -> None:
         self._pending.clear()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Replay:
+        return Replay()  # a copied model has no graph that a backward could go through
 
     def _drop_dead(self) -> None:
         self._pending = [entry for entry in self._pending if entry.weak() is not None]

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from typing import Literal, Protocol
 
 import torch
@@ -61,8 +62,15 @@ class RowSource(Protocol):
     def add_grad(self, table: Tensor, grad: Tensor) -> None:
         """Adds ``grad`` [n, 2 d] in fp32 to the gradients of rows ``table`` (distinct, or -1: ignored)."""
 
-    def expect(self, node: torch.autograd.graph.Node, *, again: bool) -> None:
-        """``node``'s backward will add gradients; ``again`` says that it repeats a forward (checkpointing)."""
+    @property
+    def trains(self) -> bool:
+        """Whether rows take gradients."""
+
+    def foretell(self, forward: Hashable) -> None:
+        """A backward of ``forward`` may come as long as that object is alive."""
+
+    def expect(self, forward: Hashable, node: torch.autograd.graph.Node) -> None:
+        """``node``'s backward will add the gradients of ``forward``."""
 
     def record(self, union_rows: int, tokens: int, expert_load: Tensor | None) -> None:
         """Metrics of a training forward: U, tokens that selected, and host int64 [N] token counts per expert."""
@@ -131,7 +139,14 @@ class DeviceRows(nn.Module):
             table, grad = table[kept], grad[kept.to(grad.device)]
         self.grad.index_add_(0, table.to(self.device), grad.float())
 
-    def expect(self, node: torch.autograd.graph.Node, *, again: bool) -> None:
+    @property
+    def trains(self) -> bool:
+        return self.trainable
+
+    def foretell(self, forward: Hashable) -> None:
+        pass
+
+    def expect(self, forward: Hashable, node: torch.autograd.graph.Node) -> None:
         pass
 
     def record(self, union_rows: int, tokens: int, expert_load: Tensor | None) -> None:

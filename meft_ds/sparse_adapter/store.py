@@ -10,8 +10,10 @@ fetching starts anew; nothing is dropped, and the spills are counted.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Literal
+import weakref
+from collections.abc import Callable, Hashable
+from functools import partial
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -66,7 +68,9 @@ class HostRows:
         self.last_expert_load: Tensor | None = None  # the same of the last closed window
         self._ever_active = torch.zeros(self.r, dtype=torch.bool)
         self.is_training: Callable[[], bool] = lambda: True  # the traffic of evaluation is counted apart
-        self._backwards = 0  # training forwards whose backward is still to come
+        self.trains = True
+        # forwards whose backward may still come; those whose graph dies without one leave by themselves
+        self._open: weakref.WeakSet[Hashable] = weakref.WeakSet()
         self.before_use: Callable[[], None] = _nothing  # called before rows are read
         self.on_gradient: Callable[[], None] = _nothing  # called before gradients are added
         self.on_complete: Callable[[], None] = _nothing  # called when backward seems to be done with this layer
@@ -92,24 +96,24 @@ class HostRows:
             return self.replica[:, : self.d]
         if self._keys is None:
             self._keys = torch.empty(self.r, self.d, dtype=self.dtype, device=self.device)
-            self._bus.up_into(self._keys, self.replica[:, : self.d], "keys")
+            self._bus.up_into(self._keys, self.replica[:, : self.d], self._channel("keys"))
         return self._keys
 
     def to_host(self, t: Tensor, what: str) -> Tensor:
         """Small tensor device -> host; valid until the next call with the same `what`."""
-        return self._bus.down(t, what, key=("select", what))
+        return self._bus.down(t, self._channel(what), key=("select", what))
 
     def to_device(self, t: Tensor, what: str) -> Tensor:
         """Small tensor host -> device."""
-        return self._bus.up(t, what)
+        return self._bus.up(t, self._channel(what))
 
     def gather(self, table: Tensor) -> Tensor:
         """Rows named by `table` (int64 host [n], -1 = empty) as [n, 2d] on the device, zero rows for -1."""
-        slots = self._bus.up(self._resident(table), "ids")
+        slots = self._bus.up(self._resident(table), self._channel("ids"))
         cached = self._cache.index_select(0, slots)
         if self.selection == "host":
             return cached
-        rows = self._bus.up(table.clamp(min=0), "ids")
+        rows = self._bus.up(table.clamp(min=0), self._channel("ids"))
         keys = self.keys_for_selection().index_select(0, rows)
         keys.masked_fill_((slots == 0).unsqueeze(1), 0)
         return torch.cat([keys, cached], dim=1)
@@ -122,22 +126,25 @@ class HostRows:
         """
         if not self._bus.is_host or self.selection != "host":
             return None
-        slots = self._bus.up(self._resident(table), "ids")
+        slots = self._bus.up(self._resident(table), self._channel("ids"))
         return self._cache, slots, self._grads_for(slots) if grads else None
 
     def add_grad(self, table: Tensor, grad: Tensor) -> None:
         """Accumulate `grad` [n, 2d] for the rows of `table`; -1 entries are ignored, the others are unique."""
         host_slots = self._resident(table)
-        slots = self._bus.up(host_slots, "ids")
+        slots = self._bus.up(host_slots, self._channel("ids"))
         grads = self._grads_for(host_slots)
         # Unique rows make this deterministic; the empty entries collide in slot 0, which nobody reads as a gradient.
         grads.index_add_(0, slots, grad.to(torch.float32))
 
-    def expect(self, node: torch.autograd.graph.Node, *, again: bool) -> None:
-        """`node`'s backward will add gradients; `again` says that it repeats a forward (gradient checkpointing)."""
-        if not again:
-            self._backwards += 1
-        node.register_hook(self._backward_done)
+    def foretell(self, forward: Hashable) -> None:
+        """A backward of `forward` may come as long as that object is alive."""
+        self._open.add(forward)
+
+    def expect(self, forward: Hashable, node: torch.autograd.graph.Node) -> None:
+        """`node`'s backward will add the gradients of `forward`."""
+        if self.trains:
+            node.register_hook(partial(self._backward_done, forward))
 
     def record(self, union_rows: int, tokens: int, expert_load: Tensor | None) -> None:
         """Metrics of one training micro-batch."""
@@ -167,7 +174,7 @@ class HostRows:
     def open_window(self, *, changed: bool) -> None:
         """Forget the fetched rows and their gradients; `changed` says that the store was updated meanwhile."""
         self._forget()
-        self._backwards = 0
+        self._open.clear()
         self._spilled = []
         self.expert_load, self.window_tokens = None, 0
         if changed:
@@ -192,7 +199,29 @@ class HostRows:
         """Rows that no token selected since the start."""
         return self.r - int(self._ever_active.sum())
 
+    # -- copies of the model ---------------------------------------------------------------------------------------
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> HostRows:
+        """Rows of a copied model: its own, with what is under way applied, and trained by nobody."""
+        master = self.master.clone()
+        replica = master if self.store[1] is self.store[0] else self.store[1].clone()
+        bus = memo.get(id(self._bus))
+        if bus is None:
+            bus = memo[id(self._bus)] = Bus(self.device)
+        twin = HostRows(master=master, replica=replica, capacity=self.capacity, bus=bus, selection=self.selection)
+        twin.trains = False
+        return twin
+
+    def __reduce__(self) -> Any:
+        raise TypeError(
+            "a model with a sparse adapter that an engine trains cannot be pickled: its rows are in memory that ranks "
+            "share. Use meft_ds.save_adapter and load_adapter, or copy.deepcopy inside this process"
+        )
+
     # -- window internals ------------------------------------------------------------------------------------------
+
+    def _channel(self, what: str) -> str:
+        return what if self.is_training() else f"eval_{what}"
 
     def _grads_for(self, host_slots: Tensor) -> Tensor:
         """The gradients of the whole window, after which those of `host_slots` count as given."""
@@ -229,7 +258,7 @@ class HostRows:
             self._row_of_slot = _grown(self._row_of_slot, room)
             self._has_grad = _grown(self._has_grad, room)
         source = self.replica if self.selection == "host" else self.replica[:, self.d :]
-        self._bus.fetch_rows(source, rows, self._cache[first:last], "rows" if self.is_training() else "eval_rows")
+        self._bus.fetch_rows(source, rows, self._cache[first:last], self._channel("rows"))
         self._slot_of_row[rows] = torch.arange(first, last)
         self._row_of_slot[first - 1 : last - 1] = rows
         self._used = last - 1
@@ -256,9 +285,9 @@ class HostRows:
         self._has_grad[: self._used + 1] = False
         self._used = 0
 
-    def _backward_done(self, *_: object) -> None:
-        self._backwards = max(0, self._backwards - 1)
-        if self._backwards == 0:
+    def _backward_done(self, forward: Hashable, *_: object) -> None:
+        self._open.discard(forward)
+        if not self._open:
             self.on_complete()
 
     def _merge_spilled(self) -> tuple[Tensor, Tensor]:

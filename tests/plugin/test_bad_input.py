@@ -72,7 +72,7 @@ def test_a_model_without_an_ffn_gets_the_candidate_names() -> None:
             return self.second(self.first(x))
 
     message = refused(ds_config(), NoFfn())
-    assert "first" in message and "target_modules" in message
+    assert "first: it is a single linear layer from 4 to 4 values" in message and "target_modules" in message
 
 
 @pytest.mark.parametrize(

@@ -169,10 +169,15 @@ def test_a_copied_model_uses_its_own_adapters() -> None:
 
 
 def test_no_ffn_is_an_error_that_lists_module_names() -> None:
+    class Step(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.down = nn.Linear(4, 8), nn.Linear(8, 4)
+
     class Odd(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.steps = nn.ModuleList(nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 4)) for _ in range(3))
+            self.steps = nn.ModuleList(Step() for _ in range(3))
 
     with pytest.raises(ValueError, match=r"no feed-forward network found in Odd.*target_modules.*steps\.\\d\+"):
         find_ffns(Odd())

@@ -105,6 +105,29 @@ def test_selection_is_made_once_per_forward_and_matched_to_its_own_input(kind: s
         assert first == again and len(again) == 3
 
 
+def test_a_checkpoint_inside_a_checkpoint_chooses_once() -> None:
+    net = Net().eval()
+    made: list[int] = []
+    for adapter in net.adapters:
+        choose = adapter._choose
+        adapter._choose = lambda *a, choose=choose: (made.append(1), choose(*a))[1]
+    inner = RUNS["reentrant"]
+    inner(lambda x: net(x, inner), torch.randn(3, 16).requires_grad_()).sum().backward()
+    assert len(made) == 4 and all(rows_grad(a).any() for a in net.adapters)
+    assert [len(a._replay) for a in net.adapters] == [0] * 4
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_forward_without_grad_saves_and_records_nothing_in_either_mode(training: bool) -> None:
+    net = Net().train(training)
+    for adapter in net.adapters:
+        adapter.rows.record = lambda *_: pytest.fail("recorded")
+    for guard in (torch.no_grad, torch.inference_mode):
+        with guard():
+            net(torch.randn(3, 16), RUNS["plain"])
+    assert [len(a._replay) for a in net.adapters] == [0] * 4
+
+
 @pytest.mark.parametrize("kind", CHECKPOINTS)
 def test_checkpointed_forwards_are_recorded_once(kind: str) -> None:
     net = Net()
@@ -117,9 +140,8 @@ def test_checkpointed_forwards_are_recorded_once(kind: str) -> None:
 
 def test_end_window_forgets_and_forwards_without_backward_stay_bounded(caplog: pytest.LogCaptureFixture) -> None:
     adapter = random_adapter(small_config())
-    with torch.no_grad():
-        for _ in range(replay._MOST_PENDING + 5):
-            adapter(torch.randn(2, 16))
+    for _ in range(replay._MOST_PENDING + 5):
+        checkpoint(adapter, torch.randn(2, 16, requires_grad=True), use_reentrant=True)
     assert len(adapter._replay) == replay._MOST_PENDING
     assert sum("without a backward" in r.message for r in caplog.records) == 1
     adapter.end_window()
@@ -132,7 +154,6 @@ def test_end_window_forgets_and_forwards_without_backward_stay_bounded(caplog: p
 
 def test_a_selection_that_waits_for_recomputation_holds_no_index_arrays() -> None:
     adapter = random_adapter(small_config())
-    with torch.no_grad():
-        adapter(torch.randn(4, 16))
+    checkpoint(adapter, torch.randn(4, 16, requires_grad=True), use_reentrant=True)
     (entry,) = adapter._replay._pending
     assert entry.strong is not None and entry.strong.plan is None

@@ -107,12 +107,22 @@ def test_rows_that_change_between_forward_and_backward_are_an_error(compute: str
 
 
 @pytest.mark.parametrize("compute", ["grouped", "union"])
-def test_eval_writes_nothing(compute: str) -> None:
-    adapter = random_adapter(small_config(compute=compute)).eval()
-    adapter.rows.record = lambda *_: pytest.fail("recorded in eval")  # type: ignore[method-assign]
+def test_rows_that_do_not_train_get_no_gradient_but_their_input_does(compute: str) -> None:
+    adapter = random_adapter(small_config(compute=compute))
+    adapter.rows.trainable = False  # type: ignore[misc]
     x = torch.randn(5, 16, requires_grad=True)
     adapter(x).sum().backward()
     assert adapter.rows.grad is None and x.grad is not None and len(adapter._replay) == 0  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("compute", ["grouped", "union"])
+def test_eval_mode_trains_as_train_mode_does(compute: str) -> None:
+    grads = []
+    for training in (True, False):
+        adapter = random_adapter(small_config(compute=compute)).train(training)
+        adapter(torch.randn(5, 16, generator=torch.Generator().manual_seed(3))).sum().backward()
+        grads.append(adapter.rows.grad)  # type: ignore[attr-defined]
+    assert grads[1].any() and torch.equal(grads[0], grads[1])
 
 
 def test_training_forward_is_recorded_once() -> None:

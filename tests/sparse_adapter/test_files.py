@@ -217,7 +217,7 @@ def test_a_base_trained_by_another_method_too_is_named(tmp_path: Path, caplog: p
     ("other", "message"),
     [
         (lambda: tiny_model("mistral"), "LlamaForCausalLM, this model is a MistralForCausalLM"),
-        (lambda: tiny_model("llama", hidden_size=64), "d = 32, this model has 64"),
+        (lambda: tiny_model("llama", hidden_size=64), r"d = 32, model\.layers\.0\.mlp of this model has 64"),
         (lambda: tiny_model("llama", num_hidden_layers=1), r"lacks 1 of the adapter's 2 places.*model\.layers\.1\.mlp"),
     ],
 )
