@@ -6,6 +6,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from meft_ds.offload.weights import shape_of
@@ -44,7 +45,7 @@ def widths_of(module: nn.Module | None) -> Widths:
                 outputs.append((sides[1], len(read)))
         elif not isinstance(inner, nn.Embedding | nn.modules.conv._ConvNd):
             for p in inner._parameters.values():
-                shape = () if p is None else shape_of(p)
+                shape = torch.Size() if p is None else shape_of(p)
                 if len(shape) in (2, 3) and (len(shape) == 2 or shape[0] > 1):  # [1, length, d] is an embedding
                     read.append(list(reversed(shape[-2:])))
                     written += shape[-2:]
