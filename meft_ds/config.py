@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import difflib
-import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, get_args
 
@@ -13,27 +12,27 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
-    StringConstraints,
     ValidationError,
-    field_validator,
     model_validator,
 )
 
+from meft_ds.fields import patterns, positive, shown
 from meft_ds.offload.config import ScheduleConfig
 from meft_ds.sparse_adapter.config import SparseAdapterConfig
 from meft_ds.sparse_matrix.config import SparseMatrixConfig
 from meft_ds.subspace.config import SubspaceConfig
 
 BLOCK = "meft_offload"
+_MOST_LISTED = 20
 METHODS = ("sparse_adapter", "subspace", "sparse_matrix")
 
 
 def _gib_or_auto(value: Any) -> float | str:
-    if value == "auto":
-        return "auto"
-    if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
-        raise ValueError(f'expected GiB as a number above 0 or "auto", got {value!r}')
-    return float(value)
+    return positive(value, ("auto",), "GiB as a number above 0")
+
+
+def _train(value: Any) -> tuple[str, ...] | None:
+    return () if value in ([], ()) else patterns(value)
 
 
 def _object(value: Any) -> Any:
@@ -62,9 +61,8 @@ class MeftConfig(BaseModel):
         default_factory=lambda: ScheduleConfig.model_validate({}),
         description="How updates and transfers overlap with compute.",
     )
-    train: tuple[Annotated[str, StringConstraints(min_length=1)], ...] | None = Field(
+    train: Annotated[tuple[str, ...] | None, BeforeValidator(_train)] = Field(
         None,
-        strict=False,
         description="Regular expressions over names of the base model's parameters: those that match train, beside "
         "heads, PEFT's tensors and what the checkpoint did not bring; all others are frozen. "
         "[]: all of the base is. Default: nothing else under the sparse adapter and tiles; "
@@ -90,16 +88,6 @@ class MeftConfig(BaseModel):
             return {**block, METHODS[0]: block.get(METHODS[0], {})}
         return block
 
-    @field_validator("train")
-    @classmethod
-    def _train_compiles(cls, patterns: tuple[str, ...] | None) -> tuple[str, ...] | None:
-        for pattern in patterns or ():
-            try:
-                re.compile(pattern)
-            except re.error as e:
-                raise ValueError(f"{pattern!r} is not a regular expression ({e}); escape special characters") from None
-        return patterns
-
     @model_validator(mode="after")
     def _one_owner_of_the_base(self) -> MeftConfig:
         if self.subspace is not None and self.sparse_matrix is not None:
@@ -122,47 +110,46 @@ def parse_config(block: Any, extra_faults: list[str] | None = None) -> MeftConfi
     if not isinstance(block, Mapping):
         faults.append(
             f'{BLOCK}: expected an object such as {{"sparse_adapter": {{"rows": 4096}}}}, got '
-            f"{'null' if block is None else repr(block)}; remove the key to train without meft-ds"
+            f"{'null' if block is None else shown(block)}; remove the key to train without meft-ds"
         )
     else:
         config, found = _validate(dict(block))
         faults += found
     if faults:
-        lines = "\n".join(f"  {n}. {fault}" for n, fault in enumerate(faults, 1))
+        lines = "\n".join(f"  {n}. {fault}" for n, fault in enumerate(faults[:_MOST_LISTED], 1))
+        if len(faults) > _MOST_LISTED:
+            lines += f"\n  and {len(faults) - _MOST_LISTED:,} more"
         plural = "fault" if len(faults) == 1 else "faults"
-        raise ValueError(f"the ds_config's {BLOCK!r} block has {len(faults)} {plural}:\n{lines}")
+        raise ValueError(f"the ds_config's {BLOCK!r} block has {len(faults):,} {plural}:\n{lines}")
     assert config is not None
     return config
 
 
 def _validate(block: dict[str, Any]) -> tuple[MeftConfig | None, list[str]]:
     """Faults of a block. Checks across keys run only on keys that are right, so drop wrong ones and look again."""
-    faults: list[str] = []
+    faults: dict[str, None] = {}  # in order, each once
     while True:
         try:
             config = MeftConfig.model_validate(block)
-            return (None if faults else config), faults
+            return (None if faults else config), list(faults)
         except ValidationError as e:
-            before = len(faults)
-            for error in e.errors(include_url=False):
-                fault = _describe(error)
-                if fault not in faults:
-                    faults.append(fault)
-            if len(faults) == before or not _drop(block, [error["loc"] for error in e.errors(include_url=False)]):
-                return None, faults
+            before, errors = len(faults), e.errors(include_url=False)
+            faults |= dict.fromkeys(map(_describe, errors))
+            if len(faults) == before or not _drop(block, [error["loc"] for error in errors]):
+                return None, list(faults)
 
 
 def _describe(error: Any) -> str:
     # pydantic names the branch of a union in the path; users know only keys and list positions
     path = _key_path(error["loc"])
-    where = ".".join([BLOCK, *map(str, path)])
+    where = ".".join([BLOCK, *(shown(str(part))[1:-1] for part in path)])
     if error["type"] == "extra_forbidden":
         valid = sorted(_model_at(path[:-1]).model_fields)
         near = difflib.get_close_matches(str(path[-1]), valid, n=1, cutoff=0.5)
         hint = f"did you mean {near[0]!r}?" if near else f"valid keys: {', '.join(valid)}"
         return f"{where}: unknown key; {hint}"
     message = error["msg"].removeprefix("Value error, ")
-    got = "" if error["type"] == "value_error" else f", got {error['input']!r}"
+    got = "" if error["type"] == "value_error" else f", got {shown(error['input'])}"
     return f"{where}: {message}{got}"
 
 

@@ -3,65 +3,106 @@
 
 from __future__ import annotations
 
+import functools
 import math
+import os
 import re
+import reprlib
+import time
 from typing import Any
+
+import regex
+
+LARGEST = 2**31 - 1
+"""The largest whole number that a setting may be."""
+_SECONDS = 10.0
+_MOST_REPEATS = 10_000
+_REPR = reprlib.Repr()
+_REPR.maxstring = _REPR.maxother = 120
+_REPR.maxlong, _REPR.maxlevel, _REPR.maxlist, _REPR.maxtuple, _REPR.maxdict = 40, 3, 8, 8, 8
+
+
+def shown(value: Any) -> str:
+    """`value` as an error shows it: its repr, cut where it is long or deep."""
+    try:
+        return _REPR.repr(value)
+    except ValueError:  # Python writes no whole number of more than 4,300 digits
+        return f"{type(value).__name__} of more than 4,300 digits"
+
+
+def is_whole(value: Any, least: int, most: int = LARGEST) -> bool:
+    """Whether it is a whole number in this range; true and false are none."""
+    return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
+
+
+def is_number(value: Any) -> bool:
+    """Whether it is a number that a float can hold, not NaN and not infinite; true and false are none."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # a whole number of more than 308 digits
+        return False
 
 
 def positive_int(value: Any) -> int:
     """A whole number from 1."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"expected a whole number of at least 1, got {value!r}")
-    return value
+    return _whole(value, 1)
 
 
 def positive_int_or_auto(value: Any) -> int | str:
     """A whole number from 1, or "auto"."""
-    if value == "auto":
-        return "auto"
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f'expected a whole number of at least 1 or "auto", got {value!r}')
+    return value if value == "auto" else _whole(value, 1, other=' or "auto"')
+
+
+def whole(value: Any) -> int:
+    """A whole number from 0."""
+    return _whole(value, 0)
+
+
+def seed(value: Any) -> int:
+    """A whole number from 0 to 2**31 - 1."""
+    if not is_whole(value, 0):
+        raise ValueError(f"expected a whole number from 0 to 2**31 - 1, got {shown(value)}")
     return value
 
 
 def size_or_fraction(value: Any) -> int | float:
     """A whole number from 1, or a fraction above 0 and below 1."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0 or not math.isfinite(value):
-        raise ValueError(f"expected a whole number of at least 1, or a fraction below 1, got {value!r}")
+    if not is_number(value) or value <= 0 or value > LARGEST:
+        raise ValueError(f"expected a whole number of at least 1, or a fraction below 1, got {shown(value)}")
     if isinstance(value, float) and value >= 1:
         raise ValueError(f"expected a fraction below 1 or a whole number without a decimal point, got {value!r}")
     return value
 
 
-def whole(value: Any) -> int:
-    """A whole number from 0."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-        raise ValueError(f"expected a whole number of at least 0, got {value!r}")
-    return value
-
-
-def seed(value: Any) -> int:
-    """A whole number from 0 to 2**31 - 1."""
-    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**31:
-        raise ValueError(f"expected a whole number from 0 to 2**31 - 1, got {value!r}")
-    return value
-
-
 def not_negative(value: Any) -> float:
     """A finite number from 0."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value < 0:
-        raise ValueError(f"expected a finite number of at least 0, got {value!r}")
+    if not is_number(value) or value < 0:
+        raise ValueError(f"expected a finite number of at least 0, got {shown(value)}")
     return float(value)
 
 
-def positive(value: Any, words: tuple[str, ...] = ()) -> float | str:
+def positive(value: Any, words: tuple[str, ...] = (), what: str = "a finite number above 0") -> float | str:
     """A finite number above 0, or one of `words`."""
     if isinstance(value, str) and value in words:
         return value
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value <= 0:
+    if not is_number(value) or value <= 0:
         named = "".join(f' or "{word}"' for word in words)
-        raise ValueError(f"expected a finite number above 0{named}, got {value!r}")
+        raise ValueError(f"expected {what}{named}, got {shown(value)}")
     return float(value)
+
+
+def file_name(value: Any) -> str | None:
+    """None, or what can be the path of a file."""
+    if value is None:
+        return None
+    try:
+        if isinstance(value, str) and value and "\0" not in value and os.fsencode(value):
+            return value
+    except UnicodeEncodeError:
+        pass
+    raise ValueError(f"expected null or the path of a file, got {shown(value)}")
 
 
 def patterns(value: Any) -> tuple[str, ...] | None:
@@ -70,10 +111,66 @@ def patterns(value: Any) -> tuple[str, ...] | None:
         return None
     listed = [value] if isinstance(value, str) else value
     if not isinstance(listed, list | tuple) or not listed or not all(isinstance(p, str) and p for p in listed):
-        raise ValueError(f"expected null, a regular expression or a list of them, got {value!r}")
+        raise ValueError(f"expected null, a regular expression or a list of them, got {shown(value)}")
     for pattern in listed:
-        try:
-            re.compile(pattern)
-        except re.error as fault:
-            raise ValueError(f"{pattern!r} is not a regular expression: {fault}") from None
+        compiled(pattern)
     return tuple(listed)
+
+
+class Pattern:
+    """A user's regular expression, for names of modules and parameters.
+
+    Python's own `re` takes time that doubles with every letter for some expressions, and no other thread of the process
+    runs meanwhile. So matching has an engine that is rarely that slow, and an end.
+
+    Raises:
+        ValueError: when it is no regular expression; from `search` and `fullmatch`, when it takes too long.
+    """
+
+    def __init__(self, pattern: str) -> None:
+        self.pattern = pattern
+        counts = [max(int(n) for n in found if n) for found in re.findall(r"\{(\d{1,9}),?(\d{0,9})\}", pattern)]
+        try:
+            if math.prod(counts) > _MOST_REPEATS:  # they are written out one by one
+                raise ValueError(f"it repeats something {math.prod(counts):,} times; {_MOST_REPEATS:,} is the most")
+            re.compile(pattern)  # this is what users know
+            self._compiled = regex.compile(pattern)
+        except (re.error, regex.error, OverflowError, RecursionError, ValueError) as fault:
+            why = "it is nested too deeply" if isinstance(fault, RecursionError) else fault
+            raise ValueError(
+                f"{shown(pattern)} is not a regular expression ({why}); escape special characters"
+            ) from None
+        self._left = _SECONDS
+
+    def search(self, name: str) -> bool:
+        """Whether it matches somewhere in `name`."""
+        return self._matches(self._compiled.search, name)
+
+    def fullmatch(self, name: str) -> bool:
+        """Whether it matches all of `name`."""
+        return self._matches(self._compiled.fullmatch, name)
+
+    def _matches(self, match: Any, name: str) -> bool:
+        start = time.monotonic()
+        try:
+            return match(name, timeout=max(self._left, 1e-3)) is not None
+        except TimeoutError:
+            raise ValueError(
+                f"the regular expression {shown(self.pattern)} takes longer than {_SECONDS:g} s to match names such as "
+                f"{shown(name)}; write it without repeats inside repeats, such as (a+)+"
+            ) from None
+        finally:
+            self._left -= time.monotonic() - start
+
+
+@functools.cache
+def compiled(pattern: str) -> Pattern:
+    """The `Pattern`; one for all who ask, so that its time is bounded however often they match."""
+    return Pattern(pattern)
+
+
+def _whole(value: Any, least: int, other: str = "") -> int:
+    if is_whole(value, least):
+        return value
+    limit = f" and at most {LARGEST}" if isinstance(value, int) and value > LARGEST else ""
+    raise ValueError(f"expected a whole number of at least {least}{limit}{other}, got {shown(value)}")

@@ -114,8 +114,10 @@ def check_writable(path: str | Path) -> None:
         ValueError: as `checked_target`.
         OSError: when its folder does not exist or cannot be written to.
     """
-    folder = checked_target(path).absolute().parent
-    probe = folder / f".{secrets.token_hex(8)}.tmp"
+    path = checked_target(path)
+    with contextlib.suppress(FileNotFoundError):
+        os.lstat(path)  # a name that is too long is one that exists nowhere, too
+    probe = path.absolute().parent / f".{secrets.token_hex(8)}.tmp"
     try:
         write_new(probe, lambda _: None, sync=False)
     finally:

@@ -5,17 +5,18 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
+from meft_ds.fields import file_name, is_whole, positive_int, shown
 from meft_ds.offload.schedule import Mode
 from meft_ds.offload.trace import writable
 
+_MOST_THREADS = 1024
+
 
 def _threads(value: Any) -> int | str:
-    if value == "auto":
-        return "auto"
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f'expected a whole number of threads from 1 or "auto", got {value!r}')
+    if value != "auto" and not is_whole(value, 1, _MOST_THREADS):
+        raise ValueError(f'expected a whole number of threads from 1 to {_MOST_THREADS} or "auto", got {shown(value)}')
     return value
 
 
@@ -36,11 +37,11 @@ class ScheduleConfig(BaseModel):
         description="Threads of the host update on each rank. auto = the rank's share of the CPUs that its process may "
         "use, at most OMP_NUM_THREADS.",
     )
-    trace_file: Annotated[str, StringConstraints(min_length=1), AfterValidator(writable)] | None = Field(
+    trace_file: Annotated[str | None, BeforeValidator(file_name), AfterValidator(writable)] = Field(
         None,
         description="Write a Chrome trace (JSON, opens in Perfetto) of the lanes to this file, with .rankN before its "
         "ending on ranks above 0. Default: none.",
     )
-    trace_windows: int = Field(
-        20, ge=1, description="The trace holds this many accumulation windows, from the third on. Default: 20."
+    trace_windows: Annotated[int, BeforeValidator(positive_int)] = Field(
+        20, description="The trace holds this many accumulation windows, from the third on. Default: 20."
     )

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from meft_ds.fields import shown
 from meft_ds.files import check_writable, write_text
 from meft_ds.offload.timeline import WindowTimes, phases
 
@@ -60,24 +62,27 @@ def path_of_rank(path: str, rank: int) -> Path:
     return whole if rank == 0 else whole.with_name(f"{whole.stem}.rank{rank}{whole.suffix}")
 
 
-def writable(path: str) -> str:
-    """`path`, if a file can be written there.
+def writable(path: str | None) -> str | None:
+    """`path`, if it is None or if a file can be written there.
 
     Raises:
         ValueError: saying what is wrong with it and what to do.
     """
+    if path is None:
+        return None
     whole = Path(path).absolute()
     folder = whole.parent
     expected = "expected a file in an existing, writable folder"
-    if not folder.is_dir():
-        raise ValueError(f"{expected}, got {path!r}; create the folder {str(folder)!r} or choose another")
-    if whole.is_dir():
+    if not os.path.isdir(folder):
+        raise ValueError(f"{expected}, got {shown(path)}; create the folder {shown(str(folder))} or choose another")
+    if os.path.isdir(whole):
         raise ValueError(f'{expected}, got the folder {path!r}; add a file name, such as "trace.json"')
     try:
         check_writable(whole)
     except OSError as e:
         raise ValueError(
-            f"{expected}, got {path!r} ({e.strerror}); make the folder {str(folder)!r} writable or choose another"
+            f"{expected}, got {shown(path)} ({e.strerror}); make the folder {shown(str(folder))} writable or choose "
+            "another"
         ) from None
     return path
 

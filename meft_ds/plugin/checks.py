@@ -4,18 +4,25 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping
 from importlib.metadata import version
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from packaging.version import Version
 from torch import nn
+
+from meft_ds.fields import is_number, is_whole, shown
 
 _logger = logging.getLogger("meft_ds")
 
 TESTED = {"deepspeed": ("0.18.2", "0.19.8"), "transformers": ("4.57.3", "5.23.0")}
 """Oldest and newest version that the tests run against."""
+
+_FLOAT16 = ("float16", "fp16", "half")
+_FLOAT32 = 3.4e38  # about the largest number that updates, which are made in fp32, can be
 
 
 def tell(ds_config: Mapping[str, Any]) -> None:
@@ -36,51 +43,67 @@ def version_warnings() -> list[str]:
     return lines
 
 
+def zero_settings(ds_config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The "zero_optimization" object as DeepSpeed reads it: true is stage 1."""
+    zero = ds_config.get("zero_optimization")
+    return {"stage": 1} if zero is True else _section(ds_config, "zero_optimization", [])
+
+
 def conflicts(ds_config: Mapping[str, Any]) -> list[str]:
     """Settings elsewhere in the ds_config that the block cannot work with, one line each with the fix."""
-    faults = []
-    zero = ds_config.get("zero_optimization") or {}
+    faults: list[str] = []
+    if not isinstance(ds_config.get("zero_optimization"), bool):
+        _section(ds_config, "zero_optimization", faults)
+    zero = zero_settings(ds_config)
     stage = zero.get("stage", 0)
     if stage not in (0, 1, 2, 3):
-        faults.append(f"zero_optimization.stage: expected 0, 1, 2 or 3, got {stage!r}")
-    for key in ("zenflow", "zero_quantized_weights", "zero_quantized_nontrainable_weights"):
+        faults.append(f"zero_optimization.stage: expected 0, 1, 2 or 3, got {shown(stage)}")
+    if zero.get("zenflow") is not None:  # DeepSpeed takes {} for yes
+        faults.append("zero_optimization.zenflow: does not go with meft_offload; remove it")
+    for key in ("zero_quantized_weights", "zero_quantized_nontrainable_weights"):
         if _is_on(zero.get(key)):
             faults.append(f"zero_optimization.{key}: does not go with meft_offload; remove it")
-    if stage == 3 and zero.get("zero_hpz_partition_size", 1) > 1:
+    if stage == 3 and _above(zero.get("zero_hpz_partition_size"), 1):
         faults.append("zero_optimization.zero_hpz_partition_size: does not go with meft_offload; set it to 1")
-    if stage == 3 and zero.get("mics_shard_size", -1) > 0:
+    if stage == 3 and _above(zero.get("mics_shard_size"), 0):
         faults.append("zero_optimization.mics_shard_size: does not go with meft_offload; remove it")
     offload = zero.get("offload_param")
     if _is_on(offload) and stage != 3:
         faults.append("zero_optimization.offload_param: works with stage 3 only; remove it or set stage to 3")
-    elif offload and offload.get("device") == "nvme":
+    elif isinstance(offload, Mapping) and offload.get("device") == "nvme":
         faults.append('zero_optimization.offload_param.device: "nvme" does not go with meft_offload; use "cpu"')
     for key in ("hybrid_engine", "amp", "compression_training", "sparse_gradients"):
         if _is_on(ds_config.get(key)):
             faults.append(f"{key}: does not go with meft_offload; remove it")
-    if (ds_config.get("tensor_parallel") or {}).get("autotp_size", 0) > 1:
+    if _above(_section(ds_config, "tensor_parallel", faults).get("autotp_size"), 1):
         faults.append("tensor_parallel.autotp_size: tensor parallelism does not go with meft_offload; remove it")
-    if ds_config.get("sequence_parallel_size", 1) > 1:
+    sequence_parallel = ds_config.get("sequence_parallel_size", 1)
+    if not is_whole(sequence_parallel, 1):
+        faults.append(f"sequence_parallel_size: expected a whole number, got {shown(sequence_parallel)}; set it to 1")
+    elif sequence_parallel > 1:
         faults.append("sequence_parallel_size: sequence parallelism does not go with meft_offload; set it to 1")
-    autocast = ds_config.get("torch_autocast") or {}
-    if _is_on(autocast) and autocast.get("dtype") in ("float16", "fp16", "half"):
+    clip = ds_config.get("gradient_clipping", 0.0)
+    if clip != "auto" and not _is_from_0(clip, most=math.inf):
+        faults.append(f"gradient_clipping: expected a number >= 0, got {shown(clip)}")
+    autocast = _section(ds_config, "torch_autocast", faults)
+    dtype = autocast.get("dtype")
+    if autocast.get("enabled") and (dtype is torch.float16 or _text(dtype) in ("torch.float16", *_FLOAT16)):
         faults.append(
             'torch_autocast.dtype: float16 needs a loss scaler that meft_offload has only under "fp16"; use it'
         )
     faults += _checkpoint_faults(ds_config)
-    faults += _optimizer_faults(ds_config.get("optimizer"))
+    faults += _optimizer_faults(ds_config)
     return faults
 
 
 def skipped(ds_config: Mapping[str, Any]) -> list[str]:
     """Settings that have no effect under the block, one line each."""
     lines = []
-    zero = ds_config.get("zero_optimization") or {}
-    if _is_on(zero.get("offload_optimizer")):
+    if _is_on(zero_settings(ds_config).get("offload_optimizer")):
         lines.append(
             "zero_optimization.offload_optimizer is skipped: meft_offload holds the optimizer state on the host"
         )
-    if (ds_config.get("data_types") or {}).get("grad_accum_dtype") not in (None, "fp32", "float32"):
+    if _section(ds_config, "data_types", []).get("grad_accum_dtype") not in (None, "fp32", "float32"):
         lines.append("data_types.grad_accum_dtype is skipped: meft_offload accumulates gradients in fp32")
     for key in ("communication_data_type", "prescale_gradients", "gradient_predivide_factor"):
         if key in ds_config:
@@ -110,16 +133,19 @@ def refuse_expert_parallelism(model: nn.Module, groups: Mapping[str, Any]) -> No
 
 
 def _checkpoint_faults(ds_config: Mapping[str, Any]) -> list[str]:
-    faults = []
-    settings = ds_config.get("checkpoint") or {}
+    faults: list[str] = []
+    settings = _section(ds_config, "checkpoint", faults)
+    _section(ds_config, "data_types", faults)
     # other writers replace files of an older checkpoint before the new one is complete, some of them in the background
     needs = "meft_offload needs DeepSpeed's default writer, torch.save; remove it"
     if settings.get("writer") is not None:
-        faults.append(f"checkpoint.writer: expected no such key, got {settings['writer']!r}: {needs}")
+        faults.append(f"checkpoint.writer: expected no such key, got {shown(settings['writer'])}: {needs}")
     if ds_config.get("datastates_ckpt", False) is not False:  # DeepSpeed takes null and {} for yes
-        faults.append(f"datastates_ckpt: expected no such key or false, got {ds_config['datastates_ckpt']!r}: {needs}")
-    if (ds_config.get("nebula") or {}).get("enabled"):
-        faults.append(f"nebula.enabled: expected false, got {ds_config['nebula']['enabled']!r}: {needs}")
+        found = shown(ds_config["datastates_ckpt"])
+        faults.append(f"datastates_ckpt: expected no such key or false, got {found}: {needs}")
+    nebula = _section(ds_config, "nebula", faults).get("enabled")
+    if nebula:
+        faults.append(f"nebula.enabled: expected false, got {shown(nebula)}: {needs}")
     if settings.get("use_node_local_storage"):
         faults.append(
             "checkpoint.use_node_local_storage: expected false, got true: a checkpoint of meft_offload is one folder "
@@ -133,14 +159,19 @@ def _checkpoint_faults(ds_config: Mapping[str, Any]) -> list[str]:
     return faults
 
 
-def _optimizer_faults(optimizer: Mapping[str, Any] | None) -> list[str]:
+def _optimizer_faults(ds_config: Mapping[str, Any]) -> list[str]:
+    faults: list[str] = []
+    optimizer = _section(ds_config, "optimizer", faults)
     if not optimizer:
-        return []
-    kind, params = str(optimizer.get("type", "")), optimizer.get("params") or {}
-    if kind.lower() not in ("adam", "adamw"):
-        return [f'optimizer.type: {kind!r} is not supported, meft_offload updates with AdamW; use "AdamW"']
-    faults = []
-    l2 = kind.lower() == "adam" and (params.get("adam_w_mode") is False or params.get("torch_adam") is True)
+        return faults
+    kind, params = _text(optimizer.get("type")), _section(optimizer, "params", faults, "optimizer.")
+    if kind not in ("adam", "adamw"):
+        found = shown(optimizer.get("type", ""))
+        return [
+            *faults,
+            f'optimizer.type: {found} is not supported, meft_offload updates with AdamW; use "AdamW"',
+        ]
+    l2 = kind == "adam" and (params.get("adam_w_mode") is False or params.get("torch_adam") is True)
     if l2 and params.get("weight_decay"):
         faults.append(
             "optimizer.params.weight_decay: L2 decay (Adam) is not supported, only decoupled decay; use AdamW"
@@ -149,11 +180,41 @@ def _optimizer_faults(optimizer: Mapping[str, Any] | None) -> list[str]:
         faults.append("optimizer.params.amsgrad: is not supported; remove it")
     if params.get("bias_correction") is False:
         faults.append("optimizer.params.bias_correction: false is not supported; remove it")
-    for name, least in (("lr", 0.0), ("weight_decay", 0.0), ("eps", 0.0)):
-        value = params.get(name)
-        if isinstance(value, int | float) and value < least:
-            faults.append(f"optimizer.params.{name}: expected a number >= 0, got {value!r}")
+    for name in ("lr", "weight_decay", "eps"):
+        value = params.get(name, 0.0)
+        if value != "auto" and not _is_from_0(value):  # HF fills "auto" in before the engine is made
+            limit = f" and at most {_FLOAT32:.1e}" if _above(value, _FLOAT32) else ""
+            faults.append(f"optimizer.params.{name}: expected a number >= 0{limit}, got {shown(value)}")
+    betas = params.get("betas", "auto")
+    if betas != "auto" and not _are_betas(betas):
+        faults.append(f"optimizer.params.betas: expected two numbers from 0 and below 1, got {shown(betas)}")
     return faults
+
+
+def _section(holder: Mapping[str, Any], key: str, faults: list[str], prefix: str = "") -> Mapping[str, Any]:
+    """The object under `key`; {} where there is none, with a fault where there is something else."""
+    found = holder.get(key)
+    if found is None or isinstance(found, Mapping):
+        return found or {}
+    faults.append(f"{prefix}{key}: expected an object of settings, got {shown(found)}")
+    return {}
+
+
+def _text(value: Any) -> str:
+    return value.lower() if isinstance(value, str) else ""
+
+
+def _is_from_0(value: Any, most: float = _FLOAT32) -> bool:
+    return is_number(value) and 0 <= value <= most or value == math.inf == most
+
+
+def _are_betas(value: Any) -> bool:
+    return isinstance(value, list | tuple) and len(value) == 2 and all(is_number(b) and 0 <= b < 1 for b in value)
+
+
+def _above(value: Any, limit: float) -> bool:
+    """Whether it is a number above `limit`; what is none is named by DeepSpeed's own checks."""
+    return isinstance(value, int | float) and value > limit
 
 
 def _is_on(section: Any) -> bool:

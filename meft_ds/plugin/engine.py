@@ -57,7 +57,7 @@ class MeftEngine(SavingEngine):
             raise ValueError(
                 "meft_offload does not go with model parallelism (mpu); call deepspeed.initialize without it"
             )
-        self._meft_stage3 = (ds_config.get("zero_optimization") or {}).get("stage") == 3
+        self._meft_stage3 = checks.zero_settings(ds_config).get("stage") == 3
         super().__init__(*args, **kwargs)
         assert self.optimizer is not None, "an engine without one only evaluates, and is DeepSpeed's own"
         if self.global_rank == 0 and (idle := setup.standing_still(self._meft_run, self.lr_scheduler)):

@@ -5,11 +5,11 @@ what a program left trainable when it froze most of the model, and what the bloc
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Sequence
 
 from torch import nn
 
+from meft_ds.fields import compiled
 from meft_ds.offload.heads import head_parameters, peft_parameters, pretrained, vocabulary_parameters
 from meft_ds.offload.matrices import listed
 from meft_ds.offload.method import Method
@@ -85,7 +85,7 @@ def _matched(patterns: Sequence[str], names: Sequence[str]) -> set[str]:
     found: set[str] = set()
     idle = []
     for pattern in patterns:
-        search = re.compile(pattern).search
+        search = compiled(pattern).search
         matching = {name for name in names if search(name)}
         found |= matching
         if not matching:

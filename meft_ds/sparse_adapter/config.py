@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from meft_ds.fields import not_negative, patterns, positive, positive_int, positive_int_or_auto, size_or_fraction
+from meft_ds.fields import not_negative, patterns, positive, positive_int, positive_int_or_auto, shown, size_or_fraction
 from meft_ds.fields import seed as check_seed
 
 __all__ = ["PAPER_ROUTER_SCALE", "CompressConfig", "ResolvedCompress", "ResolvedSparseAdapter", "SparseAdapterConfig"]
@@ -24,7 +24,7 @@ _IntOrAuto = Annotated[int | _Auto, BeforeValidator(positive_int_or_auto)]
 
 def _object_or_null(value: Any) -> Any:
     if value is not None and not isinstance(value, dict | CompressConfig):
-        raise ValueError(f'expected null or an object of settings such as {{"dim": 0.5}} or {{}}, got {value!r}')
+        raise ValueError(f'expected null or an object of settings such as {{"dim": 0.5}} or {{}}, got {shown(value)}')
     return value
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import nn
 
+from meft_ds.fields import compiled
 from meft_ds.sparse_adapter.widths import Widths, widths_of
 
 __all__ = ["Site", "find_ffns", "make_site"]
@@ -114,7 +115,7 @@ def _in_layers(model: nn.Module) -> Iterator[Site]:
 def _matching(model: nn.Module, patterns: Sequence[str]) -> list[Site]:
     sites: list[Site] = []
     for name, module in model.named_modules():
-        if not name or not any(re.fullmatch(pattern, name) for pattern in patterns):
+        if not name or not any(compiled(pattern).fullmatch(name) for pattern in patterns):
             continue
         outer = next((site.name for site in sites if name.startswith(site.name + ".")), None)
         if outer is not None:

@@ -3,12 +3,11 @@
 
 from __future__ import annotations
 
-import re
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from meft_ds.fields import patterns, positive_int, whole
+from meft_ds.fields import compiled, file_name, is_number, patterns, positive_int, shown, whole
 from meft_ds.fields import seed as check_seed
 
 PAPER_ROLES = ("q", "k", "v")
@@ -21,8 +20,8 @@ _MAKE_THE_CHOICE = (
 
 
 def _fraction(value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 1:
-        raise ValueError(f"expected a fraction above 0 and at most 1, got {value!r}")
+    if not is_number(value) or not 0 < value <= 1:
+        raise ValueError(f"expected a fraction above 0 and at most 1, got {shown(value)}")
     return float(value)
 
 
@@ -32,24 +31,24 @@ def _budget(value: Any) -> str | dict[str, float] | None:
     if not isinstance(value, dict) or not value or not all(isinstance(role, str) for role in value):
         raise ValueError(
             'expected null, "global", "per_module" or an object of fractions by role such as {"q": 0.02}, '
-            f"got {value!r}"
+            f"got {shown(value)}"
         )
     found = {}
     for role, fraction in value.items():
         try:
             found[role] = _fraction(fraction)
         except ValueError as fault:
-            raise ValueError(f"{role}: {fault}") from None
+            raise ValueError(f"{shown(role)[1:-1]}: {fault}") from None
     return found
 
 
 def _segments(value: Any) -> dict[str, list[int]]:
     if not isinstance(value, dict):
-        raise ValueError(f'expected an object such as {{".*\\\\.qkv": [4096, 1024, 1024]}}, got {value!r}')
+        raise ValueError(f'expected an object such as {{".*\\\\.qkv": [4096, 1024, 1024]}}, got {shown(value)}')
     for pattern, sizes in value.items():
         patterns([pattern])
         if not isinstance(sizes, list | tuple) or not sizes:
-            raise ValueError(f"{pattern}: expected a list of the parts' sizes, got {sizes!r}")
+            raise ValueError(f"{shown(pattern)[1:-1]}: expected a list of the parts' sizes, got {shown(sizes)}")
         for size in sizes:
             positive_int(size)
     return {pattern: list(sizes) for pattern, sizes in value.items()}
@@ -118,12 +117,12 @@ class SparseMatrixConfig(BaseModel):
         description="Where masters and moments of the tiles live. auto = on the accelerator when they take at most a "
         "twentieth of its memory, else on the host.",
     )
-    choice_file: str | None = Field(
+    choice_file: Annotated[str | None, BeforeValidator(file_name)] = Field(
         None,
         description="Train the tiles that this JSON file names, which an earlier run wrote, and score nothing. "
         "null = score first.",
     )
-    choice_out: str | None = Field(
+    choice_out: Annotated[str | None, BeforeValidator(file_name)] = Field(
         None, description="Write the chosen tiles to this JSON file as soon as they are known. null = do not."
     )
     seed: Annotated[int, BeforeValidator(check_seed)] = Field(
@@ -181,4 +180,4 @@ class SparseMatrixConfig(BaseModel):
 
     def segments_of(self, name: str) -> tuple[str, list[int]] | None:
         """The pattern of `segments` that matches `name`, and its sizes; the first one if there are several."""
-        return next(((p, sizes) for p, sizes in self.segments.items() if re.fullmatch(p, name)), None)
+        return next(((p, sizes) for p, sizes in self.segments.items() if compiled(p).fullmatch(name)), None)

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from meft_ds.fields import compiled
 from meft_ds.offload.heads import peft_layer
 from meft_ds.offload.matrices import Sharing, listed, output_heads, weights
 from meft_ds.offload.taps import can_tap
@@ -78,7 +78,7 @@ def find_sites(model: nn.Module, config: SparseMatrixConfig) -> tuple[list[Site]
     """
     _refuse_peft(model)
     sharing, heads = Sharing(model), output_heads(model)
-    patterns = None if config.target_modules is None else {p: re.compile(p) for p in config.target_modules}
+    patterns = None if config.target_modules is None else {p: compiled(p) for p in config.target_modules}
     unused, unused_segments = set(patterns or ()), set(config.segments)
     sites: list[Site] = []
     found_roles: set[str] = set()
@@ -92,7 +92,7 @@ def find_sites(model: nn.Module, config: SparseMatrixConfig) -> tuple[list[Site]
         if given is not None:
             unused_segments.discard(given[0])
         if patterns is not None:
-            matching = {p for p, compiled in patterns.items() if compiled.fullmatch(name)}
+            matching = {p for p, pattern in patterns.items() if pattern.fullmatch(name)}
             unused -= matching
             if not matching:
                 continue

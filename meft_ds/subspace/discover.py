@@ -3,11 +3,11 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 
 from torch import nn
 
+from meft_ds.fields import compiled
 from meft_ds.offload.heads import head_parameters, peft_layer, peft_parameters, vocabulary_parameters
 from meft_ds.offload.matrices import Sharing, weights
 from meft_ds.offload.taps import can_tap
@@ -60,7 +60,7 @@ def find_matrices(model: nn.Module, config: SubspaceConfig) -> tuple[list[Site],
         a pattern of `target_modules` matches no module name; with names to choose from.
     """
     sharing, small = Sharing(model), _SmallParts(model)
-    patterns = None if config.target_modules is None else {p: re.compile(p) for p in config.target_modules}
+    patterns = None if config.target_modules is None else {p: compiled(p) for p in config.target_modules}
     unused = set(patterns or ())
     sites: list[Site] = []
     frozen: list[str] = []
@@ -71,7 +71,7 @@ def find_matrices(model: nn.Module, config: SubspaceConfig) -> tuple[list[Site],
     for name, module, key, weight in weights(model):
         candidates.append(name)
         if patterns is not None:
-            matching = {p for p, compiled in patterns.items() if compiled.fullmatch(name)}
+            matching = {p for p, pattern in patterns.items() if pattern.fullmatch(name)}
             unused -= matching
             if not matching:
                 continue
