@@ -229,7 +229,12 @@ class FlatUnit(Unit):
         self._update = None
         self._open_window()
 
+    def forget(self) -> None:
+        self._acc.zero_()
+        self._await_all()
+
     def discard(self) -> None:
+        self._update = None
         self._open_window()
 
     # -- state in the shapes of parameters --------------------------------------------------------------------------

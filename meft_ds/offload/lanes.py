@@ -11,7 +11,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -101,6 +101,17 @@ class Lanes:
     def closed(self) -> bool:
         """Whether a lane was stopped, so that what was handed over may never run."""
         return any(getattr(lane, "closed", False) for lane in (self.down, self.host, self.up))
+
+    def behind(self, *, updates: bool) -> Iterator[threading.Event]:
+        """Events to wait for one after another: then all payloads that were handed over before are done and, if
+        `updates`, all updates."""
+        ways = [(self.down, False), (self.host, True)]  # in the order in which jobs go from one to the next
+        if updates:
+            ways += [(self.host, False), (self.up, False)]
+        for lane, urgent in ways:
+            done = threading.Event()
+            lane.submit(done.set, urgent=urgent)
+            yield done
 
     def close(self) -> None:
         """Stop all three."""

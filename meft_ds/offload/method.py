@@ -100,6 +100,9 @@ class Method(ABC):
     def end_window(self, loss_factor: float) -> None:  # noqa: B027 - most methods do nothing between windows
         """A window ended (or the first one begins); losses of the next one are multiplied by `loss_factor`."""
 
+    def forget_window(self) -> None:  # noqa: B027 - most methods keep what a window collects in their units
+        """What the open window has collected is to be forgotten, as far as it is not in units."""
+
     def release(self) -> None:  # noqa: B027 - most methods leave the model to their units
         """The engine was taken down, and its units have been released. May be called several times."""
 

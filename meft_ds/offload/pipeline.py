@@ -37,13 +37,14 @@ from meft_ds.offload.timeline import Timeline, WindowTimes
 from meft_ds.offload.tuner import Tuner
 from meft_ds.offload.verdict import agree
 from meft_ds.offload.window import Entry, StepResult, StepSettings, Window, clip_factor
+from meft_ds.offload.windows import Windows
 from meft_ds.offload.wire import AdamHyper, Unit
 
 _logger = logging.getLogger("meft_ds")
 _PATIENCE_S = 10.0  # how long an exit waits for updates under way
 
 
-class Pipeline:
+class Pipeline(Windows):
     """Runs units through windows.
 
     Args:
@@ -119,16 +120,16 @@ class Pipeline:
                 + ("after its update had begun" if entry.early else "while an update of it was still to be applied")
                 + '; the model uses its parameters outside their modules. Set meft_offload.schedule.mode to "serial"'
             )
-        entry.late = entry.late or entry.sent
-        if not self._window.in_backward:
+        entry.late = entry.late or (entry.sent and not entry.again)
+        self._window.collected = self._window.touched = True
+        if not self._window.in_backward and torch._C._current_graph_task_id() != -1:
             self._window.in_backward = True
-            if torch._C._current_graph_task_id() != -1:
-                Variable._execution_engine.queue_callback(self._backward_ended)
+            Variable._execution_engine.queue_callback(self._backward_ended)
 
     def complete(self, unit: Unit) -> None:
         """Backward is done with `unit`: if this is the window's last backward, its payload goes down."""
         entry = self._of[id(unit)]
-        if not self.overlaps or entry.sent or not self._closes_window():
+        if not self.overlaps or (entry.sent and not entry.again) or not self._closes_window():
             return
         self._progress.check()
         entry.ready = True
@@ -172,19 +173,31 @@ class Pipeline:
 
         Any non-finite value in any payload skips the step for all units, in every precision (in `eager` mode: for the
         units that have one).
+
+        Raises:
+            ValueError: for hyperparameters that AdamW is not defined for; the window is as it was.
+            RuntimeError: when a backward of the window, or the step that was to end it, has ended half way.
         """
         self.timeline.mark("step")
         self._progress.check()
-        quiet = [entry for entry in self._entries if entry.quiet]
-        for entry in quiet:
-            if entry.pending:
-                self._apply(entry)  # by what it was encoded with, which `end_quiet` may change
-        for entry in quiet:
-            entry.unit.end_quiet()
+        settings = self._settings_now()  # of all units, before anything is handed over
+        self.check_whole()
+        self.handed_over = False
+        try:
+            return self._step(settings)
+        except BaseException as error:
+            if self.handed_over:
+                self.fail(error)
+            else:
+                self.broke(error, in_step=True)
+            raise
+
+    def _step(self, settings: StepSettings) -> StepResult:
+        self._end_quiet()
         self._adopt_late_edits()
         self._send_the_rest()
         total = self._agreed_sq_norm()
-        settings = self._settings_now()
+        self.handed_over = True
         finite = math.isfinite(total)
         grad_norm = math.sqrt(total) * settings.grad_scale if finite else math.inf
         scale = settings.grad_scale * clip_factor(settings.clip, grad_norm)
@@ -211,11 +224,6 @@ class Pipeline:
         self._window = Window(self._send_order())
         return StepResult(overflow=not finite, grad_norm=grad_norm, times=times)
 
-    @property
-    def has_begun(self) -> bool:
-        """Whether updates of the open window may be under way already, ahead of its step."""
-        return any(entry.early and entry.sent for entry in self._entries)
-
     def flush(self) -> None:
         """Apply every update that is under way; afterwards weights and host state are those of the serial order.
 
@@ -235,7 +243,7 @@ class Pipeline:
 
         `exiting`: leave connections to the end of the process, because peers may still need them.
         """
-        usable = self._progress.failure is None and not self._lanes.closed
+        usable = not (self._progress.failure or self._progress.torn or self._lanes.closed)
         try:
             if usable:
                 self.flush()
@@ -269,16 +277,17 @@ class Pipeline:
         `training`: whether gradients may come of it. May be called several times in one forward.
         """
         self._progress.check()
+        if self.is_broken:
+            self.drop_alone()
         begins = training and not self._window.begun
-        if begins:
-            self._window.begun = True
-            for entry in self._entries:
-                entry.quiet = entry.unit.wants_quiet(entry.steps) or entry.unit.watches
-        quiet = [entry for entry in self._entries if entry.quiet] if begins else []
+        quiet = [e for e in self._entries if e.unit.wants_quiet(e.steps) or e.unit.watches] if begins else []
         if not training or any(entry.unit.wants_quiet(entry.steps) for entry in quiet):
             self.flush()
         for entry in quiet:
+            entry.quiet = True
             entry.unit.begin_quiet(entry.steps)
+        if begins:
+            self._window.begun = True  # last, or an interrupt would leave it half begun
 
     def publish(self) -> None:
         """Show the model host state that was just loaded. Collective; nothing may be under way."""
@@ -291,15 +300,6 @@ class Pipeline:
         self.timeline.mark("step")
         self.give_up_window()
         return self.timeline.close_window()
-
-    def give_up_window(self) -> None:
-        """Drop what the open window has collected so far: other state is about to be loaded."""
-        self._progress.wait_for([entry for entry in self._entries if entry.sent], "measured")
-        self.flush()
-        for entry in self._entries:
-            entry.unit.discard()
-            entry.open_window()
-        self._window = Window(self._send_order())
 
     def state(self) -> dict[str, Any]:
         """What resuming needs beside the units' own state, as JSON."""
@@ -317,10 +317,6 @@ class Pipeline:
         self.tuner.load_state(state["tuner"])
 
     # -- the way down --------------------------------------------------------------------------------------------------
-
-    def _send_order(self) -> list[Entry]:
-        """Deepest first; units that backward does not always finish come last, or the others would wait for them."""
-        return sorted(self._entries, key=lambda entry: (not entry.reliable, -entry.index))
 
     def _send_the_rest(self) -> None:
         for entry in self._entries:
@@ -344,19 +340,21 @@ class Pipeline:
             entry.unit.adopt()
 
     def _send(self, entry: Entry) -> None:
-        entry.sent, entry.measured, entry.late = True, False, False
-        entry.early = self.tuner.eager_now and entry.reliable and not entry.quiet
+        early = self.tuner.eager_now and entry.reliable and not entry.quiet
         versions = entry.unit.versions()
         if versions and (entry.exposed or versions != entry.versions):
             entry.unit.adopt()
         entry.exposed, entry.versions = False, versions
-        if entry.early:
+        if early:
             self._settings_now()
             if not self._window.update_order:
                 self._window.update_order = [self._entries[i] for i in self.tuner.order()]
+        self._window.sending = True
+        entry.sent, entry.measured, entry.late, entry.again, entry.early = True, False, False, False, early
         with self.timeline.span("main", "collect", entry.unit.name):
             entry.unit.collect()
         self._lanes.down.submit(partial(self._down_job, entry, self.bus.mark(), self.bus.window))
+        self._window.sending = False
 
     def _down_job(self, entry: Entry, after: Any, window: int) -> None:
         unit = entry.unit
@@ -393,10 +391,10 @@ class Pipeline:
     # -- updates -------------------------------------------------------------------------------------------------------
 
     def _update(self, entry: Entry, settings: StepSettings, scale: float) -> None:
+        hyper = settings.hyper_of(entry.unit)
         entry.pending, entry.updated = True, False
         entry.steps += 1
-        job = partial(self._host_job, entry, settings.hyper_of(entry.unit), entry.steps, scale, self.bus.window)
-        self._lanes.host.submit(job)
+        self._lanes.host.submit(partial(self._host_job, entry, hyper, entry.steps, scale, self.bus.window))
 
     def _host_job(self, entry: Entry, hyper: AdamHyper, step: int, scale: float, window: int) -> None:
         with self.timeline.span("host", "update", entry.unit.name):
@@ -465,10 +463,6 @@ class Pipeline:
             self._window.settings = self._settings()
         return self._window.settings
 
-    def fail(self, error: BaseException) -> None:
-        """Called on a lane: the thread that trains learns of it at its next call."""
-        self._progress.fail(error)
-
 
 def _touched(pipeline: weakref.ref[Pipeline], unit: weakref.ref[Unit]) -> None:
     # weak: a model that outlives its engine must not keep the engine's memory alive
@@ -485,6 +479,6 @@ def _failing(pipeline: weakref.ref[Pipeline]) -> Callable[[BaseException], None]
     # weak, or the lanes' threads would keep the pipeline and all its memory alive
     def on_error(error: BaseException) -> None:
         if (alive := pipeline()) is not None:
-            alive.fail(error)
+            alive._progress.fail(error)
 
     return on_error

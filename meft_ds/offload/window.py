@@ -50,6 +50,7 @@ class Entry:
     ready: bool = False  # backward said so in this window
     sent: bool = False
     late: bool = False  # a gradient came after it was sent
+    again: bool = False  # what was sent has been forgotten since, and the window's end sends it anew
     measured: bool = False  # payload and its norm are on the host
     sq_norm: float = 0.0
     quiet: bool = False  # the unit asked for a quiet window (see `Unit.wants_quiet`)
@@ -63,7 +64,7 @@ class Entry:
     versions: tuple[int, ...] = ()  # the parameters' own, when the update was applied or the payload left
 
     def open_window(self) -> None:
-        self.ready = self.sent = self.late = self.measured = self.early = self.decided = False
+        self.ready = self.sent = self.late = self.again = self.measured = self.early = self.decided = False
         self.finite = True
         self.quiet = False
 
@@ -78,7 +79,15 @@ class Window:
     next_to_update: int = 0
     settings: StepSettings | None = None
     begun: bool = False
+    collected: bool = False  # a gradient has come
+    touched: bool = False  # a gradient has come since the last backward began
+    forgotten: BaseException | None = None  # what ended the backward or the step that this window begins again for
+    sending: bool = False  # a payload is being handed to a lane
     in_backward: bool = False
+
+
+class Forgotten(Exception):
+    """A program had what the window collected forgotten."""
 
 
 def clip_factor(clip: float, grad_norm: float) -> float:

@@ -160,6 +160,11 @@ class Unit(ABC):
         """Make the reply what the next forward sees and open the next window. Device work only."""
 
     @abstractmethod
+    def forget(self) -> None:
+        """Drop what the open window has collected. A payload of it may be under way on a lane: leave that alone, it
+        goes again."""
+
+    @abstractmethod
     def discard(self) -> None:
         """Drop the window's payload, open the next window, leave weights, moments and counters as they were."""
 

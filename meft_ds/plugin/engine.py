@@ -33,6 +33,7 @@ from meft_ds.plugin.console import show_log
 from meft_ds.plugin.optimizer import MeftOptimizer, adamw_from_config, check_client_optimizer
 from meft_ds.plugin.saving import SavingEngine
 from meft_ds.plugin.stats import Stats
+from meft_ds.plugin.zero_grad import Call, ModuleZeroGrad, forgets
 
 _log = logging.getLogger("meft_ds")
 
@@ -57,7 +58,8 @@ class MeftEngine(SavingEngine):
             raise ValueError(
                 "meft_offload does not go with model parallelism (mpu); call deepspeed.initialize without it"
             )
-        self._meft_stage3 = checks.zero_settings(ds_config).get("stage") == 3
+        self._meft_asked_stage = checks.zero_settings(ds_config).get("stage") or 0
+        self._meft_stage3 = self._meft_asked_stage == 3
         super().__init__(*args, **kwargs)
         assert self.optimizer is not None, "an engine without one only evaluates, and is DeepSpeed's own"
         if self.global_rank == 0 and (idle := setup.standing_still(self._meft_run, self.lr_scheduler)):
@@ -125,6 +127,7 @@ class MeftEngine(SavingEngine):
             loss_scale_args=self.dynamic_loss_scale_args(),
             observed=self._observed_window,
             after_step=self._after_meft_step,
+            zero_grad=lambda: self._forget_window("optimizer"),
             at_end=self._at_meft_end,
         )
         if hasattr(
@@ -143,6 +146,7 @@ class MeftEngine(SavingEngine):
         call_at_exit(self._at_meft_exit)
         self._open_meft_window()
         self._watch_exports()
+        self.module.zero_grad = ModuleZeroGrad(self.module, self)
         self.module.meft_stats = lambda: e.meft_stats() if (e := engine()) is not None else {}
         export.remember_trained(self.module, units, self._meft_methods)
         if self._meft_config.sparse_adapter is not None or self._meft_config.sparse_matrix is not None:
@@ -150,8 +154,23 @@ class MeftEngine(SavingEngine):
         if self.global_rank == 0:
             _log.info(self._first_line(plan))
 
+    def backward(self, *args: Any, **kwargs: Any) -> Any:
+        """Nobody is to train on half a backward, which an exception leaves."""
+        self.optimizer.pipeline.backward_begins()
+        try:
+            return super().backward(*args, **kwargs)
+        except BaseException as error:
+            self._backward_failed(error)
+            raise
+
     def allreduce_gradients(self, *args: Any, **kwargs: Any) -> None:
         """Ranks reduce payloads inside the step, never dense gradients after each backward."""
+        self._meft_closing = self.is_gradient_accumulation_boundary()
+
+    def zero_grad(self) -> None:
+        """Gradients are in the pipeline."""
+        super().zero_grad()
+        self._forget_window("engine")
 
     def clip_fp32_gradients(self) -> None:
         """Clipping uses the norm over all units, inside the step."""
@@ -172,6 +191,31 @@ class MeftEngine(SavingEngine):
 
     # -- helpers -----------------------------------------------------------------------------------------------------
 
+    def _forget_window(self, call: Call) -> None:
+        """`call` was to forget gradients; inside a step it is DeepSpeed itself, when nothing has been collected yet."""
+        pipeline = self.optimizer.pipeline
+        if self._meft_amid is None and (
+            pipeline.is_broken or forgets(call, self._meft_asked_stage, closing=self._meft_closing)
+        ):
+            pipeline.drop()
+            for method in self._meft_methods:
+                method.forget_window()
+            self._meft_closing = False
+
+    def _backward_failed(self, error: BaseException) -> None:
+        forgot = self.optimizer.pipeline.backward_failed(error)
+        for method in self._meft_methods:
+            method.forget_window()
+        if self._meft_stage3:
+            self._meft_zero3.partition_all_parameters()
+        self._open_meft_window()
+        if forgot:
+            _log.warning(
+                "a backward ended half way (%s: %s); what its accumulation window had collected is forgotten",
+                type(error).__name__,
+                error,
+            )
+
     def _closes_window(self) -> bool:
         if any(method.observing for method in self._meft_methods):
             return False  # nothing of a watched window is sent
@@ -183,6 +227,8 @@ class MeftEngine(SavingEngine):
             # modules whose backward did not end in a hook still hold theirs, and slices are about to change
             self._meft_zero3.partition_all_parameters()
         watching = [method for method in self._meft_methods if method.observing]
+        # what they have seen is about to change in a step that trains nothing
+        self.optimizer.pipeline.handed_over = bool(watching)
         return None if not watching else all([method.end_observed_window() for method in watching])
 
     def _end_observing(self) -> None:
@@ -233,6 +279,7 @@ class MeftEngine(SavingEngine):
         self._meft_monitor.write(self.global_samples)
 
     def _open_meft_window(self) -> None:
+        self._meft_closing = False
         for method in self._meft_methods:
             method.end_window(self.optimizer.cur_scale / self.gradient_accumulation_steps())
 

@@ -16,11 +16,10 @@ from torch import Tensor, nn
 
 from meft_ds.offload.pipeline import Pipeline
 from meft_ds.offload.window import StepResult, StepSettings
-from meft_ds.offload.wire import AdamHyper, Unit
+from meft_ds.plugin.hyper import READ, check_groups, hyper_of
 
 logger = logging.getLogger("meft_ds")
 
-_READ = ("lr", "betas", "eps", "weight_decay")
 _IGNORABLE = {"torch_adam", "adam_w_mode", "fp32_optimizer_states", "fused", "foreach", "bias_correction", "amsgrad"}
 
 
@@ -40,6 +39,7 @@ class MeftOptimizer(ZeROOptimizer):
         observed: called first in a step: None in an ordinary window; in one that methods only watched, whether its
             gradients were finite.
         after_step: called after every step, skipped or not.
+        zero_grad: called when gradients are to be forgotten.
         at_end: called when the engine has been taken down.
     """
 
@@ -56,13 +56,14 @@ class MeftOptimizer(ZeROOptimizer):
         loss_scale_args: dict[str, Any],
         observed: Callable[[], bool | None],
         after_step: Callable[[StepResult], None],
+        zero_grad: Callable[[], None],
         at_end: Callable[[], None],
     ) -> None:
         super().__init__()
         check_groups(basic.param_groups)
         self.optimizer, self.pipeline = basic, pipeline
         self.clip, self._mean_over = clip, mean_over
-        self._observed, self._after_step, self._at_end = observed, after_step, at_end
+        self._observed, self._after_step, self._zero_grad, self._at_end = observed, after_step, zero_grad, at_end
         self.custom_loss_scaler = False
         self.torch_autocast_gradscaler = None
         self.dynamic_loss_scale = dynamic_loss_scale and compute_dtype == torch.float16
@@ -128,16 +129,27 @@ class MeftOptimizer(ZeROOptimizer):
         self._after_step(result)
 
     def settings(self) -> StepSettings:
-        """What the pipeline takes for the window that is open now."""
+        """What the pipeline takes for the window that is open now.
+
+        Raises:
+            ValueError: where a unit's parameter group says what AdamW is not defined for.
+        """
+        groups = self.param_groups
+        # all of them before any unit is updated
+        hypers = {index: hyper_of(index, groups[index]) for index in sorted({u.group for u in self.pipeline.units})}
         return StepSettings(
-            hyper_of=self._hyper_of, grad_scale=1.0 / (self._mean_over * self.cur_scale), clip=self.clip
+            hyper_of=lambda unit: hypers[unit.group],
+            grad_scale=1.0 / (self._mean_over * self.cur_scale),
+            clip=self.clip,
         )
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Drop gradients of parameters outside the units (none in the usual case); windows are closed by `step`."""
+        """Drop gradients of parameters outside the units (none in the usual case), and what the window has collected,
+        where DeepSpeed does (`meft_ds.plugin.zero_grad`)."""
         for group in self.param_groups:
             for p in group["params"]:
                 p.grad = None
+        self._zero_grad()
 
     def backward_prologue(self, loss: Tensor | None = None) -> Tensor | None:
         """Called by the engine before a backward; older engines hand the loss over here to have it scaled."""
@@ -190,26 +202,15 @@ class MeftOptimizer(ZeROOptimizer):
         finally:
             self._at_end()
 
-    def _hyper_of(self, unit: Unit) -> AdamHyper:
-        group = self.param_groups[unit.group]
-        beta1, beta2 = group["betas"]
-        return AdamHyper(
-            lr=float(group["lr"]),
-            beta1=float(beta1),
-            beta2=float(beta2),
-            eps=float(group["eps"]),
-            weight_decay=float(group["weight_decay"]),
-        )
-
 
 def adamw_from_config(
     params: Iterable[nn.Parameter] | list[dict[str, Any]], settings: dict[str, Any]
 ) -> torch.optim.AdamW:
     """The ds_config's "optimizer.params" as an AdamW that only serves as the holder of parameter groups."""
     for key in settings:
-        if key not in _READ and key not in _IGNORABLE and (not dist.is_initialized() or dist.get_rank() == 0):
+        if key not in READ and key not in _IGNORABLE and (not dist.is_initialized() or dist.get_rank() == 0):
             logger.warning("optimizer.params.%s is skipped: the host AdamW has no such setting", key)
-    return torch.optim.AdamW(params, **{k: v for k, v in settings.items() if k in _READ})
+    return torch.optim.AdamW(params, **{k: v for k, v in settings.items() if k in READ})
 
 
 def check_client_optimizer(optimizer: Any) -> None:
@@ -229,26 +230,6 @@ def check_client_optimizer(optimizer: Any) -> None:
         raise ValueError("meft_offload supports only decoupled weight decay; pass torch.optim.AdamW instead of Adam")
     if any(group.get("amsgrad") for group in optimizer.param_groups):
         raise ValueError("meft_offload does not support amsgrad; build the optimizer without it")
-
-
-def check_groups(groups: list[dict[str, Any]]) -> None:
-    """Refuse hyperparameters AdamW is not defined for.
-
-    Raises:
-        ValueError: naming the group, the key and the value.
-    """
-    for index, group in enumerate(groups):
-        missing = [key for key in _READ if key not in group]
-        if missing:
-            raise ValueError(
-                f"parameter group {index} lacks {', '.join(missing)}; meft_offload needs an AdamW optimizer"
-            )
-        for key in ("lr", "eps", "weight_decay"):
-            value = float(group[key])
-            if not (math.isfinite(value) and value >= 0):
-                raise ValueError(f"parameter group {index}: {key} must be a finite number >= 0, got {value}")
-        if not all(0 <= float(beta) < 1 for beta in group["betas"]):
-            raise ValueError(f"parameter group {index}: betas must lie in [0, 1), got {group['betas']}")
 
 
 def _plain(values: dict[str, Any]) -> dict[str, Any]:

@@ -64,6 +64,7 @@ class SavingEngine(DeepSpeedEngine):
     optimizer: MeftOptimizer
 
     _meft_stage = 0
+    _meft_closing = False  # the accumulation window's last backward has come
     _meft_whole: dict[str, torch.Tensor] | None = None  # while files are written or read: what the first rank gathered
     _meft_plain = False  # while plain weights are written
     _meft_amid: str | None = None  # what has begun and not ended
@@ -108,8 +109,17 @@ class SavingEngine(DeepSpeedEngine):
 
     @_at_once("a step")
     def step(self, *args: Any, **kwargs: Any) -> None:
-        """A signal handler may run in the middle, and what it would save there is the state of no step at all."""
-        super().step(*args, **kwargs)
+        """A signal handler may run in the middle, and what it would save there is the state of no step at all; nor may
+        what an exception leaves behind be saved."""
+        pipeline = self.optimizer.pipeline
+        pipeline.handed_over = False
+        try:
+            super().step(*args, **kwargs)
+        except BaseException as error:
+            if pipeline.handed_over:
+                pipeline.fail(error)
+            raise
+        pipeline.handed_over = False
 
     @_at_once("a save", refuses=True)
     def save_checkpoint(
@@ -160,7 +170,8 @@ class SavingEngine(DeepSpeedEngine):
         if tag is None:
             return super().load_checkpoint(load_dir)  # logs what is missing, as without us
         folder = Path(load_dir) / str(tag) / checkpoint.FOLDER
-        self.meft_flush()  # what is under way must not land in the loaded state
+        pipeline = self.optimizer.pipeline
+        pipeline.rest()  # what is under way must not land in the loaded state
         if self._meft_stage3:
             self._meft_zero3.partition_all_parameters()  # what an evaluation left gathered would be old
         manifest = checkpoint.verify(
@@ -171,26 +182,28 @@ class SavingEngine(DeepSpeedEngine):
             accepts=lambda key, saved: any(method.accepts(key, saved) for method in self._meft_methods),
         )
         moments = load_optimizer_states and not load_module_only
-        self._load_methods(folder, manifest, moments=moments)
-        with self._as_whole(), mapped(self):
-            path, client_state = super().load_checkpoint(
-                load_dir,
-                tag=tag,
-                load_module_strict=load_module_strict,
-                load_optimizer_states=load_optimizer_states,
-                load_lr_scheduler_states=load_lr_scheduler_states,
-                load_module_only=load_module_only,
-                custom_load_fn=custom_load_fn,
-            )
-        if path is not None:
-            self.optimizer.pipeline.give_up_window()
-            checkpoint.load(folder, manifest, self.optimizer.pipeline.units, moments=moments)
-            for method in self._meft_methods:
-                method.weights_loaded(self._meft_run)
-            self.optimizer.pipeline.publish()
-            if moments:
-                self.optimizer.load_counters(manifest["counters"])
-            self._open_meft_window()  # the loss scale may be another one now
+        with pipeline.replaced(whole=moments):
+            self._load_methods(folder, manifest, moments=moments)
+            with self._as_whole(), mapped(self):
+                path, client_state = super().load_checkpoint(
+                    load_dir,
+                    tag=tag,
+                    load_module_strict=load_module_strict,
+                    load_optimizer_states=load_optimizer_states,
+                    load_lr_scheduler_states=load_lr_scheduler_states,
+                    load_module_only=load_module_only,
+                    custom_load_fn=custom_load_fn,
+                )
+            if path is not None:
+                checkpoint.load(folder, manifest, pipeline.units, moments=moments)
+                for method in self._meft_methods:
+                    method.weights_loaded(self._meft_run)
+                pipeline.publish()
+                if moments:
+                    self.optimizer.load_counters(manifest["counters"])
+                self._open_meft_window()  # the loss scale may be another one now
+                # as in a new engine, whatever was interrupted
+                self.micro_steps, self._running_engine_step, self._unmanaged_backward_count = 0, False, 0
         return path, client_state
 
     def _configure_checkpointing(self) -> None:

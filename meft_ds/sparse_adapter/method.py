@@ -121,6 +121,8 @@ class SparseAdapterMethod(Method):
             adapter.end_window()
             # the balance loss enters as a gradient, so it needs the factors that the real loss gets on its way
             adapter.aux_scale = loss_factor
+        for rows in self._rows:
+            rows.expect_nothing()
 
     def about(self) -> dict[str, Any]:
         about = {"method": self.name, "layers": self.layers, **{key: getattr(self.sizes, key) for key in _SHAPING}}

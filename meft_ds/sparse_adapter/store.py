@@ -152,6 +152,10 @@ class HostRows:
         if expert_load is not None:
             self.expert_load = expert_load if self.expert_load is None else self.expert_load + expert_load
 
+    def expect_nothing(self) -> None:
+        """No backward is to come for the forwards so far."""
+        self._open.clear()
+
     # -- what the wire unit asks for -------------------------------------------------------------------------------
 
     def close_window(self) -> tuple[Tensor, Tensor]:
@@ -259,19 +263,19 @@ class HostRows:
             self._has_grad = _grown(self._has_grad, room)
         source = self.replica if self.selection == "host" else self.replica[:, self.d :]
         self._bus.fetch_rows(source, rows, self._cache[first:last], self._channel("rows"))
-        self._slot_of_row[rows] = torch.arange(first, last)
         self._row_of_slot[first - 1 : last - 1] = rows
         self._used = last - 1
+        self._slot_of_row[rows] = torch.arange(first, last)  # last, or an interrupt would leave rows in others' slots
 
     def _spill(self) -> None:
         self.spills += 1
         self._move_grads_to_host()
-        self._forget()
 
     def _move_grads_to_host(self) -> None:
         ids, slots = self._rows_with_grad()
-        grads = self._grads.index_select(0, self._bus.up(slots, "ids"))
-        self._spilled.append((ids, self._bus.down(grads, "spill")))
+        grads = self._bus.down(self._grads.index_select(0, self._bus.up(slots, "ids")), "spill")
+        self._forget()  # before they count there, or an interrupt in between would let them count twice
+        self._spilled.append((ids, grads))
 
     def _rows_with_grad(self) -> tuple[Tensor, Tensor]:
         """(ids, slots) of the rows that got a gradient, sorted by id; rows that only eval fetched are left out."""
@@ -291,8 +295,7 @@ class HostRows:
             self.on_complete()
 
     def _merge_spilled(self) -> tuple[Tensor, Tensor]:
-        self._move_grads_to_host()
-        self._forget()  # what comes later starts from zero, or it would be merged twice
+        self._move_grads_to_host()  # what comes later starts from zero, or it would be merged twice
         ids = torch.cat([ids for ids, _ in self._spilled])
         union, where = torch.unique(ids, sorted=True, return_inverse=True)
         total = torch.zeros(union.numel(), 2 * self.d)

@@ -115,6 +115,9 @@ class RowsUnit(Unit):
     def apply(self) -> None:
         self._close(changed=True)
 
+    def forget(self) -> None:
+        self.rows.open_window(changed=False)
+
     def discard(self) -> None:
         self._close(changed=False)
 

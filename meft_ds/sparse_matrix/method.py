@@ -155,6 +155,10 @@ class SparseMatrixMethod(Method):
         scores, self._scored = scorer.scores(), True
         return self._begin(run, self._decide(run, lambda: scores, windows=scorer.windows, world=run.ranks.world))
 
+    def forget_window(self) -> None:
+        if self._scorer is not None:
+            self._scorer.drop_window()
+
     def end_window(self, loss_factor: float) -> None:
         if self._scorer is not None:
             self._scorer.begin_window(loss_factor)

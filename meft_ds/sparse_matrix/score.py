@@ -53,6 +53,7 @@ class Scorer:
     ) -> None:
         self._sites, self._kind, self._ranks, self._device = list(sites), kind, ranks, device
         self.windows = 0
+        self._saw = False  # something, in the open window
         self._unscale = 1.0
         self._window = [torch.zeros(site.grid, dtype=torch.float64, device=device) for site in sites]
         self._total = [torch.zeros_like(scores) for scores in self._window]
@@ -132,9 +133,11 @@ class Scorer:
         self._add(index, expert, r, found.abs_() if self._kind == "mean_abs" else found)
 
     def _add(self, index: int, expert: int, r: slice, found: Tensor) -> None:
+        self._saw = True
         self._window[index][expert, r] += found.double() * self._unscale
 
     def _remember(self, index: int, expert: int, lo: int, hi: int, g: Tensor) -> None:
+        self._saw = True
         whole = self._open_sums[index]
         matrix = whole if whole.dim() == 2 else whole[expert]
         matrix[lo:hi] += g.float().mul_(self._unscale).cpu()
@@ -155,8 +158,10 @@ class Scorer:
 
     def drop_window(self) -> None:
         """Forget what the open window has seen."""
-        for part in (*self._window, *self._open_sums):
-            part.zero_()
+        if self._saw:
+            for part in (*self._window, *self._open_sums):
+                part.zero_()
+        self._saw = False
 
     def scores(self) -> dict[str, Tensor]:
         """Mean per window of the sum over its micro-batches, float64 [experts, R, C] on the host, by the weights'

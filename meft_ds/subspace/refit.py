@@ -75,7 +75,8 @@ class Refit:
             self._count()
         else:  # what this window sums of the others is of the projectors that they have
             self._settled.update(id(matrix.right) for matrix in unit.matrices if matrix not in unit.asked)
-        self._open.append(unit)
+        if unit not in self._open:  # an interrupt came in between, and the window begins again
+            self._open.append(unit)
         self._open.sort(key=lambda u: ([-x for x in u.depth], u.name))
 
     def arriving(self, unit: SubspaceUnit) -> None:

@@ -357,7 +357,16 @@ class SubspaceUnit(FlatUnit):
         whole = torch.cat([part[:, : hi - lo] for part, (lo, hi) in zip(everyone, slices, strict=True)], dim=1)
         return whole[0], whole[1]
 
+    def forget(self) -> None:
+        self._undo_calibration()
+        self._sketched.clear()
+        super().forget()
+
     def discard(self) -> None:
+        self._undo_calibration()
+        super().discard()
+
+    def _undo_calibration(self) -> None:
         for side in self.sides:
             if side.before is not None:
                 side.projector, side.before = side.before, None
@@ -367,7 +376,6 @@ class SubspaceUnit(FlatUnit):
         self._calibrator.forget(self)
         self.calibrating = False
         self.captured.clear()
-        super().discard()
 
     def _look_who_waits(self) -> None:
         self.awaited = [m for m in self.matrices if self._calibrator.awaits(m)]
