@@ -234,7 +234,7 @@ def leftovers(engine: Any) -> list[str]:
     for unit in engine.optimizer.pipeline.units:
         found += ["captured"] * bool(getattr(unit, "captured", None))
         found += ["waiting"] * (hasattr(unit, "_waiting") and len(unit._waiting) != len(unit.params))
-        found += ["forwards"] * (unit.wire == "rows" and unit.rows._backwards > 0)
+        found += ["forwards"] * (unit.wire == "rows" and len(unit.rows._open) > 0)
     adapters = [adapter for method in engine._meft_methods for adapter in getattr(method, "adapters", [])]
     return found + ["selections"] * any(len(adapter._replay) for adapter in adapters)
 
