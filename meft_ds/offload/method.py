@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What an engine asks of a method: one subclass per method room, and one registration (`meft_ds.plugin.methods`).
 
-Order of the calls: `prepare` (the model is still as the program made it), then, with the model cast and on its device,
-`claim`, `footprints` and `specs` (nothing is allocated yet), and `build`.
+Order of the calls: `least_host_bytes` and `prepare` (the model is still as the program made it), then, with the model
+cast and on its device, `claim`, `footprints` and `specs` (nothing is allocated yet), and `build`.
 """
 
 from __future__ import annotations
@@ -59,6 +59,14 @@ class Method(ABC):
     name: str
     knob: str  # how a user makes it take less host memory
     freezes_base: bool  # whether the base trains only where the block's "train" says so
+
+    def least_host_bytes(self, model: nn.Module) -> int:
+        """Host memory that the settings take on every node at least, before `prepare` and before anything is allocated.
+
+        Raises:
+            ValueError: as `prepare`.
+        """
+        return 0
 
     @abstractmethod
     def prepare(self, model: nn.Module) -> None:

@@ -73,6 +73,7 @@ class MeftEngine(SavingEngine):
             # of a backward before the engine: hooks would take it for the first batch's, and what gets frozen keeps it
             p.grad = None
         self._meft_methods = methods.chosen(self._meft_config)
+        setup.refuse_what_cannot_fit(model, self._meft_methods, self._meft_config)
         for method in self._meft_methods:
             method.prepare(model)
         trainable.settle(model, self._meft_config.train, self._meft_methods, tells=self.global_rank == 0)

@@ -118,6 +118,21 @@ def dense_units(run: Run, layers: int, elsewhere: set[int]) -> list[DenseUnit]:
     return units
 
 
+def refuse_what_cannot_fit(model: nn.Module, methods: list[Method], config: MeftConfig) -> None:
+    """Check what the settings take at least, before `Method.prepare` makes any of it. Collective.
+
+    Raises:
+        ValueError: the same on every rank.
+    """
+    needed, free = sum(method.least_host_bytes(model) for method in methods), [free_host_bytes()]
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        free *= dist.get_world_size()
+        dist.all_gather_object(free, free[0])
+    limit = None if config.host_memory_gb == "auto" else config.host_memory_gb
+    knobs = [method.knob for method in methods]
+    check_host_memory(needed, min(free), limit_gb=limit, detail="before moments and buffers", knobs=knobs)
+
+
 def preflight(run: Run, methods: list[Method], footprints: list[Footprint], specs: Specs, config: MeftConfig) -> int:
     """Check the plan against the memory that is free on this node; returns the host bytes of the whole node.
 

@@ -12,7 +12,7 @@ from meft_ds.offload.arena import Specs
 from meft_ds.offload.method import Method, Run
 from meft_ds.offload.partition import owned_range
 from meft_ds.offload.wire import Footprint, Unit
-from meft_ds.sparse_adapter.attach import attach, find_ffns
+from meft_ds.sparse_adapter.attach import Site, attach, find_ffns
 from meft_ds.sparse_adapter.compress import RowCompression
 from meft_ds.sparse_adapter.config import ResolvedCompress, ResolvedSparseAdapter, SparseAdapterConfig
 from meft_ds.sparse_adapter.module import SparseAdapter
@@ -43,14 +43,21 @@ class SparseAdapterMethod(Method):
         self._compressions: list[RowCompression] = []
         self._rows: list[HostRows] = []
 
+    def least_host_bytes(self, model: nn.Module) -> int:
+        sites, sizes = self._planned(model)
+        return 4 * len(sites) * sizes.rows * 2 * sizes.d  # the fp32 rows, and routers have fewer values
+
     def prepare(self, model: nn.Module) -> None:
-        sites = find_ffns(model, self._config.target_modules)
-        self.sizes = self._config.resolve(sites[0].d, _initializer_range(model))
+        sites, self.sizes = self._planned(model)
         if self._config.compress is not None:
             self._compress = self._config.compress.resolve(self.sizes.d)
         self.adapters = attach(model, self.sizes, sites)
         for adapter in self.adapters:
             adapter.router.requires_grad_(self.sizes.gate)  # without the gate the router only picks experts
+
+    def _planned(self, model: nn.Module) -> tuple[list[Site], ResolvedSparseAdapter]:
+        sites = find_ffns(model, self._config.target_modules)
+        return sites, self._config.resolve(sites[0].d, _initializer_range(model))
 
     @property
     def layers(self) -> int:

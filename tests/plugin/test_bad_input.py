@@ -10,6 +10,7 @@ from torch import nn
 
 from meft_ds.plugin import setup
 from meft_ds.plugin.checks import conflicts
+from meft_ds.sparse_adapter import attach
 from tests.toy import ADAPTER, ds_config, make_engine, single_rank, tiny_llama
 
 
@@ -139,3 +140,19 @@ def test_a_train_pattern_that_matches_nothing_is_refused() -> None:
     config = ds_config()
     config["meft_offload"]["train"] = ["lm_heat"]
     assert "'lm_heat' matches no parameter; names look like model.embed_tokens.weight" in refused(config)
+
+
+@pytest.mark.parametrize("settings", [{"rows": 1_000_000_000}, {"rows": 2**31 - 1, "experts": 2**31 - 1}])
+def test_rows_that_no_host_can_hold_are_refused_before_any_memory_is_taken(
+    settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def taken(*args: Any) -> None:
+        raise AssertionError("keys were drawn before the check")
+
+    monkeypatch.setattr(attach, "init_keys", taken)
+    monkeypatch.setattr(setup, "free_host_bytes", lambda: 2**36)
+    model = tiny_llama()
+    names = [name for name, _ in model.named_modules()]
+    told = refused(ds_config(block={"sparse_adapter": settings}), model)
+    assert "GiB of host memory" in told and "64.00 GiB are free" in told and 'lower "sparse_adapter.rows"' in told
+    assert [name for name, _ in model.named_modules()] == names, "the model is as it was"
