@@ -3,14 +3,20 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
+from fractions import Fraction
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from meft_ds.fields import compiled, file_name, is_number, patterns, positive_int, shown, whole
+from meft_ds.fields import compiled, file_name, is_number, patterns, positive_int, positive_int_or_auto, shown, whole
 from meft_ds.fields import seed as check_seed
 
 PAPER_ROLES = ("q", "k", "v")
+LARGEST_SIDE = 256
+"""Of tiles, unless the user asks for larger ones: the paper's."""
+_LEAST_SIDE = 4
 WITHOUT_GRADIENTS = ("random", "magnitude")
 """Scores that need no window: they are known from the weights alone."""
 _MAKE_THE_CHOICE = (
@@ -89,8 +95,11 @@ class SparseMatrixConfig(BaseModel):
         description="Divide scores by the mean of their role, so that roles with larger gradients do not take all. "
         'null = with preset "all", except for score "random".',
     )
-    block_size: Annotated[int, BeforeValidator(positive_int)] = Field(
-        256, description="Side of a tile; tiles at an edge are smaller. The paper: 256."
+    block_size: Annotated[int | Literal["auto"], BeforeValidator(positive_int_or_auto)] = Field(
+        "auto",
+        description="Side of a tile; tiles at an edge are smaller. auto = the paper's 256 where a matrix's share of "
+        "the budget is at least half of such a tile (at density 0.01: from 3.3 M elements on), else the largest power "
+        "of two, from 4, of which the share holds one whole tile: or small matrices would get none.",
     )
     warmup_steps: Annotated[int, BeforeValidator(whole)] = Field(
         100,
@@ -177,6 +186,18 @@ class SparseMatrixConfig(BaseModel):
     def windows(self) -> int:
         """Optimizer steps that only score, before any training."""
         return 0 if self.choice_file is not None or self.score in WITHOUT_GRADIENTS else self.warmup_steps
+
+    def side_of(self, elements: int, roles: Iterable[str]) -> int:
+        """Side of the tiles of a matrix with so many elements and parts of these roles."""
+        if self.block_size != "auto":
+            return self.block_size
+        fractions = [self.density]
+        if isinstance(self.budget, dict):
+            fractions = [self.budget[role] for role in roles if role in self.budget] or [1.0]
+        share = math.floor(Fraction(str(min(fractions))) * elements)
+        if 2 * share >= LARGEST_SIDE**2:
+            return LARGEST_SIDE
+        return max(1 << (math.isqrt(share).bit_length() - 1), _LEAST_SIDE) if share else _LEAST_SIDE
 
     def segments_of(self, name: str) -> tuple[str, list[int]] | None:
         """The pattern of `segments` that matches `name`, and its sizes; the first one if there are several."""

@@ -62,6 +62,11 @@ class Site:
         """Experts, rows and columns of tiles: the shape of the site's scores."""
         return self.experts, len(self.rows), len(self.cols)
 
+    @property
+    def side(self) -> int:
+        """Of its largest tile."""
+        return max(high - low for cuts in (self.rows, self.cols) for low, high in cuts)
+
     def role(self, r: int, c: int) -> str:
         """Role of the tile in row r and column c of the grid."""
         return self.roles[c if self.input_first else r]
@@ -202,8 +207,9 @@ def _cut(
                 f"dimension of {out}; give the sizes of its parts in the order in which they are stored"
             )
         parts, unknown = list(zip(sizes, names_of_parts(own, len(sizes)), strict=True)), ""
-    outer, roles = _cuts(parts, config.block_size)
-    inner, _ = _cuts([(inputs, "")], config.block_size)
+    side = config.side_of(out * inputs, [role for _, role in parts])
+    outer, roles = _cuts(parts, side)
+    inner, _ = _cuts([(inputs, "")], side)
     return Site(
         name=full,
         module=module,

@@ -28,7 +28,13 @@ from meft_ds.sparse_matrix.choice import Choice, check_choice
 from meft_ds.sparse_matrix.config import SparseMatrixConfig
 from meft_ds.sparse_matrix.discover import Site, check_roles, elements_of_2d_weights, find_sites, narrow
 from meft_ds.sparse_matrix.score import Scorer, tile_elements
-from meft_ds.sparse_matrix.select import choose, most_elements, warn_of_unreached, weight_scores
+from meft_ds.sparse_matrix.select import (
+    choose,
+    most_elements,
+    tell_of_matrices_without_tiles,
+    warn_of_unreached,
+    weight_scores,
+)
 from meft_ds.sparse_matrix.unit import BlocksUnit, Form
 
 _logger = logging.getLogger("meft_ds")
@@ -213,6 +219,7 @@ class SparseMatrixMethod(Method):
             found = scores()
             choice = choose(self._sites, found, config, self._total, made_by)
             warn_of_unreached(choice, found)
+            tell_of_matrices_without_tiles(choice, self._sites, config)
             if config.choice_out is not None:
                 try:
                     choice.save(config.choice_out)
@@ -256,8 +263,8 @@ class SparseMatrixMethod(Method):
         if self.choice is None:
             return (
                 f"sparse_matrix scores {len(self._sites)} matrices ({self._config.score}) for "
-                f"{self._config.warmup_steps} steps that train nothing, then trains tiles of {self._config.block_size} "
-                f"x {self._config.block_size} with at most {self._budget:,} parameters (state on the {where})"
+                f"{self._config.warmup_steps} steps that train nothing, then trains tiles of {self._sides()} "
+                f"with at most {self._budget:,} parameters (state on the {where})"
             )
         tiles = self.choice.tiles
         return (
@@ -265,6 +272,10 @@ class SparseMatrixMethod(Method):
             f"({self.choice.elements:,} parameters, {self.choice.density:.2%} of all matrices; {self._form} form, "
             f"state on the {where})"
         )
+
+    def _sides(self) -> str:
+        sides = {site.side for site in self._sites}
+        return " to ".join(f"{side} x {side}" for side in sorted({min(sides), max(sides)}))
 
     def stats(self) -> dict[str, Any]:
         units = self._units

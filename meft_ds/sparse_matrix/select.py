@@ -22,7 +22,16 @@ from meft_ds.sparse_matrix.choice import Choice, Tile, check_choice
 from meft_ds.sparse_matrix.config import SparseMatrixConfig
 from meft_ds.sparse_matrix.discover import Site
 
-__all__ = ["Choice", "Tile", "check_choice", "choose", "most_elements", "warn_of_unreached", "weight_scores"]
+__all__ = [
+    "Choice",
+    "Tile",
+    "check_choice",
+    "choose",
+    "most_elements",
+    "tell_of_matrices_without_tiles",
+    "warn_of_unreached",
+    "weight_scores",
+]
 
 _logger = logging.getLogger("meft_ds")
 
@@ -53,9 +62,10 @@ def choose(
     if not chosen:
         asked = f"density {config.density}" if isinstance(config.shared_out, str) else f"budget {config.budget}"
         smallest = int(grid.sizes.min())
+        lower = "" if config.block_size == "auto" else " or lower block_size"
         raise ValueError(
             f"sparse_matrix: {asked} gives 0 tiles of block_size {config.block_size} (the smallest has {smallest:,} "
-            f"elements, the model {total:,}); raise the fraction or lower block_size"
+            f"elements, the model {total:,}); raise the fraction{lower}"
         )
     tiles = tuple(grid.tile(i) for i in sorted(chosen))
     named = {tile.name for tile in tiles}
@@ -83,6 +93,37 @@ def warn_of_unreached(choice: Choice, scores: Mapping[str, Tensor]) -> None:
             listed(sorted(set(chosen))),
             len(chosen),
         )
+
+
+def tell_of_matrices_without_tiles(choice: Choice, sites: Sequence[Site], config: SparseMatrixConfig) -> None:
+    """Say how many of the matrices that may have tiles got none, and why."""
+    there = [
+        (site.name, expert if len(site.shape) == 3 else None)
+        for site in sites
+        for expert in range(site.experts)
+        if config.roles is None or set(config.roles).intersection(site.roles)
+    ]
+    having = {(tile.name, tile.expert) for tile in choice.tiles}
+    without = [
+        name if expert is None else f"{name}[{expert}]" for name, expert in there if (name, expert) not in having
+    ]
+    if not without:
+        return
+    if config.shared_out != "per_module":
+        why = "they have none of the best ones"
+    elif config.block_size == "auto":
+        why = "their share of the budget is less than one, and went to others"
+    else:
+        why = (
+            f'tiles of {config.block_size} x {config.block_size} are larger than their share; block_size "auto" fits it'
+        )
+    _logger.info(
+        "meft-ds: sparse_matrix: %d of %d matrices have no tile, because %s: %s",
+        len(without),
+        len(there),
+        why,
+        listed(without, 4),
+    )
 
 
 def most_elements(sites: Sequence[Site], config: SparseMatrixConfig, total: int) -> int:

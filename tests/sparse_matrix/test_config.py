@@ -58,6 +58,27 @@ def test_every_setting_is_described_here_and_in_the_docs() -> None:
 
 
 @pytest.mark.parametrize(
+    ("shape", "settings", "side"),
+    [
+        ((4096, 4096), {}, 256),
+        ((11_008, 4096), {"density": 0.0071}, 256),  # the paper's lowest, on its model
+        ((1024, 4096), {}, 256),
+        ((1024, 1024), {}, 64),
+        ((192, 192), {"density": 0.1}, 32),
+        ((192, 192), {"density": 1.0}, 256),
+        ((16, 16), {}, 4),
+        ((192, 192), {"budget": {"q": 0.1, "v": 0.5}}, 32),
+        ((192, 192), {"block_size": 256}, 256),
+        ((4096, 4096), {"block_size": 24}, 24),
+    ],
+)
+def test_the_size_of_tiles_follows_a_matrixs_share_unless_it_is_given(
+    shape: tuple[int, int], settings: dict[str, Any], side: int
+) -> None:
+    assert SparseMatrixConfig(**settings).side_of(shape[0] * shape[1], ["q", "k"]) == side
+
+
+@pytest.mark.parametrize(
     ("settings", "expected"),
     [
         ({"densty": 0.1}, "sparse_matrix.densty: unknown key; did you mean 'density'?"),
@@ -76,7 +97,7 @@ def test_every_setting_is_described_here_and_in_the_docs() -> None:
         ({"preset": "smt"}, "sparse_matrix.preset"),
         ({"score": "fisher"}, "sparse_matrix.score"),
         ({"normalize": 1}, "sparse_matrix.normalize"),
-        ({"block_size": 0}, "sparse_matrix.block_size: expected a whole number of at least 1, got 0"),
+        ({"block_size": 0}, 'sparse_matrix.block_size: expected a whole number of at least 1 or "auto", got 0'),
         ({"warmup_steps": -1}, "sparse_matrix.warmup_steps"),
         ({"warmup_steps": 0}, 'warmup_steps: score "abs_mean" needs at least 1 window'),
         ({"target_modules": "("}, "sparse_matrix.target_modules"),
