@@ -131,6 +131,8 @@ class MeftEngine(SavingEngine):
             zero_grad=lambda: self._forget_window("optimizer"),
             at_end=self._at_meft_end,
         )
+        if self._meft_stage3:
+            self.optimizer.lend(self._meft_zero3)
         if hasattr(
             DeepSpeedEngine, "_configure_compression_scheduler"
         ):  # DeepSpeed 0.18 makes these two in this method
@@ -167,6 +169,7 @@ class MeftEngine(SavingEngine):
     def allreduce_gradients(self, *args: Any, **kwargs: Any) -> None:
         """Ranks reduce payloads inside the step, never dense gradients after each backward."""
         self._meft_closing = self.is_gradient_accumulation_boundary()
+        self.optimizer.backward_epilogue()  # DeepSpeed 0.18 calls only this after a backward in fp32
 
     def zero_grad(self) -> None:
         """Gradients are in the pipeline."""

@@ -77,6 +77,7 @@ class MeftOptimizer(ZeROOptimizer):
         self.applied_steps = 0
         self.bf16_groups: list[Any] = []  # DeepSpeed 0.18 lists these in its checkpoint; ours are in the units
         self._global_grad_norm: float | None = None
+        self._release: Callable[[], None] | None = None
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
@@ -151,6 +152,20 @@ class MeftOptimizer(ZeROOptimizer):
                 p.grad = None
         self._zero_grad()
 
+    def lend(self, offload: Any) -> None:
+        """Offer what programs read of ZeRO-3's own optimizers; trl takes the hooks of `parameter_offload` off and puts
+        them back around generation.
+
+        Args:
+            offload: DeepSpeed's parameter hooks (`DeepSpeedZeRoOffload`).
+        """
+        self.parameter_offload = offload
+        self.persistent_parameters = offload.persistent_parameters
+        self.dp_process_group = offload.dp_process_group
+        self.empty_partition_cache = offload.empty_partition_cache
+        # DeepSpeed 0.18 has only the one that also partitions the small ones
+        self._release = getattr(offload, "release_backward_leftovers", offload.partition_all_parameters)
+
     def backward_prologue(self, loss: Tensor | None = None) -> Tensor | None:
         """Called by the engine before a backward; older engines hand the loss over here to have it scaled."""
         return None if loss is None else self.scale_if_loss(loss)
@@ -163,9 +178,16 @@ class MeftOptimizer(ZeROOptimizer):
         """Whether a bare loss.backward() would lack loss scaling."""
         return self.cur_scale != 1.0 or self.dynamic_loss_scale
 
+    def backward_epilogue(self, **_: Any) -> None:
+        """Called by the engine after a backward: in stage 3 modules whose backward did not end in a hook still hold
+        their parameters, and what the program gathers then could not be let go."""
+        if self._release is not None:
+            self._release()
+
     def backward(self, loss: Tensor, retain_graph: bool = False, **_: Any) -> None:
         """Backward as DeepSpeed before 0.19 asks its optimizer for it."""
         self.scale_if_loss(loss).backward(retain_graph=retain_graph)
+        self.backward_epilogue()
 
     def state_dict(self) -> dict[str, Any]:
         """Nothing for DeepSpeed's own file: `meft_ds.plugin.checkpoint` saves all state, `counters` included."""

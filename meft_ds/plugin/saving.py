@@ -266,6 +266,7 @@ class SavingEngine(DeepSpeedEngine):
 
     def _consolidated(self) -> dict[str, torch.Tensor] | None:
         """Whole weights, with what the delta form learned in them, on the first rank. Collective."""
+        self._meft_zero3.partition_all_parameters()  # a forward or backward that an exception ended holds its own
         whole = zero3.consolidated(self.module)
         if whole is not None:
             merge_base(self.module, whole)
