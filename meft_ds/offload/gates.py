@@ -106,6 +106,7 @@ class _Hook:
 class _Open(_Hook):
     """Before the model's forward, or that of a part which holds blocks."""
 
+    @torch.compiler.disable
     def __call__(self, module: nn.Module, args: Any) -> None:
         gates = self.gates
         pipeline = gates.find()
@@ -123,6 +124,7 @@ class _Open(_Hook):
 
 
 class _Close(_Hook):
+    @torch.compiler.disable
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
         gates = self.gates
         pipeline = gates.find()
@@ -146,6 +148,7 @@ class _Pass(_Hook):
         super().__init__(gates)
         self.units = sorted(units)
 
+    @torch.compiler.disable
     def __call__(self, module: nn.Module, args: Any) -> None:
         pipeline = self.gates.find()
         if pipeline is None:

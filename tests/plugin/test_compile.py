@@ -37,3 +37,17 @@ def test_a_compiled_engine_trains_as_an_eager_one(block: str) -> None:
         found.append(train(engine, 6, distinct=3))
         engine.destroy()
     torch.testing.assert_close(found[1], found[0], atol=1e-5, rtol=0)
+
+
+@pytest.mark.slow
+def test_compiled_blocks_train_as_eager_ones() -> None:
+    found = []
+    for compiled in (False, True):
+        torch.compiler.reset()
+        model = tiny_llama()
+        engine = make_engine(ds_config(block=BLOCKS["subspace"]), model)
+        for layer in model.model.layers if compiled else ():
+            layer.compile(backend="aot_eager")
+        found.append(train(engine, 4, distinct=2))
+        engine.destroy()
+    torch.testing.assert_close(found[1], found[0], atol=1e-5, rtol=0)
