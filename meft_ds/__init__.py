@@ -14,6 +14,7 @@ from meft_ds import autoload
 if TYPE_CHECKING:
     from meft_ds.config import MeftConfig, parse_config
     from meft_ds.plugin.export import save_adapter, save_tiles
+    from meft_ds.plugin.successor import detach
     from meft_ds.sparse_adapter.files import load_adapter
     from meft_ds.sparse_matrix.files import apply_tiles, revert_tiles
 
@@ -22,6 +23,7 @@ __all__ = [
     "MeftConfig",
     "__version__",
     "apply_tiles",
+    "detach",
     "load_adapter",
     "parse_config",
     "revert_tiles",
@@ -34,6 +36,7 @@ _LAZY = {
     "parse_config": "meft_ds.config",
     "save_adapter": "meft_ds.plugin.export",
     "save_tiles": "meft_ds.plugin.export",
+    "detach": "meft_ds.plugin.successor",
     "load_adapter": "meft_ds.sparse_adapter.files",
     "apply_tiles": "meft_ds.sparse_matrix.files",
     "revert_tiles": "meft_ds.sparse_matrix.files",

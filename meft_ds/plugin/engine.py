@@ -28,7 +28,7 @@ from meft_ds.offload.trace import Trace
 from meft_ds.offload.weights import WHOLE
 from meft_ds.offload.window import StepResult
 from meft_ds.offload.wire import Unit
-from meft_ds.plugin import checks, export, full_params, methods, setup, trainable
+from meft_ds.plugin import checks, export, full_params, methods, setup, successor, trainable
 from meft_ds.plugin.console import show_log
 from meft_ds.plugin.optimizer import MeftOptimizer, adamw_from_config, check_client_optimizer
 from meft_ds.plugin.saving import SavingEngine
@@ -60,7 +60,11 @@ class MeftEngine(SavingEngine):
             )
         self._meft_asked_stage = checks.zero_settings(ds_config).get("stage") or 0
         self._meft_stage3 = self._meft_asked_stage == 3
-        super().__init__(*args, **kwargs)
+        try:
+            super().__init__(*args, **kwargs)
+        except BaseException:
+            self._leave_model()
+            raise
         assert self.optimizer is not None, "an engine without one only evaluates, and is DeepSpeed's own"
         if self.global_rank == 0 and (idle := setup.standing_still(self._meft_run, self.lr_scheduler)):
             _log.warning(idle)
@@ -69,6 +73,7 @@ class MeftEngine(SavingEngine):
 
     def _configure_distributed_model(self, model: nn.Module) -> None:
         """Adapters must be in the model before DeepSpeed casts, moves and broadcasts it."""
+        successor.make_way(model)
         for p in model.parameters():
             # of a backward before the engine: hooks would take it for the first batch's, and what gets frozen keeps it
             p.grad = None
@@ -270,10 +275,7 @@ class MeftEngine(SavingEngine):
     def _at_meft_end(self) -> None:
         self._say_untrained(at_end=True)
         full_params.detach(self.module)
-        for method in self._meft_methods:
-            method.release()
-        if self._meft_stage3:
-            self._meft_zero3.destroy()
+        self._leave_model()
         if self._meft_trace is not None:
             self._meft_trace.close()
         try:
@@ -281,6 +283,25 @@ class MeftEngine(SavingEngine):
         except RuntimeError:  # a lane has failed: the last window's bytes never all went up
             return
         self._meft_monitor.write(self.global_samples)
+
+    def _leave_model(self) -> None:
+        """The model may get another engine: DeepSpeed's own hooks would call this one in its forwards, and keep it."""
+        here = self.__dict__  # where it lacks something, DeepSpeed asks the model
+        for name in (
+            "module_forward_pre_hook",
+            "module_forward_post_hook",
+            "first_dataloader_check",
+            "_meft_export_hook",
+        ):
+            if (handle := here.get(name)) is not None:
+                handle.remove()
+        for handle in here.get("_meft_gates", ()):
+            handle.remove()
+        self._meft_gates = []
+        for method in here.get("_meft_methods", ()):
+            method.release()
+        if "_meft_zero3" in here:
+            self._meft_zero3.destroy()
 
     def _open_meft_window(self) -> None:
         self._meft_closing = False

@@ -288,7 +288,7 @@ class SavingEngine(DeepSpeedEngine):
 
     def _watch_exports(self) -> None:
         """All ways out of a model take a state dict, the whole weights of stage 3 included."""
-        self.module.register_state_dict_pre_hook(_BeforeExport(self))
+        self._meft_export_hook = self.module.register_state_dict_pre_hook(_BeforeExport(self))
 
     def _say_untrained(self, *, at_end: bool = False) -> None:
         """Warn who saves a model, or ends, while methods have only watched: once at a save, and once at the end."""
@@ -338,14 +338,20 @@ class SavingEngine(DeepSpeedEngine):
         return about
 
 
+def trained_by(model: nn.Module) -> list[SavingEngine]:
+    """Engines that live and were given `model`, and have not been destroyed."""
+    hooks = [hook for hook in model._state_dict_pre_hooks.values() if isinstance(hook, _BeforeExport)]
+    return [engine for hook in hooks if hook.find is not None and (engine := hook.find()) is not None]
+
+
 class _BeforeExport:
     """A hook before a model's `state_dict`; copies of the model get one that tells nobody."""
 
     def __init__(self, engine: SavingEngine | None = None) -> None:
-        self._find = None if engine is None else weakref.ref(engine)
+        self.find = None if engine is None else weakref.ref(engine)
 
     def __call__(self, model: nn.Module, prefix: str, keep_vars: bool) -> None:
-        if self._find is not None and (engine := self._find()) is not None:
+        if self.find is not None and (engine := self.find()) is not None:
             engine._say_untrained()
 
     def __reduce__(self) -> Any:

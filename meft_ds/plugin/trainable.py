@@ -28,7 +28,7 @@ def settle(model: nn.Module, train: Sequence[str] | None, methods: Sequence[Meth
     of which it froze most. What a pattern of `train` matches trains on top; an empty `train` freezes all of the base.
 
     Args:
-        model: with the methods' own parameters in it.
+        model: with the methods' own parameters in it; `thaw` has undone what an engine before froze.
         train: regular expressions; None where the block has no such key.
         methods: prepared.
         tells: whether this rank logs what else trains, and what is frozen that the program may have meant to train.
@@ -39,7 +39,6 @@ def settle(model: nn.Module, train: Sequence[str] | None, methods: Sequence[Meth
     Raises:
         ValueError: for a pattern that matches nothing, naming it.
     """
-    thaw(model)
     alone = all(method.freezes_base for method in methods)
     if train is None and not alone:
         return {}

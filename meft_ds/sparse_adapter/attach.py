@@ -42,7 +42,7 @@ def attach(
     model that already has adapters. Nothing is changed in the model unless all adapters could be made.
     """
     if find_adapters(model):
-        raise ValueError(f"{type(model).__name__} already has sparse adapters; detach(model) removes them")
+        raise ValueError(f"{type(model).__name__} already has sparse adapters; meft_ds.detach(model) removes them")
     sites = find_ffns(model, config.target_modules) if sites is None else sites
     adapters = []
     for layer, site in enumerate(sites):

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from meft_ds.offload.weights import shape_of
+from meft_ds.sparse_adapter.attach import find_adapters
 
 _NAME = "_meft_trained"
 
@@ -23,11 +24,24 @@ class Trained:
 
 
 def remember(model: nn.Module, names: Iterable[str], elsewhere: Iterable[str]) -> None:
-    """Add to what is known of ``model``; a later engine may train other tensors."""
-    known, there = trained_in(model), {name for name, _ in model.named_parameters()}
-    kept = [name for name in known.names if name in there]
-    both = Trained(tuple(dict.fromkeys([*kept, *names])), tuple(dict.fromkeys([*known.elsewhere, *elsewhere])))
-    setattr(model, _NAME, both)
+    """Add to what is known of ``model`` and of its parts that hold adapters; a later engine may train others."""
+    names, elsewhere = list(names), list(elsewhere)
+    for prefix in _parts_with_adapters(model):
+        part = model.get_submodule(prefix)
+        known, start = trained_in(part), f"{prefix}." if prefix else ""
+        there = {name for name, _ in part.named_parameters(remove_duplicate=False)}
+        inside = [name.removeprefix(start) for name in names if name.startswith(start)]
+        kept = dict.fromkeys([*(name for name in known.names if name in there), *inside])
+        setattr(part, _NAME, Trained(tuple(kept), tuple(dict.fromkeys([*known.elsewhere, *elsewhere]))))
+
+
+def _parts_with_adapters(model: nn.Module) -> list[str]:
+    """Names of the modules on the way to adapters, the model's own "" included."""
+    found = {""}
+    for name in find_adapters(model):
+        parts = name.split(".")
+        found |= {".".join(parts[:end]) for end in range(1, len(parts) + 1)}
+    return sorted(found)
 
 
 def trained_in(model: nn.Module) -> Trained:

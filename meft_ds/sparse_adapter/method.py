@@ -18,6 +18,7 @@ from meft_ds.sparse_adapter.config import ResolvedCompress, ResolvedSparseAdapte
 from meft_ds.sparse_adapter.module import SparseAdapter
 from meft_ds.sparse_adapter.router import init_keys
 from meft_ds.sparse_adapter.store import HostRows, initialise_rows, store_specs
+from meft_ds.sparse_adapter.takeover import fill_rows, give_rows, kept_store, learned_rows, take_over
 from meft_ds.sparse_adapter.unit import RowsUnit, rows_footprint
 
 _SHAPING = ("d", "rows", "experts", "experts_per_token", "keys_per_token", "gate", "scope", "optimizer")
@@ -51,7 +52,7 @@ class SparseAdapterMethod(Method):
         sites, self.sizes = self._planned(model)
         if self._config.compress is not None:
             self._compress = self._config.compress.resolve(self.sizes.d)
-        self.adapters = attach(model, self.sizes, sites)
+        self.adapters = take_over(model, self.sizes, sites) or attach(model, self.sizes, sites)
         for adapter in self.adapters:
             adapter.router.requires_grad_(self.sizes.gate)  # without the gate the router only picks experts
 
@@ -86,22 +87,31 @@ class SparseAdapterMethod(Method):
 
     def specs(self, run: Run) -> Specs:
         specs: Specs = {}
-        for layer in range(self.layers):
-            specs |= store_specs(f"layer{layer}", self.sizes.rows, self.sizes.d, run.dtype)
+        for layer, adapter in enumerate(self.adapters):
+            if kept_store(adapter, run.dtype) is None:
+                specs |= store_specs(f"layer{layer}", self.sizes.rows, self.sizes.d, run.dtype)
         return specs
 
     def build(self, run: Run, memory: Mapping[str, Tensor]) -> list[Unit]:
         sizes, units = self.sizes, []
         for layer, adapter in enumerate(self.adapters):
-            master = memory[f"layer{layer}.master"]
-            replica = memory.get(f"layer{layer}.replica", master)
+            kept = kept_store(adapter, run.dtype)
+            if kept is not None:
+                master, replica = kept
+            else:
+                master = memory[f"layer{layer}.master"]
+                replica = memory.get(f"layer{layer}.replica", master)
+                lo, hi = owned_range(sizes.rows, run.ranks.here)
+                if (learned := learned_rows(adapter)) is not None:
+                    fill_rows(master, replica, learned, lo, hi)
+                else:
+                    keys = init_keys(sizes.rows, sizes.d, sizes.init_std, sizes.seed, layer)
+                    initialise_rows(master, replica, keys, lo, hi)
             rows = HostRows(
                 master=master, replica=replica, capacity=sizes.cache_rows, bus=run.bus, selection=sizes.selection
             )
-            keys = init_keys(sizes.rows, sizes.d, sizes.init_std, sizes.seed, layer)
-            initialise_rows(master, replica, keys, *owned_range(sizes.rows, run.ranks.here))
             rows.is_training = _mode_of(adapter)
-            adapter.rows = rows
+            give_rows(adapter, rows)
             self._rows.append(rows)
             compression = None
             if self._compress is not None:

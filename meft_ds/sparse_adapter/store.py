@@ -156,6 +156,10 @@ class HostRows:
         """No backward is to come for the forwards so far."""
         self._open.clear()
 
+    def stop_telling(self) -> None:
+        """Nobody is told any more of what happens to these rows."""
+        self.before_use = self.on_gradient = self.on_complete = _nothing
+
     # -- what the wire unit asks for -------------------------------------------------------------------------------
 
     def close_window(self) -> tuple[Tensor, Tensor]:

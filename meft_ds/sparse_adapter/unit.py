@@ -69,6 +69,9 @@ class RowsUnit(Unit):
         rows.on_complete = self._tell_complete
         rows.before_use = self._tell_needed
 
+    def release(self) -> None:
+        self.rows.stop_telling()  # the model may keep the rows, which must not keep this unit and its moments
+
     def footprint(self) -> Footprint:
         return rows_footprint(
             r=self.rows.r,
