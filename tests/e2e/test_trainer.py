@@ -106,3 +106,24 @@ def test_accelerate_loop_trains_and_its_scheduler_drives_the_learning_rate(tmp_p
     assert got["class"] == "MeftEngine"
     assert got["losses"][-1] < got["losses"][0] - 0.2
     assert got["lr"] == pytest.approx(5e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("how", "method"), [("twice", "adapter"), ("twice", "tiles"), ("smaller", "adapter"), ("smaller", "subspace")]
+)
+def test_a_trainer_trains_again_with_another_engine_on_the_same_model(tmp_path: Path, how: str, method: str) -> None:
+    blocks: dict[str, Any] = {
+        "adapter": {"sparse_adapter": dict(ADAPTER)},
+        "subspace": {"subspace": {"dim": 8, "nonzeros": 2}},
+        "tiles": {"sparse_matrix": {"density": 0.1, "block_size": 8, "score": "magnitude"}},
+    }
+    config = config_file(tmp_path, block=blocks[method], precision="fp32", optimizer=False)
+    found = run("again_program.py", str(tmp_path), str(config), how)
+    first, *_, last = found["losses"]
+    if how == "twice":
+        assert len(first) == len(last) == 6
+        assert last[0] < first[0] and last[-1] < last[0], "it goes on with what was learned"
+    else:
+        assert max(found["rows"]) > 2 and found["rows"][-6:] == [2] * 6 and len(last) == 6
+        assert last[-1] < last[0]
