@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Two Trainers that train one model, and one whose first batch size is too large. Usage: again_program.py FOLDER CONFIG.json
-HOW, HOW one of "twice", "smaller"."""
+"""Two Trainers that train one model, and one whose first batch size is too large.
+
+Usage: again_program.py FOLDER CONFIG.json twice|smaller
+"""
 
 from __future__ import annotations
 
