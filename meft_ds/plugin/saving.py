@@ -24,7 +24,7 @@ from meft_ds.offload import gates
 from meft_ds.offload.flat import FlatUnit
 from meft_ds.offload.method import Method, Run
 from meft_ds.offload.weights import Weights
-from meft_ds.plugin import checkpoint, export, zero3
+from meft_ds.plugin import checkpoint, export, recovery, zero3
 from meft_ds.plugin.mapping import mapped
 from meft_ds.plugin.optimizer import MeftOptimizer
 from meft_ds.plugin.staging import Saving
@@ -134,7 +134,7 @@ class SavingEngine(DeepSpeedEngine):
         tag = f"global_step{self.global_steps}" if tag is None else str(tag)
         self.meft_flush()
         saving = Saving(Path(save_dir), tag, self._meft_run.ranks)
-        with self._as_whole(read=True), saving.watch(self):
+        with self._as_whole(read=True), saving.watch(self), recovery.readable(self):
             super().save_checkpoint(
                 save_dir,
                 tag=tag,
@@ -142,6 +142,9 @@ class SavingEngine(DeepSpeedEngine):
                 save_latest=False,
                 exclude_frozen_parameters=exclude_frozen_parameters,
             )
+        if saving.ranks.rank == 0:
+            rows = any(method.name == "sparse_adapter" for method in self._meft_methods)
+            recovery.write_optimizer_file(saving, rows=rows)
         checkpoint.save(
             saving,
             self.optimizer.pipeline.units,
