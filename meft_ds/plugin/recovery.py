@@ -39,7 +39,8 @@ def write_optimizer_file(saving: Saving, *, rows: bool) -> None:
     folder = saving.folder.parent
     name, other = (ROWS, WHOLE) if rows else (WHOLE, ROWS)
     groups = {} if rows else {"zero_stage": 2, "partition_count": 1, "single_partition_of_fp32_groups": []}
-    saving.write(folder / name, lambda staged: torch.save({"optimizer_state_dict": groups}, staged))
+    found = saving.write(folder / name, lambda staged: torch.save({"optimizer_state_dict": groups}, staged))
+    saving.of_deepspeed[name] = found
     with saving.attempt(folder / other):
         (folder / other).unlink(missing_ok=True)  # of another block under the same tag
 
