@@ -118,7 +118,7 @@ def tell_of_matrices_without_tiles(choice: Choice, sites: Sequence[Site], config
             f'tiles of {config.block_size} x {config.block_size} are larger than their share; block_size "auto" fits it'
         )
     _logger.info(
-        "meft-ds: sparse_matrix: %d of %d matrices have no tile, because %s: %s",
+        "sparse_matrix: %d of %d matrices have no tile, because %s: %s",
         len(without),
         len(there),
         why,

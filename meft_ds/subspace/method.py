@@ -95,7 +95,7 @@ class SubspaceMethod(Method):
         told, self._told = self._told, len(names)
         if told is None and names:
             _logger.info(
-                "meft-ds: no gradient reached %d of %d matrices in the first window; their projectors stay random "
+                "no gradient reached %d of %d matrices in the first window; their projectors stay random "
                 "until one does, and are fitted to it then: %s",
                 len(names),
                 sum(len(unit.matrices) for unit in self._units),
@@ -105,7 +105,7 @@ class SubspaceMethod(Method):
             self._told = told  # a line for each of many experts would be too much
         elif told:
             _logger.info(
-                "meft-ds: %d more matrices got their first gradient, and projectors that are fitted to it; %d wait",
+                "%d more matrices got their first gradient, and projectors that are fitted to it; %d wait",
                 told - len(names),
                 len(names),
             )

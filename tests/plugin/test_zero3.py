@@ -38,7 +38,7 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Path]
         "pending",
         "memory",
         "experts",
-        "settings:only=few live+evaluation+biases",
+        "settings:only=few live+evaluation+biases+fused loss",
         f"files:only={'+'.join(ONE_OF_EACH)}",
     )
     return go(2, folder, *cases)[0], folder
@@ -111,7 +111,7 @@ def _compare(settings: dict[str, Any], name: str) -> None:
         assert len(set(expected)) > len(expected) / 2
 
 
-@pytest.mark.parametrize("name", ["few live", "evaluation", "biases"])
+@pytest.mark.parametrize("name", ["few live", "evaluation", "biases", "fused loss"])
 def test_a_setting_trains_as_in_stage_2(two: Any, name: str) -> None:
     _compare(two[0]["settings"], name)
 
