@@ -285,8 +285,12 @@ class MeftEngine(SavingEngine):
         self._meft_monitor.write(self.global_samples)
 
     def _leave_model(self) -> None:
-        """The model may get another engine: DeepSpeed's own hooks would call this one in its forwards, and keep it."""
+        """The model may get another engine, and is as the program left it, but for what was learned. DeepSpeed's own
+        hooks would call this engine in the forwards of the next one, and keep it."""
         here = self.__dict__  # where it lacks something, DeepSpeed asks the model
+        if here.get("_meft_left"):
+            return  # another engine may be there by now
+        self._meft_left = True
         for name in (
             "module_forward_pre_hook",
             "module_forward_post_hook",
@@ -302,6 +306,8 @@ class MeftEngine(SavingEngine):
             method.release()
         if "_meft_zero3" in here:
             self._meft_zero3.destroy()
+        if (model := here.get("_modules", {}).get("module")) is not None:
+            trainable.thaw(model)
 
     def _open_meft_window(self) -> None:
         self._meft_closing = False

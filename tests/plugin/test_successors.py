@@ -22,6 +22,7 @@ TILES = {"density": 0.1, "block_size": 8, "score": "magnitude"}
 BLOCKS: dict[str, dict[str, Any]] = {
     "adapter": {"sparse_adapter": dict(ADAPTER), "train": ["norm"]},
     "adapter on the device": {"sparse_adapter": {**ADAPTER, "selection": "device", "optimizer": "lazy"}},
+    "adapter without a gate": {"sparse_adapter": {**ADAPTER, "gate": False}},
     "subspace": {"subspace": {"dim": 8, "nonzeros": 2}},
     "tiles": {"sparse_matrix": dict(TILES)},
     "tiles, delta form": {"sparse_matrix": {**TILES, "form": "delta"}},
@@ -69,6 +70,7 @@ def check(what: str, *, precision: str = "fp32", stage: int = 2) -> None:
     learned = seen(first)
     trainable = [name for name, p in model.named_parameters() if p.requires_grad]
     first.destroy()
+    assert all(p.requires_grad for name, p in model.named_parameters() if "router" not in name)
 
     def same(found: torch.Tensor) -> bool:
         if "tiles" in what and ("delta" in what or stage == 3):  # merged now, and so rounded elsewhere
@@ -83,6 +85,8 @@ def check(what: str, *, precision: str = "fp32", stage: int = 2) -> None:
     assert same(seen(second)), what
     again = train(second, 5, distinct=1)
     assert again[-1] < losses[0] and not torch.equal(seen(second), learned)
+    first.destroy()  # once more, as the interpreter may at any time
+    assert [name for name, p in model.named_parameters() if p.requires_grad] == trainable or "scored" in what
     second.destroy()
 
 

@@ -175,9 +175,10 @@ def test_a_new_tensor_that_the_program_froze_is_named(tmp_path: Path, caplog: py
     model = hf.LlamaForSequenceClassification.from_pretrained(tmp_path, num_labels=3, pad_token_id=0)
     if not fresh_parameters(model):
         pytest.skip("this version of transformers does not mark what it loads")
-    model.requires_grad_(False)
+    for name, p in model.named_parameters():
+        p.requires_grad_("norm" in name)
     with caplog.at_level("INFO", logger="meft_ds"):
-        assert learns(model, BLOCKS["adapter"], to_classify()) == set()
+        assert "score.weight" not in learns(model, BLOCKS["adapter"], to_classify())
     (line,) = lines(caplog, "random values")
     assert "score.weight" in line and '"train"' in line
 
