@@ -2,6 +2,9 @@
 """What all tests share: a fresh interpreter for tests whose subject is import order or process-wide state."""
 
 import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported; workers of pytest-xdist share the CPUs
+
 import subprocess
 import sys
 from collections.abc import Callable

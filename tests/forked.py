@@ -29,6 +29,7 @@ from tests.ranks import REPO, free_port
 class Ended:
     """How a rank ended: its exit code (negative: the signal), after how long, what it returned, and what it logged."""
 
+    pid: int
     code: int
     seconds: float
     result: Any
@@ -39,6 +40,8 @@ class Forge:
     """The process that forks; `run` starts ranks and waits until they have ended."""
 
     def __init__(self) -> None:
+        self.pids: list[int] = []
+        """Of all ranks so far."""
         self._process = subprocess.Popen(
             [sys.executable, "-m", "tests.forked"],
             cwd=REPO,
@@ -55,7 +58,9 @@ class Forge:
         request = {"call": call, "folder": str(folder), "world": world, "timeout": timeout, "arguments": arguments}
         assert self._process.stdin is not None and self._process.stdout is not None
         print(json.dumps(request), file=self._process.stdin, flush=True)
-        return [Ended(**entry) for entry in json.loads(self._process.stdout.readline())]
+        ended = [Ended(**entry) for entry in json.loads(self._process.stdout.readline())]
+        self.pids += [rank.pid for rank in ended]
+        return ended
 
     def results(self, call: str, folder: Path, **options: Any) -> list[Any]:
         """What the ranks return; all must end well."""
@@ -153,7 +158,7 @@ def _serve() -> None:
         ended = {}
         for _ in pids:
             pid, status = os.wait()
-            ended[pid] = (os.waitstatus_to_exitcode(status), time.monotonic() - began)
+            ended[pid] = (pid, os.waitstatus_to_exitcode(status), time.monotonic() - began)
         stop.cancel()
         stop.join()  # no thread may run when the next ranks are forked
         print(
@@ -161,9 +166,10 @@ def _serve() -> None:
         )
 
 
-def _ended(folder: Path, rank: int, code: int, seconds: float) -> dict[str, Any]:
+def _ended(folder: Path, rank: int, pid: int, code: int, seconds: float) -> dict[str, Any]:
     result = folder / f"rank{rank}.json"
     return {
+        "pid": pid,
         "code": code,
         "seconds": seconds,
         "result": json.loads(result.read_text()) if result.exists() else None,

@@ -3,13 +3,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import secrets
 import socket
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 REPO = Path(__file__).resolve().parent.parent
+SHM = Path("/dev/shm")
 
 
 def start_ranks(
@@ -59,8 +63,21 @@ def run_ranks(script: Path, world: int, *args: str, timeout: float = 240, **kwar
     return outputs
 
 
+def left_in_shared_memory(pids: Iterable[int]) -> set[str]:
+    """Our files that these processes made. Those of other runs on this machine come and go."""
+    mine = set(map(str, pids))
+    return {path.name for path in SHM.glob(f"meft-ds-{os.getuid()}-*") if path.name.split("-")[3] in mine}
+
+
 def free_port() -> int:
-    """A TCP port nobody listens on now."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
+    """A TCP port nobody listens on now.
+
+    It lies below those that the system gives to connections, so nobody takes it before the ranks have started; each
+    worker of pytest-xdist has a range of its own.
+    """
+    first = 20_000 + 1_000 * (int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:]) % 12)
+    while True:
+        port = first + secrets.randbelow(1_000)  # not random's, which tests seed
+        with socket.socket() as s, contextlib.suppress(OSError):
+            s.bind(("127.0.0.1", port))
+            return port

@@ -2,7 +2,6 @@
 """Data parallel: one shared store, ranks that own 1/N each, and what is left after every kind of death."""
 
 import json
-import os
 import signal
 import time
 from pathlib import Path
@@ -11,20 +10,15 @@ from typing import Any
 import pytest
 import torch
 
-from tests.ranks import run_ranks, start_ranks
+from tests.ranks import left_in_shared_memory, run_ranks, start_ranks
 
 PROGRAM = Path(__file__).with_name("rank_program.py")
-SHM = Path("/dev/shm")
 
 
 def go(world: int, action: str, folder: Path, *options: str) -> list[dict[str, Any]]:
     folder.mkdir(exist_ok=True)
     outputs = run_ranks(PROGRAM, world, action, str(folder), *options)
     return [json.loads(out.strip().splitlines()[-1]) for out in outputs]
-
-
-def ours() -> set[str]:
-    return {path.name for path in SHM.glob(f"meft-ds-{os.getuid()}-*")}
 
 
 @pytest.mark.parametrize(
@@ -71,7 +65,6 @@ def test_host_memory_per_node_does_not_grow_with_ranks(tmp_path: Path) -> None:
 
 
 def test_an_exception_on_one_rank_ends_the_other_and_leaves_no_shared_memory(tmp_path: Path) -> None:
-    before = ours()
     processes = start_ranks(PROGRAM, 2, "raise", str(tmp_path))
     try:
         out = [p.communicate(timeout=60) for p in processes]
@@ -80,12 +73,11 @@ def test_an_exception_on_one_rank_ends_the_other_and_leaves_no_shared_memory(tmp
             p.kill()
     assert all(p.returncode != 0 for p in processes)
     assert "planted" in out[1][1]
-    assert ours() <= before
+    assert not left_in_shared_memory(p.pid for p in processes)
 
 
 @pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGTERM])
 def test_killing_one_rank_during_training_hangs_nobody_and_leaves_no_shared_memory(tmp_path: Path, signum: int) -> None:
-    before = ours()
     processes = start_ranks(PROGRAM, 2, "forever", str(tmp_path))
     try:
         _wait_for_step(processes[0], 1)
@@ -95,11 +87,10 @@ def test_killing_one_rank_during_training_hangs_nobody_and_leaves_no_shared_memo
     finally:
         for p in processes:
             p.kill()
-    assert ours() <= before
+    assert not left_in_shared_memory(p.pid for p in processes)
 
 
 def test_killing_one_rank_during_save_leaves_the_last_complete_checkpoint_loadable(tmp_path: Path) -> None:
-    before = ours()
     processes = start_ranks(PROGRAM, 2, "forever", str(tmp_path), "save=1")
     try:
         step = _wait_for_step(processes[0], 2)
@@ -116,7 +107,7 @@ def test_killing_one_rank_during_save_leaves_the_last_complete_checkpoint_loadab
             p.kill()
     resumed = go(2, "resume", tmp_path)
     assert resumed[0]["digest"] == resumed[1]["digest"]
-    assert ours() <= before
+    assert not left_in_shared_memory(p.pid for p in processes)
 
 
 def _wait_for_step(process: Any, step: int) -> int:

@@ -3,6 +3,7 @@
 
 import contextlib
 import json
+import os
 import random
 import threading
 from pathlib import Path
@@ -15,7 +16,8 @@ from meft_ds.config import parse_config
 from meft_ds.offload.bus import Bus
 from meft_ds.offload.schedule import MEASURED_WINDOWS
 from tests.offload.overlap import make_late, run_inline
-from tests.plugin.test_ranks import go, ours
+from tests.plugin.test_ranks import go
+from tests.ranks import left_in_shared_memory
 from tests.toy import ADAPTER, batch, ds_config, make_engine, state_of, tiny_llama, train
 
 SUBSPACE = {
@@ -352,7 +354,7 @@ def test_two_ranks_that_destroy_their_process_groups_with_updates_under_way_end_
 def test_a_hundred_workers_that_fail_at_a_random_unit_surface_at_once_and_the_last_checkpoint_resumes(
     tmp_path: Path,
 ) -> None:
-    before = ours()
+    before = left_in_shared_memory([os.getpid()])
     reference = engine_of("exact")
     steps(reference, 2, first=0)
     reference.save_checkpoint(str(tmp_path))
@@ -377,7 +379,7 @@ def test_a_hundred_workers_that_fail_at_a_random_unit_surface_at_once_and_the_la
         engine = engine_of("exact")
     engine.destroy()
     assert {t for t in threading.enumerate() if t.name.startswith("meft-")} <= threads
-    assert ours() <= before
+    assert left_in_shared_memory([os.getpid()]) <= before
 
 
 def fail_in(unit: Any, stage: str, trial: int, *, after: int) -> None:
