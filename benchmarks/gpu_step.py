@@ -34,6 +34,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import gpu_step_rows as rows_module  # noqa: E402
 from benchmarks.child_process import run_child  # noqa: E402
+from benchmarks.machine import machine, machine_line  # noqa: E402
 
 COLUMNS = ("s_per_step", "tokens_per_s", "practicality", "device_gib", "host_gib", "mib_down", "mib_up")
 
@@ -45,7 +46,7 @@ def main() -> None:
         return
     _build_kernels(arguments.rows)
     hardware = _hardware()
-    print(f"Device: {hardware['device']}; {hardware['cores']} cores, {hardware['host_gib']} GiB host memory")
+    print(f"Device: {hardware['device']}; {machine_line(hardware)}; {hardware['host_gib']} GiB host memory")
     results = []
     for model in arguments.models:
         print(f"\n{model}: {arguments.seq_len} tokens x {arguments.micro_batch} per micro-batch")
@@ -134,7 +135,7 @@ def _hardware() -> dict[str, Any]:
         device = f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB"
     return {
         "device": device,
-        "cores": len(os.sched_getaffinity(0)),
+        **machine(),
         "host_gib": round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30),
         "versions": versions,
     }

@@ -21,15 +21,20 @@ import math
 import os
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
-import deepspeed
-import torch
-from deepspeed.ops.adam import DeepSpeedCPUAdam
-from torch import Tensor
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from meft_ds import ops
+import deepspeed  # noqa: E402
+import torch  # noqa: E402
+from deepspeed.ops.adam import DeepSpeedCPUAdam  # noqa: E402
+from torch import Tensor  # noqa: E402
+
+from benchmarks.machine import machine, machine_line  # noqa: E402
+from meft_ds import ops  # noqa: E402
 
 LR, BETA1, BETA2, EPS, WEIGHT_DECAY = 1e-4, 0.9, 0.999, 1e-8, 0.01
 WHOLE, PARTS = "DeepSpeedCPUAdam, whole tensor", "DeepSpeedCPUAdam, a call per `active` rows"
@@ -53,6 +58,7 @@ def main() -> None:
     copies, copied = copy_contenders(args.rows, args.active, args.width)
     copy_seconds = race(copies, args.rounds)
 
+    print(machine_line(machine()))
     print(f"{args.active} active of {args.rows} rows x {args.width}; medians of {args.rounds} interleaved rounds")
     print(f"{'optimizer':<44}{'ms':>9}{'M params/s':>12}{'vs DeepSpeed':>14}")
     adam_ratios = report(adam_seconds, sizes, WHOLE, 1e6)
@@ -77,8 +83,7 @@ def main() -> None:
         "active": args.active,
         "width": args.width,
         "rounds": args.rounds,
-        "threads": torch.get_num_threads(),
-        "cpu": cpu_model(),
+        "machine": machine(),
         "torch": torch.__version__,
         "deepspeed": deepspeed.__version__,
         "python": platform.python_version(),
@@ -221,14 +226,6 @@ def plain_torch() -> Iterator[None]:
             del os.environ["MEFT_DS_OPS"]
         else:
             os.environ["MEFT_DS_OPS"] = before
-
-
-def cpu_model() -> str:
-    with contextlib.suppress(OSError), open("/proc/cpuinfo") as lines:
-        for line in lines:
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 if __name__ == "__main__":

@@ -17,6 +17,11 @@ import os
 import statistics
 import subprocess
 import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks.machine import machine, machine_line  # noqa: E402
 
 # Times EntryPoint.load plus the call of what it returns, for our entry point only.
 ON = """
@@ -78,6 +83,7 @@ def main() -> None:
         ("entry point discovery (torch's own)", scan),
         ("import meft_ds without torch", alone),
     ]
+    print(machine_line(machine()))
     print(f"{'':38}{'median ms':>12}{'min ms':>12}{'max ms':>12}   ({rounds} rounds)")
     for name, values in rows:
         print(f"{name:38}{statistics.median(values):12.3f}{min(values):12.3f}{max(values):12.3f}")
@@ -90,7 +96,7 @@ def main() -> None:
         "import_alone_ms_median": statistics.median(alone),
         "rounds": rounds,
         "python": sys.version.split()[0],
-        "cores": os.cpu_count(),
+        "machine": machine(),
     }
     print(json.dumps({key: round(v, 4) if isinstance(v, float) else v for key, v in result.items()}))
 

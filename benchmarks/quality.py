@@ -45,6 +45,7 @@ import torch  # noqa: E402
 import transformers  # noqa: E402
 from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq  # noqa: E402
 
+from benchmarks.machine import machine, machine_line  # noqa: E402
 from benchmarks.quality_methods import METHODS  # noqa: E402
 
 BASE = ROOT / "examples" / "base"
@@ -61,6 +62,7 @@ def main() -> None:
         for method in args.methods:
             compare(log, name, method, args)
     table = summary(log.runs)
+    print(f"\n{machine_line(machine())}")
     show(table)
     print(json.dumps({"benchmark": "quality", "table": table, "runs": log.runs, **about(args)}))
 
@@ -219,8 +221,7 @@ def about(args: argparse.Namespace) -> dict[str, Any]:
         "batch": BATCH,
         "warmup": WARMUP,
         "date": time.strftime("%Y-%m-%d"),
-        "threads": torch.get_num_threads(),
-        "machine": platform.machine(),
+        "machine": machine(),
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,

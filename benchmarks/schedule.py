@@ -42,6 +42,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import deepspeed  # noqa: E402
 import torch  # noqa: E402
 
+from benchmarks.machine import machine, machine_line  # noqa: E402
 from benchmarks.schedule_emulation import (  # noqa: E402
     EmulatedBus,
     FullShelf,
@@ -94,12 +95,12 @@ def main() -> None:
 
 
 def _measure_and_report(options: argparse.Namespace) -> None:
-    machine = _machine()
+    here = {**machine(), **_cores()}
     units = payload_units(options.layers, PAYLOAD // options.scale)
-    print(f"EMULATED device and link, real host update. {machine['cpu']}, {machine['cores']} cores")
+    print(f"EMULATED device and link, real host update. {machine_line(here)}")
     print(
         f"{options.layers} layers, payload {units[0].numel / 1e6:.2f} M parameters per layer, 1/{options.scale} of the "
-        f"target's; {machine['update_threads']} thread(s) update, sleeps end {sleep_error() * 1e6:.0f} us late\n"
+        f"target's; {here['update_threads']} thread(s) update, sleeps end {sleep_error() * 1e6:.0f} us late\n"
     )
     bus = EmulatedBus()
     scenarios: dict[str, Any] = {}
@@ -128,7 +129,7 @@ def _measure_and_report(options: argparse.Namespace) -> None:
         "picture": picture,
         **{key: getattr(options, key) for key in ("scale", "layers", "steps", "warmup")},
         "sleep_error_us": round(sleep_error() * 1e6, 1),
-        "machine": machine,
+        "machine": here,
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,
@@ -243,14 +244,9 @@ def _options() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _machine() -> dict[str, Any]:
-    cpu = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        models = [line.partition(":")[2].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
-        cpu = models[0] if models else cpu
+def _cores() -> dict[str, int]:
     host, link = cores()
-    return {"cpu": cpu, "cores": len({*(host.cpus or ()), *(link.cpus or ())}), "update_threads": host.threads}
+    return {"cores": len({*(host.cpus or ()), *(link.cpus or ())}), "update_threads": host.threads}
 
 
 if __name__ == "__main__":

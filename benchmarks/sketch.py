@@ -24,13 +24,18 @@ import argparse
 import json
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 
-import torch
-from torch import Tensor
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from meft_ds import ops
+import torch  # noqa: E402
+from torch import Tensor  # noqa: E402
+
+from benchmarks.machine import machine, machine_line  # noqa: E402
+from meft_ds import ops  # noqa: E402
 
 GatherList = tuple[Tensor, Tensor]
 Contenders = dict[str, Callable[[], object]]
@@ -54,6 +59,7 @@ def main() -> None:
     d = args.size // 2
     p, q = (random_projector(args.size, d, args.k) for _ in "PQ")
     result: dict[str, object] = {"benchmark": "sketch"}
+    print(machine_line(machine()))
     print(f"m = n = {args.size}, d = {d}, k = {args.k}, {args.tokens} tokens; {args.rounds} interleaved rounds")
     print(f"{'compressed gradient':<34}{'ms':>10}{'fastest':>10}{'GFLOP/s':>10}{'vs dense':>10}{'fastest':>10}")
     for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
@@ -80,7 +86,7 @@ def main() -> None:
         seconds = race(directions(args.matrices * d * d), args.rounds)
         ratios = report("fp32", seconds, dict.fromkeys(seconds, args.matrices * d * d / 1e6))
         result["direction_vs_deepspeed"] = round(1 / ratios["adam_direction_"][0], 3)
-    environment = {"backend": ops.backend(), "threads": torch.get_num_threads(), "torch": torch.__version__}
+    environment = {"backend": ops.backend(), "machine": machine(), "torch": torch.__version__}
     print(json.dumps({**result, **vars(args), **environment, "python": platform.python_version()}))
 
 

@@ -21,14 +21,19 @@ import argparse
 import copy
 import json
 import os
-import platform
 import socket
 import statistics
+import sys
 import time
+from pathlib import Path
 from typing import Any
 
-import torch
-from torch import nn
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch  # noqa: E402
+from torch import nn  # noqa: E402
+
+from benchmarks.machine import machine, machine_line  # noqa: E402
 
 # What each adds to the common ds_config. One with a "meft_offload" block is compared with all others.
 CONTENDERS: dict[str, dict[str, Any]] = {
@@ -55,7 +60,8 @@ def main() -> None:
     _one_rank()
     results = {shape: measure(*SHAPES[shape], options) for shape in options.shapes}
     first = next(iter(results.values()))
-    print(f"\n{_machine()}\nmodel: {first['parameters'] / 1e6:.1f} M parameters, bf16, clipping 1.0\n")
+    print(f"\n{machine_line(machine())}, {_versions()}")
+    print(f"model: {first['parameters'] / 1e6:.1f} M parameters, bf16, clipping 1.0\n")
     print(f"{'shape':<8} {'contender':<14} {'s/step':>8}" + "".join(f"{'/ ' + name:>15}" for name in options.only))
     for shape, r in results.items():
         for name in options.only:
@@ -72,7 +78,7 @@ def main() -> None:
             f"lsp: {first['lsp_bus_bytes_per_parameter']:.2f} bytes on the bus per compressed parameter and step, both "
             f"ways (ZeRO-2 offload: {first['zero_offload_bus_bytes_per_parameter']:.0f}, by its design)"
         )
-    line |= {"shapes": results, "machine": _machine(), "rounds": options.rounds}
+    line |= {"shapes": results, "machine": machine(), "versions": _versions(), "rounds": options.rounds}
     print(json.dumps(line))
 
 
@@ -240,17 +246,10 @@ def _one_rank() -> None:
         os.environ.setdefault(key, value)
 
 
-def _machine() -> str:
+def _versions() -> str:
     import deepspeed
 
-    cpu = platform.processor() or platform.machine()
-    try:
-        with open("/proc/cpuinfo") as f:
-            cpu = next(line.split(":")[1].strip() for line in f if line.startswith("model name"))
-    except (OSError, StopIteration):
-        pass
-    versions = f"torch {torch.__version__}, deepspeed {deepspeed.__version__}"
-    return f"{cpu}, {torch.get_num_threads()} threads, {versions}, CPU only"
+    return f"torch {torch.__version__}, deepspeed {deepspeed.__version__}"
 
 
 if __name__ == "__main__":

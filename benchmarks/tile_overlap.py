@@ -25,6 +25,7 @@ import tasks  # noqa: E402
 import torch  # noqa: E402
 from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq  # noqa: E402
 
+from benchmarks.machine import machine, machine_line  # noqa: E402
 from benchmarks.quality import BASE, BATCH, orders  # noqa: E402
 from benchmarks.quality_methods import TILES, SparseMatrix  # noqa: E402
 from meft_ds.sparse_matrix.choice import Choice  # noqa: E402
@@ -78,8 +79,20 @@ def main() -> None:
         cells = "".join(f"{row['layers'].get(layer, 0):>5}" for layer in layers) + " " * 6
         cells += "".join(f"{row['roles'].get(role, 0):>6}" for role in roles)
         print(f"{row['kind']:<26}{row['tiles']:>6}{row['shared']:>8.1%}       {cells}")
+    print(machine_line(machine()))
     print(f"by chance {chance:.1%}: the chosen share of what could be chosen")
-    print(json.dumps({"benchmark": "tile_overlap", **settings, "reference": REFERENCE, "chance": chance, "rows": rows}))
+    print(
+        json.dumps(
+            {
+                "benchmark": "tile_overlap",
+                **settings,
+                "machine": machine(),
+                "reference": REFERENCE,
+                "chance": chance,
+                "rows": rows,
+            }
+        )
+    )
 
 
 def choose(block: dict[str, Any], seed: int, steps: int) -> Choice:
