@@ -168,9 +168,9 @@ class PayloadUnit(DenseUnit):
 
 
 def payload_units(layers: int, numel: int) -> list[PayloadUnit]:
-    """Units with memory of their own, shallowest first. The parameter they stand for is the device's, hence one."""
-    parameter = nn.Parameter(torch.randn(numel) * 0.02)
-    units = [PayloadUnit(layer, parameter) for layer in range(layers)]
+    """Units with memory of their own, shallowest first. The parameters are the device's, hence views of one tensor."""
+    values = torch.randn(numel) * 0.02
+    units = [PayloadUnit(layer, nn.Parameter(values)) for layer in range(layers)]
     for unit in units:
         unit.allocate()
     return units
