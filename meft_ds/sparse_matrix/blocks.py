@@ -16,6 +16,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from meft_ds.offload.weights import rectangles
+
 Range = tuple[int, int]
 Rectangle = tuple[Range, Range]
 _Places = Tensor | slice
@@ -57,6 +59,19 @@ class Group:
             weight[:, self.cols].index_copy_(0, self.rows, values)
         else:
             weight.index_put_((self.rows[:, None], self.cols[None, :]), values)
+
+    def within(self, rows: slice, cols: slice) -> tuple[Group, slice, slice]:
+        """What of the group lies in a rectangle of the weight, by places in that rectangle; and which rows and columns
+        of its values that is."""
+        a, b = (_count(self.row_ranges, edge) for edge in (rows.start, rows.stop))
+        c, d = (_count(self.col_ranges, edge) for edge in (cols.start, cols.stop))
+        inside = replace(
+            self,
+            shape=(b - a, d - c),
+            rows=_from(self.rows, a, b, rows.start),
+            cols=_from(self.cols, c, d, cols.start),
+        )
+        return inside, slice(a, b), slice(c, d)
 
 
 class Blocks:
@@ -155,6 +170,16 @@ class Blocks:
         for group in self.groups:
             group.write(weight, group.of(flat))
 
+    def write_slice(self, held: Tensor, lo: int, shape: tuple[int, int], flat: Tensor) -> None:
+        """The same for elements [lo, lo + len(held)) of a flattened weight of this shape."""
+        m, n = shape
+        for first, end, rows, cols in rectangles(max(lo, 0), min(lo + held.numel(), m * n), n):
+            part = held[first - lo : end - lo].view(rows.stop - rows.start, cols.stop - cols.start)
+            for group in self.groups:
+                inside, its_rows, its_cols = group.within(rows, cols)
+                if min(inside.shape) > 0:
+                    inside.write(part, group.of(flat)[its_rows, its_cols])
+
     def tiles(self, flat: Tensor) -> Iterator[tuple[Rectangle, Tensor]]:
         """Each tile of the payload with its values, a view."""
         for group in self.groups:
@@ -211,6 +236,18 @@ def _places(index: Tensor, device: torch.device) -> _Places:
     if bool((index == torch.arange(first, first + count)).all()):
         return slice(first, first + count)
     return index.to(device)
+
+
+def _count(ranges: Iterable[Range], edge: int) -> int:
+    """How many places of the ranges are below an edge."""
+    return sum(min(max(edge - lo, 0), hi - lo) for lo, hi in ranges)
+
+
+def _from(places: _Places, first: int, end: int, origin: int) -> _Places:
+    """The places with numbers [first, end), counted from `origin`."""
+    if isinstance(places, slice):
+        return slice(places.start + first - origin, places.start + end - origin)
+    return places[first:end] - origin
 
 
 def _moved(places: _Places, device: torch.device) -> _Places:

@@ -132,7 +132,7 @@ def narrow(
 
     Args:
         groups: the optimizer's parameter groups.
-        tapped_only: whether gradients come from activations alone (the delta form).
+        tapped_only: whether only weights are wanted whose layer can add the product of what was learned.
     """
     grouped = {id(p) for group in groups for p in group["params"]}
     kept, elsewhere = [], {}
@@ -142,7 +142,7 @@ def narrow(
         elif id(site.weight) not in grouped:
             elsewhere[site.name] = "belongs to no parameter group of the optimizer"
         elif tapped_only and not site.tapped:
-            elsewhere[site.name] = 'is no linear layer, and the delta form (ZeRO-3, form "delta") trains nothing else'
+            elsewhere[site.name] = 'is no linear layer, and sparse_matrix.form "delta" trains nothing else'
         else:
             kept.append(site)
     return kept, elsewhere

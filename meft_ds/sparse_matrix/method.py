@@ -84,7 +84,7 @@ class SparseMatrixMethod(Method):
 
     def claim(self, run: Run) -> set[int]:
         self._form = self._form_for(run)
-        self._sites, self._elsewhere = narrow(self._sites, run.groups, tapped_only=self._form == "delta")
+        self._sites, self._elsewhere = narrow(self._sites, run.groups, tapped_only=self._config.form == "delta")
         left_out = [*self._left_out, *(f"{name} {why}" for name, why in self._elsewhere.items())]
         if left_out and run.ranks.rank == 0:
             _logger.info("sparse_matrix leaves out: %s", listed(left_out))
@@ -103,7 +103,7 @@ class SparseMatrixMethod(Method):
                 first_decides(self._check_choice_out, run.ranks)
         sites = self._sites if self.choice is None else self._chosen_sites(self.choice)
         for site in sites:
-            site.weight.requires_grad_(run.weights.anchor is None)
+            site.weight.requires_grad_(_needs_gradient(site, run))
         self._on_device = state_on_device(config.state_device, run.bus.device, self._state_bytes(run))
         if self.choice is not None:
             self._units = self._make_units(run, self.choice)
@@ -205,7 +205,7 @@ class SparseMatrixMethod(Method):
         self._scorer, self.choice = None, choice
         chosen = {id(site.weight) for site in self._chosen_sites(choice)}
         for site in self._sites:
-            site.weight.requires_grad_(id(site.weight) in chosen and run.weights.anchor is None)
+            site.weight.requires_grad_(id(site.weight) in chosen and _needs_gradient(site, run))
         self._units = self._make_units(run, choice)
         for unit in self._units:
             unit.allocate()
@@ -339,14 +339,17 @@ class SparseMatrixMethod(Method):
     def _make_units(self, run: Run, choice: Choice) -> list[BlocksUnit]:
         layer = layer_of(run.model, self._layers)
         group_of = {id(p): index for index, group in enumerate(run.groups) for p in group["params"]}
-        sorted_in: dict[tuple[int, int, torch.dtype], list[Site]] = defaultdict(list)
+        # apart in every stage, although only stage 3 needs it: units of a checkpoint are the same in all
+        sorted_in: dict[tuple[int, bool, int, torch.dtype], list[Site]] = defaultdict(list)
         for site in self._chosen_sites(choice):
-            sorted_in[layer[site.name], group_of[id(site.weight)], site.weight.dtype].append(site)
+            sorted_in[layer[site.name], site.tapped, group_of[id(site.weight)], site.weight.dtype].append(site)
         units = []
-        for (at, group, dtype), found in sorted(sorted_in.items(), key=lambda item: (item[0][:2], str(item[0][2]))):
+        for (at, tapped, group, dtype), found in sorted(
+            sorted_in.items(), key=lambda item: (item[0][:3], str(item[0][3]))
+        ):
             units.append(
                 BlocksUnit(
-                    name=f"layer{at}.blocks.g{group}.{str(dtype).removeprefix('torch.')}",
+                    name=f"layer{at}.blocks{'' if tapped else '.stored'}.g{group}.{str(dtype).removeprefix('torch.')}",
                     layer=at,
                     params=[(site.name, site.weight) for site in found],
                     matrices=_matrices(found, choice, run.bus.device),
@@ -356,12 +359,17 @@ class SparseMatrixMethod(Method):
                     wire_dtype=run.grad_dtype,
                     moments_dtype=run.moments_dtype,
                     on_device=self._on_device,
-                    form=self._form,
+                    form=self._form if tapped else "value",
                     weights=run.weights,
                     device=run.bus.device,
                 )
             )
         return units
+
+
+def _needs_gradient(site: Site, run: Run) -> bool:
+    """Whether the weight itself must require grad: not where its layer is tapped by an anchor."""
+    return run.weights.anchor is None or not site.tapped
 
 
 def _matrices(sites: list[Site], choice: Choice, device: torch.device) -> list[Blocks]:

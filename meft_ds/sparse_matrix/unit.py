@@ -4,7 +4,8 @@
 No whole gradient is ever made where a linear layer hands over its activations; a stacked expert tensor's is made by
 autograd, read and dropped at once.
 
-*Value form*: the weight holds the tiles' values, and each update writes them into it. *Delta form*: the weight is never
+*Value form*: the weight holds the tiles' values, and each update writes them into it (a partitioned one: into this
+rank's slice). *Delta form*: the weight is never
 written; the layer adds x D^T for D = master - original.
 """
 
@@ -20,7 +21,7 @@ from meft_ds.offload.flat import MOMENTS, FlatUnit
 from meft_ds.offload.host_adam import FlatAdam
 from meft_ds.offload.partition import Ranks
 from meft_ds.offload.taps import tap, untap
-from meft_ds.offload.weights import WHOLE, Weights
+from meft_ds.offload.weights import WHOLE, Weights, shape_of
 from meft_ds.offload.wire import AdamHyper, Footprint
 from meft_ds.sparse_matrix.blocks import Blocks
 from meft_ds.sparse_matrix.linear import correct
@@ -158,6 +159,8 @@ class BlocksUnit(FlatUnit):
     def change(self, reply: Tensor) -> None:
         if self._delta is not None:
             self._delta.copy_(reply)
+        elif self.weights.partitioned:
+            self._write_slices(reply)
         else:
             self._write(reply, self.matrices)
 
@@ -246,6 +249,14 @@ class BlocksUnit(FlatUnit):
     def _write(self, flat: Tensor, matrices: list[Blocks]) -> None:
         for blocks in matrices:
             blocks.write(self._matrix(blocks), blocks.part(flat))
+
+    def _write_slices(self, flat: Tensor) -> None:
+        for index, (_, p) in enumerate(self.params):
+            held, first = self.weights.local(p)
+            *_, m, n = shape_of(p)
+            for blocks in self._of_param[index]:
+                blocks.write_slice(held, first - m * n * (blocks.expert or 0), (m, n), blocks.part(flat))
+            self.weights.changed(p)
 
     def _matrix(self, blocks: Blocks) -> Tensor:
         # detached, not .data: a forward that read the old weights and has yet to run backward must fail, not be wrong

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from meft_ds.plugin.zero3 import PartitionedWeights, consolidated
+from meft_ds.plugin.zero3 import PartitionedWeights
 from tests.toy import ADAPTER, batch, ds_config, make_engine
 
 EXPERTS, STEPS = 4, 4
@@ -20,6 +20,7 @@ FIT = {"fit_steps": 2, "refit_interval": 3, "refit_threshold": 0.0}
 BLOCKS: dict[str, dict[str, Any]] = {
     "random": {"subspace": {"nonzeros": 2, "projectors": "random"}},
     "learned": {"subspace": {"nonzeros": 2, "projectors": "learned", **FIT}},
+    "tiles": {"sparse_matrix": {"density": 0.3, "budget": "per_module", "block_size": 8, "score": "magnitude"}},
     "whole": {"sparse_adapter": dict(ADAPTER), "train": ["experts", "norm"]},
 }
 
@@ -80,7 +81,7 @@ def trained(block: dict[str, Any], stage: int) -> dict[str, Tensor]:
         )
         engine.step()
     engine.meft_flush()
-    state = consolidated(engine.module) if stage == 3 else engine.module.state_dict()
+    state = engine._consolidated() if stage == 3 else engine.module.state_dict()
     kept = {name: t.detach().clone() for name, t in (state or {}).items() if "meft_" not in name}
     engine.destroy()
     return kept

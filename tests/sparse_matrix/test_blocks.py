@@ -156,6 +156,22 @@ def test_what_is_written_is_read_again_and_nothing_else_changes(choice: Any) -> 
 
 
 @some
+@given(choice=choices(), edges=st.lists(st.integers(-30, 600), max_size=4))
+def test_slices_of_a_flattened_weight_are_written_one_by_one_as_the_whole(choice: Any, edges: list[int]) -> None:
+    m, n, tiles = choice
+    weight = torch.randn(m, n, generator=torch.Generator().manual_seed(1))
+    blocks = blocks_of(tiles, n)
+    flat = torch.arange(1.0, blocks.numel + 1)
+    expected = weight.clone()
+    blocks.write(expected, flat)
+    cut = sorted({-7, m * n + 7, *(edge for edge in edges if -7 < edge < m * n + 7)})  # what is around is others'
+    around = torch.cat([torch.zeros(7), weight.reshape(-1), torch.zeros(7)])
+    for lo, hi in itertools.pairwise(cut):
+        blocks.write_slice(around[lo + 7 : hi + 7], lo, (m, n), flat)
+    assert torch.equal(around[7:-7].view(m, n), expected) and not around[:7].any() and not around[-7:].any()
+
+
+@some
 @given(choice=choices(), input_first=st.booleans())
 def test_what_tiles_add_is_the_product_with_a_matrix_that_is_zero_elsewhere(choice: Any, input_first: bool) -> None:
     m, n, tiles = choice
