@@ -170,6 +170,16 @@ class BlocksUnit(FlatUnit):
         if self.form == "value":  # in the delta form the master is what is added to the weight, whatever that is
             self._adam.adopt(self.values()[self._lo : self._hi].to(self._reply.device), self._reply)
 
+    @torch.no_grad()
+    def adopt_one(self, p: Tensor) -> None:
+        assert self._adam is not None
+        index = next(i for i, (_, q) in enumerate(self.params) if q is p)
+        for blocks in self._of_param[index] if self.form == "value" else ():
+            lo, hi = self._owned(blocks)
+            if lo < hi:
+                now = blocks.read(self._matrix(blocks))[lo - blocks.offset : hi - blocks.offset]
+                self._adam.adopt(now.to(self._reply.device), self._reply, lo - self._lo)
+
     # -- values --------------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
@@ -230,10 +240,14 @@ class BlocksUnit(FlatUnit):
     def _take_tiles(self, own: Tensor, index: int, value: Tensor) -> None:
         """Write the tiles of `value` [m, n] into this rank's slice of a vector, as far as they lie in it."""
         for blocks in self._of_param[index]:
-            lo, hi = max(self._lo, blocks.offset), min(self._hi, blocks.offset + blocks.numel)
+            lo, hi = self._owned(blocks)
             if lo < hi:
                 tiles = blocks.read(blocks.matrix(value))[lo - blocks.offset : hi - blocks.offset]
                 own[lo - self._lo : hi - self._lo] = tiles.to(own)
+
+    def _owned(self, blocks: Blocks) -> tuple[int, int]:
+        """What of a matrix's payload is this rank's, in the unit's."""
+        return max(self._lo, blocks.offset), min(self._hi, blocks.offset + blocks.numel)
 
     @torch.no_grad()
     def take_back(self) -> None:
