@@ -136,7 +136,9 @@ class Cell:
             "stage3_param_persistence_threshold": 0,
             "stage3_gather_16bit_weights_on_model_save": True,
         }
-        return make_engine(ds_config(block=BLOCKS[self.method], micro=3, zero_optimization=zero), self.a.make(seed))
+        config = ds_config(block=BLOCKS[self.method], micro=3, zero_optimization=zero)
+        config["optimizer"]["params"]["lr"] = 5e-3
+        return make_engine(config, self.a.make(seed))
 
     def _whole(self, engine: Any) -> dict[str, Tensor]:
         """Copies of everything that trains or may train, whole, on the first rank."""

@@ -89,6 +89,11 @@ def translated_text() -> Batch:
     return {"input_ids": ids, "attention_mask": mask, "labels": _tokens(1, LENGTH - 3)[0][1:].repeat(2, 1)[:ROWS]}
 
 
+def transcribed_sound() -> Batch:
+    sound = torch.randn(ROWS, 8, 2 * LENGTH, generator=torch.Generator().manual_seed(0))
+    return {"input_features": sound, "labels": translated_text()["labels"]}
+
+
 def images() -> Batch:
     pixels = torch.randn(ROWS, 3, IMAGE, IMAGE, generator=torch.Generator().manual_seed(0))
     return {"pixel_values": pixels, "labels": torch.arange(ROWS) % 3}
@@ -132,6 +137,17 @@ _BART = dict(
     decoder_ffn_dim=FFN,
     max_position_embeddings=64,
     init_std=0.2,
+)
+_WHISPER = {key: value for key, value in _BART.items() if key != "max_position_embeddings"} | dict(
+    num_mel_bins=8,
+    max_source_positions=LENGTH,
+    max_target_positions=64,
+    decoder_start_token_id=1,
+    pad_token_id=PADDING,
+    bos_token_id=1,
+    eos_token_id=2,
+    suppress_tokens=None,
+    begin_suppress_tokens=None,
 )
 _VISION = dict(
     hidden_size=HIDDEN,
@@ -202,6 +218,7 @@ def architectures() -> dict[str, Architecture]:
         "Mixtral": _causal("Mixtral", num_local_experts=4, num_experts_per_tok=2),
         "Qwen2-MoE": _causal("Qwen2Moe", shared_expert_intermediate_size=24, **_MOE),
         "Qwen3-MoE": _causal("Qwen3Moe", head_dim=8, **_MOE),
+        "GPT-OSS": _causal("GptOss", head_dim=8, num_local_experts=4, num_experts_per_tok=2, **_HYBRID),
         "BERT, masked words": Architecture(model="BertForMaskedLM", settings=_BERT, batch=masked_text),
         "BERT, classes": Architecture(
             model="BertForSequenceClassification", settings={**_BERT, "num_labels": 3}, batch=classified_text
@@ -219,6 +236,9 @@ def architectures() -> dict[str, Architecture]:
         ),
         "BART": Architecture(
             model="BartForConditionalGeneration", settings=_BART, batch=translated_text, ffns=2 * LAYERS
+        ),
+        "Whisper": Architecture(
+            model="WhisperForConditionalGeneration", settings=_WHISPER, batch=transcribed_sound, ffns=2 * LAYERS
         ),
         "LLaVA": Architecture(model="LlavaForConditionalGeneration", settings=_llava(), batch=images_in_text),
         "ViT": Architecture(model="ViTForImageClassification", settings={**_VISION, "num_labels": 3}, batch=images),
