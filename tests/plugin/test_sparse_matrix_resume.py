@@ -144,20 +144,6 @@ def test_a_checkpoint_of_either_form_goes_on_in_the_other(tmp_path: Path, form: 
     assert steps(resumed, range(5, 9)) == pytest.approx(steps(engine, range(5, 9)), abs=1e-5)
 
 
-@pytest.mark.parametrize("stage", [2, 3])
-def test_a_checkpoint_with_tiles_of_experts_goes_on_in_the_other_stage(tmp_path: Path, stage: int) -> None:
-    def made(stage: int) -> Any:
-        return {**config(eps=1e-4, block_size=8), "zero_optimization": {"stage": stage}}
-
-    engine = make_engine(made(stage), tiny_model("mixtral").train())
-    steps(engine, range(5))
-    assert any("experts" in name for name in method_of(engine).choice.shapes)
-    engine.save_checkpoint(str(tmp_path))
-    resumed = make_engine(made(5 - stage), tiny_model("mixtral").train())
-    resumed.load_checkpoint(str(tmp_path))
-    assert steps(resumed, range(5, 9)) == pytest.approx(steps(engine, range(5, 9)), abs=1e-5)
-
-
 @pytest.mark.parametrize("form", FORMS)
 def test_the_model_file_of_a_checkpoint_holds_complete_weights(tmp_path: Path, form: str) -> None:
     engine = make_engine(config(form=form))

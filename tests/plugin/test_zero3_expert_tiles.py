@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tiles of expert tensors under ZeRO-3. That they train as in stage 2 is in `zero3_experts`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import pytest
+import torch
+
+from tests.conftest import RunPython
+from tests.plugin.tiles import config, method_of, steps
+from tests.ranks import REPO
+from tests.sparse_adapter.tiny import tiny_model
+from tests.toy import make_engine
+
+
+def test_they_go_on_in_the_other_stage_and_adopt_what_a_program_writes(run_python: RunPython, tmp_path: Path) -> None:
+    """In a process of its own: once stage 3 was used, DeepSpeed has replaced torch's F.linear for good."""
+    run_python(
+        f"from tests.plugin.test_zero3_expert_tiles import check; check({str(tmp_path)!r})",
+        env={"PYTHONPATH": str(REPO)},
+    )
+
+
+def check(folder: str) -> None:
+    for stage in (2, 3):
+        check_resuming(stage, f"{folder}/{stage}")
+    check_adopting()
+
+
+def made(stage: int) -> Any:
+    zero = {"stage": stage, "stage3_param_persistence_threshold": 0}
+    return make_engine({**config(eps=1e-4, block_size=8), "zero_optimization": zero}, tiny_model("mixtral").train())
+
+
+def check_resuming(stage: int, folder: str) -> None:
+    engine = made(stage)
+    steps(engine, range(5))
+    assert any("experts" in name for name in method_of(engine).choice.shapes)
+    engine.save_checkpoint(folder)
+    resumed = made(5 - stage)
+    resumed.load_checkpoint(folder)
+    assert steps(resumed, range(5, 9)) == pytest.approx(steps(engine, range(5, 9)), abs=1e-5)
+
+
+def check_adopting() -> None:
+    engine = made(3)
+    steps(engine, range(5))
+    name = next(name for name in method_of(engine).choice.shapes if "experts" in name)
+    p = engine.module.get_parameter(name)
+    with deepspeed.zero.GatheredParameters([p], modifier_rank=0):
+        with torch.no_grad():
+            p.add_(1.0)
+        edited = p.detach().clone()
+    steps(engine, [5])
+    with deepspeed.zero.GatheredParameters([p]):
+        moved = float((p - edited).abs().max())
+    assert 0 < moved < 0.1, "a step is about the learning rate"
