@@ -22,6 +22,7 @@ from meft_ds.offload.partition import Ranks, first_decides
 from meft_ds.offload.taps import untap
 from meft_ds.offload.weights import Weights, shape_of
 from meft_ds.offload.wire import Unit
+from meft_ds.plugin.folder import tell_of_adapter
 from meft_ds.sparse_adapter.attach import ADAPTER_NAME, find_adapters
 from meft_ds.sparse_adapter.base import remember
 from meft_ds.sparse_adapter.files import needed_from, write_adapter
@@ -65,8 +66,11 @@ def save_adapter(model_or_engine: nn.Module, directory: str | Path) -> None:
         write_adapter(Path(directory), model)
 
 
-def write_adapter_together(directory: str | Path, model: nn.Module, ranks: Ranks) -> None:
-    """`write_adapter` on the first rank; parameters may be partitioned, nothing may be under way. Collective."""
+def write_adapter_together(directory: str | Path, model: nn.Module, ranks: Ranks, *, beside_base: bool = False) -> None:
+    """`write_adapter` on the first rank; parameters may be partitioned, nothing may be under way. Collective.
+
+    `beside_base`: the base is in `directory` too, so that somebody may take it for the whole model.
+    """
     state: dict[str, Tensor] = {}
     for name, p in needed_from(model).items():
         # one after another: what was trained of the base may be large
@@ -76,6 +80,8 @@ def write_adapter_together(directory: str | Path, model: nn.Module, ranks: Ranks
     with first_writes(directory, ranks):
         if ranks.rank == 0:
             write_adapter(Path(directory), model, state)
+            if beside_base:
+                tell_of_adapter(directory, model)
 
 
 @contextlib.contextmanager
@@ -156,18 +162,14 @@ def _save_pretrained(model: Any, directory: Any, *args: Any, **kwargs: Any) -> A
     kwargs["state_dict"] = plain_weights(model, state)
     result = type(model).save_pretrained(model, directory, *args, **kwargs)
     if kwargs.get("is_main_process", True) and find_adapters(model):
-        if all(name in state for name in needed_from(model)):
-            # those of the given state, because this one rank could not gather the model's
-            write_adapter(Path(directory), model, state)
-        elif not any(is_partitioned(p) for p in model.parameters()):
-            gates.flush(model)
-            write_adapter(Path(directory), model)
-        else:
-            _logger.warning(
-                "no adapter is written to %s: the state dict lacks %s",
-                directory,
-                next(name for name in needed_from(model) if name not in state),
-            )
+        missing = [name for name in needed_from(model) if name not in state]
+        if missing and any(is_partitioned(p) for p in model.parameters()):
+            _logger.warning("no adapter is written to %s: the state dict lacks %s", directory, missing[0])
+            return result
+        gates.flush(model)
+        # the given state's, because this one rank could not gather the model's
+        write_adapter(Path(directory), model, None if missing else state)
+        tell_of_adapter(directory, model)
     return result
 
 

@@ -252,7 +252,7 @@ class SavingEngine(DeepSpeedEngine):
         finally:
             self._meft_plain = False
         if saved and export.find_adapters(self.module):
-            export.write_adapter_together(save_dir, self.module, ranks)
+            export.write_adapter_together(save_dir, self.module, ranks, beside_base=True)
         return saved
 
     def _zero3_consolidated_16bit_state_dict(self, exclude_frozen_parameters: bool = False) -> Any:
