@@ -274,6 +274,8 @@ class MeftEngine(SavingEngine):
 
     def _at_meft_end(self) -> None:
         self._say_untrained(at_end=True)
+        while self._meft_gates:  # a model outlives an engine that refuses
+            self._meft_gates.pop().remove()
         full_params.detach(self.module)
         self._leave_model()
         if self._meft_trace is not None:
