@@ -1,52 +1,89 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Lets gradient checkpointing of the reentrant kind see a graph under frozen embeddings."""
+"""Lets gradient checkpointing of the reentrant kind see a graph where everything below it is frozen.
+
+Such a checkpoint is one autograd function, whoever wraps it: transformers' switch, DeepSpeed's `checkpoint`, or torch's
+in the program's own forward. Its output takes part in backward only if an input requires grad, and above frozen
+embeddings none does. There one input is given a leaf's place, so that whatever trains inside gets its gradients. Other
+checkpoints, and forwards without any, stay as they are, and backward ends at the lowest layer that trains.
+"""
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import CheckpointFunction
+
+_functions: list[Any] = [CheckpointFunction]
+_models: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()  # how many handles each has
 
 
 def feed_checkpoints(model: nn.Module) -> list[Any]:
-    """Hook the model's embeddings so that their output requires grad where checkpoints need it; returns the handles.
-
-    Reentrant checkpointing cuts the graph when no input requires grad, as under a frozen embedding. In a wrapper the
-    embeddings are those of the models inside; where nobody tells them, every nn.Embedding.
-    """
-    embeddings = _input_embeddings(model) or [m for m in model.modules() if isinstance(m, nn.Embedding)]
-    return [module.register_forward_hook(_FeedCheckpoints(model)) for module in embeddings]
+    """Feed reentrant checkpoints as long as `model` lives, or until the handles that this returns are removed."""
+    for function in _functions:
+        _cover(function)
+    _models[model] = _models.get(model, 0) + 1
+    return [_Handle(model)]
 
 
-class _FeedCheckpoints:
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
-
-    def __call__(self, embeddings: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if not (isinstance(output, Tensor) and self.model.training and torch.is_grad_enabled()):
-            return
-        if not output.requires_grad and any(_cuts_the_graph(m) for m in self.model.modules()):
-            output.requires_grad_(True)
+def feed_too(function: type[torch.autograd.Function]) -> None:
+    """Feed this kind of reentrant checkpoint as well: an autograd function that gets its inputs one by one."""
+    if function not in _functions:
+        _functions.append(function)
+        if len(_models):
+            _cover(function)
 
 
-def _cuts_the_graph(module: nn.Module) -> bool:
-    """Whether the module checkpoints in the reentrant way. The other one needs no help, and with it backward can end at
-    the lowest layer that trains."""
-    if not getattr(module, "gradient_checkpointing", False):
-        return False
-    settings = getattr(getattr(module, "_gradient_checkpointing_func", None), "keywords", None) or {}
-    return settings.get("use_reentrant") is not False
+class _Handle:
+    """Copies of a model that keep one hold nothing."""
+
+    def __init__(self, model: nn.Module | None = None) -> None:
+        self._model = None if model is None else weakref.ref(model)
+
+    def remove(self) -> None:
+        """Feed no more for this model; where it was the last, torch's and DeepSpeed's functions are their own again."""
+        model, self._model = None if self._model is None else self._model(), None
+        if model is not None and model in _models:
+            _models[model] -= 1
+            if not _models[model]:
+                del _models[model]
+        for function in _functions if not len(_models) else ():
+            if isinstance(function.__dict__.get("apply"), _Feeding):
+                del function.apply
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Handle:
+        return _Handle()
+
+    def __reduce__(self) -> Any:
+        return _Handle, ()
 
 
-def _input_embeddings(module: nn.Module) -> list[nn.Module]:
-    """What the outermost modules that know their embeddings say, each once."""
-    getter = getattr(module, "get_input_embeddings", None)
-    try:
-        found = None if getter is None else getter()
-    except NotImplementedError:
-        found = None
-    if isinstance(found, nn.Module):
-        return [found]
-    inside = [embeddings for child in module.children() for embeddings in _input_embeddings(child)]
-    return list(dict.fromkeys(inside))
+class _Feeding:
+    """A checkpoint function's `apply`."""
+
+    def __init__(self, original: Callable[..., Any]) -> None:
+        self._original = original
+
+    def __call__(self, *args: Any) -> Any:
+        if len(_models) and torch.is_grad_enabled():
+            args = _fed(args)
+        return self._original(*args)
+
+
+def _cover(function: Any) -> None:
+    if not isinstance(function.__dict__.get("apply"), _Feeding):
+        function.apply = _Feeding(function.apply)
+
+
+def _fed(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The same inputs, of which at least one requires grad if any can."""
+    tensors = [(at, arg) for at, arg in enumerate(args) if isinstance(arg, Tensor)]
+    if any(t.requires_grad for _, t in tensors):
+        return args
+    for at, t in tensors:
+        if t.is_floating_point():
+            return *args[:at], t.detach().requires_grad_(), *args[at + 1 :]
+    return args

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from deepspeed.runtime.activation_checkpointing.checkpointing import CheckpointFunction
 from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import nn
 
@@ -22,6 +23,7 @@ from meft_ds.config import BLOCK, MeftConfig, parse_config
 from meft_ds.monitor import WindowMonitor
 from meft_ds.offload.at_exit import call_at_exit
 from meft_ds.offload.bus import Bus
+from meft_ds.offload.checkpointing import feed_too
 from meft_ds.offload.method import Method, Run
 from meft_ds.offload.sizes import in_units
 from meft_ds.offload.trace import Trace
@@ -77,6 +79,7 @@ class MeftEngine(SavingEngine):
         for p in model.parameters():
             # of a backward before the engine: hooks would take it for the first batch's, and what gets frozen keeps it
             p.grad = None
+        feed_too(CheckpointFunction)
         self._meft_methods = methods.chosen(self._meft_config)
         setup.refuse_what_cannot_fit(model, self._meft_methods, self._meft_config)
         for method in self._meft_methods:

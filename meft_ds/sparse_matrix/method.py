@@ -65,6 +65,7 @@ class SparseMatrixMethod(Method):
         self._trainable: list[nn.Parameter] = []
         self._form: Form = "delta" if config.form == "delta" else "value"
         self.choice: Choice | None = None
+        self._fed: list[Any] = []
         self._scored = False
 
     def prepare(self, model: nn.Module) -> None:
@@ -73,7 +74,7 @@ class SparseMatrixMethod(Method):
         self._sites, self._left_out = find_sites(model, self._config)
         self._total = elements_of_2d_weights(model)
         self._layers = count_layers(model)
-        feed_checkpoints(model)
+        self._fed = feed_checkpoints(model)
 
     @property
     def layers(self) -> int:
@@ -123,6 +124,8 @@ class SparseMatrixMethod(Method):
 
     def release(self) -> None:
         """The model trains what it did before, so that another engine finds the same weights to choose from."""
+        while self._fed:
+            self._fed.pop().remove()
         if self._scorer is not None:
             self._scorer.release()
         if not any(is_tapped(site.module) for site in self._sites):  # else it has come

@@ -40,6 +40,7 @@ class SubspaceMethod(Method):
         self._layers = 1
         self._units: list[SubspaceUnit] = []
         self._anchored: list[Site] = []
+        self._fed: list[Any] = []
         self._refit: Refit
         self._told: int | None = None  # matrices of which the log last said that they wait for a gradient
         self._tells = False
@@ -47,7 +48,7 @@ class SubspaceMethod(Method):
     def prepare(self, model: nn.Module) -> None:
         find_matrices(model, self._config)
         self._layers = count_layers(model)
-        feed_checkpoints(model)
+        self._fed = feed_checkpoints(model)
 
     @property
     def layers(self) -> int:
@@ -111,6 +112,8 @@ class SubspaceMethod(Method):
             )
 
     def release(self) -> None:
+        while self._fed:
+            self._fed.pop().remove()
         for site in self._anchored:
             if not is_tapped(site.module):  # else another engine has come
                 site.weight.requires_grad_(True)

@@ -3,13 +3,14 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointFunction, checkpoint
 
 from meft_ds.offload.checkpointing import feed_checkpoints
 from tests.toy import batch, tiny_llama
@@ -80,8 +81,32 @@ def test_layers_above_frozen_embeddings_get_the_gradients_that_they_get_without_
     assert all(torch.equal(grad, plain[name]) for name, grad in found.items())
 
 
-def test_a_wrapper_of_two_models_feeds_both_and_each_embedding_once() -> None:
-    pair = nn.ModuleList([Wrapper(tiny_llama()), tiny_llama(), Plain()])
-    handles = feed_checkpoints(pair)
-    assert len(handles) == 2
-    assert [len(m.get_input_embeddings()._forward_hooks) for m in (pair[0].backbone, pair[1])] == [1, 1]
+def test_torch_has_its_own_function_back_when_the_last_model_is_done() -> None:
+    assert "apply" not in CheckpointFunction.__dict__
+    one, other = Plain(), Plain()
+    handles = [*feed_checkpoints(one), *feed_checkpoints(other), *feed_checkpoints(other)]
+    copy.deepcopy(handles)[0].remove()
+    x = torch.ones(2, 8)
+    for handle in handles:
+        assert checkpoint(one.layers[0], x, use_reentrant=True).requires_grad
+        handle.remove()
+        handle.remove()
+    assert "apply" not in CheckpointFunction.__dict__ and not x.requires_grad
+
+
+def test_checkpoints_without_grad_or_with_a_graph_get_what_they_were_given() -> None:
+    model, seen = Plain(), []
+    handles = feed_checkpoints(model)
+
+    def same(x: Tensor) -> Tensor:
+        seen.append(x)
+        return x * 2
+
+    x = torch.ones(2, requires_grad=True)
+    checkpoint(same, x, use_reentrant=True).sum().backward()
+    assert torch.equal(x.grad, torch.full((2,), 2.0))  # type: ignore[arg-type]
+    with torch.no_grad():
+        assert not checkpoint(same, torch.ones(2), use_reentrant=True).requires_grad
+    assert not checkpoint(same, torch.ones(2, dtype=torch.long), use_reentrant=True).requires_grad
+    for handle in handles:
+        handle.remove()
