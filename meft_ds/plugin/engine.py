@@ -33,6 +33,7 @@ from meft_ds.offload.wire import Unit
 from meft_ds.plugin import checks, export, full_params, methods, setup, successor, trainable
 from meft_ds.plugin.console import show_log
 from meft_ds.plugin.optimizer import MeftOptimizer, adamw_from_config, check_client_optimizer
+from meft_ds.plugin.replaced import Places
 from meft_ds.plugin.saving import SavingEngine
 from meft_ds.plugin.stats import Stats
 from meft_ds.plugin.zero_grad import Call, ModuleZeroGrad, forgets
@@ -124,6 +125,7 @@ class MeftEngine(SavingEngine):
             closes_window=lambda: _alive(engine)._closes_window(),
         )
         self._meft_gates = setup.install_gates(self.module, pipeline, weights)
+        self._meft_places = Places(self.module, units)
         full_params.attach(self.module, pipeline)
         self.optimizer = MeftOptimizer(
             self.basic_optimizer,
@@ -173,6 +175,11 @@ class MeftEngine(SavingEngine):
         except BaseException as error:
             self._backward_failed(error)
             raise
+
+    def forward(self, *inputs: Any, **kwargs: Any) -> Any:
+        """What trains must still be in the model."""
+        self._meft_places.check()
+        return super().forward(*inputs, **kwargs)
 
     def allreduce_gradients(self, *args: Any, **kwargs: Any) -> None:
         """Ranks reduce payloads inside the step, never dense gradients after each backward."""
@@ -235,6 +242,7 @@ class MeftEngine(SavingEngine):
 
     def _observed_window(self) -> bool | None:
         """None when no method watches; else whether the window that ends counts. The first thing in a step."""
+        self._meft_places.check()
         if self._meft_stage3:
             # modules whose backward did not end in a hook still hold theirs, and slices are about to change
             self._meft_zero3.partition_all_parameters()
@@ -257,6 +265,7 @@ class MeftEngine(SavingEngine):
         for handle in self._meft_gates:
             handle.remove()
         self._meft_gates = setup.install_gates(self.module, pipeline, self._meft_run.weights)
+        self._meft_places = Places(self.module, pipeline.units)
 
     def _announce(self, method: Method) -> None:
         if self.global_rank == 0:
