@@ -46,7 +46,7 @@ CONTENDERS: dict[str, dict[str, Any]] = {
     },
     "meft": {"meft_offload": {"sparse_adapter": {}}},
     "lsp": {"meft_offload": {"subspace": {}}},
-    "smt": {"meft_offload": {"sparse_matrix": {"density": 0.01, "warmup_steps": 1}}},
+    "smt": {"meft_offload": {"sparse_matrix": {"density": 0.01, "block_size": 256, "warmup_steps": 1}}},
     "meft_serial": {"meft_offload": {"sparse_adapter": {}, "schedule": {"mode": "serial"}}},
 }
 # (tokens per step, accumulation): sentences of 256 tokens, divided among the micro-batches
