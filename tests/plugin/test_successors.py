@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import gc
 import weakref
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import nn
 import meft_ds
 from meft_ds.sparse_adapter.attach import find_adapters
 from tests.conftest import RunPython
+from tests.forked import Forge, forge
 from tests.ranks import REPO
 from tests.toy import ADAPTER, batch, ds_config, make_engine, tiny_llama, train
 
@@ -29,6 +31,12 @@ BLOCKS: dict[str, dict[str, Any]] = {
     "scored tiles": {"sparse_matrix": {"density": 0.1, "block_size": 8, "warmup_steps": 2}},
     "adapter and subspace": {"sparse_adapter": dict(ADAPTER), "subspace": {"dim": 8, "nonzeros": 2}},
 }
+
+
+@pytest.fixture(scope="module")
+def ranks() -> Iterator[Forge]:
+    with forge() as made:
+        yield made
 
 
 def seen(model: Any) -> torch.Tensor:
@@ -185,3 +193,12 @@ def test_a_copy_of_a_model_is_trained_by_no_engine() -> None:
     other = make_engine(ds_config(block=BLOCKS["subspace"]), copy.deepcopy(model))
     train(other, 1)
     train(engine, 1)
+
+
+@pytest.mark.parametrize("destroyed", [True, False])
+def test_ranks_that_share_rows_go_on_in_the_same_memory(ranks: Forge, tmp_path: Path, destroyed: bool) -> None:
+    first, second = ranks.results("tests.plugin.successor_ranks:again", tmp_path, destroyed=destroyed)
+    for rank in (first, second):
+        assert rank["kept"] and rank["places"] and rank["changed"]
+        assert rank["losses"][3] < rank["losses"][0]
+    assert first["sums"] == second["sums"]
