@@ -11,6 +11,7 @@ import resource
 import stat
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from meft_ds.plugin import checkpoint
 from meft_ds.plugin.staging import Saving, finish
 from meft_ds.sparse_adapter.files import JSON_NAME, read_adapter, write_adapter
 from meft_ds.sparse_matrix.choice import Choice, Tile
-from meft_ds.sparse_matrix.files import SavedTiles, read_tiles, write_tiles
+from meft_ds.sparse_matrix.files import SavedTiles, apply_tiles, read_tiles, write_tiles
 from tests.offload.test_trace import two_micro_batches
 from tests.sparse_adapter.tiny import attach_device_rows, tiny_model
 
@@ -198,6 +199,33 @@ def test_safetensors_own_errors_carry_the_path(tmp_path: Path) -> None:
 def test_what_cannot_be_the_path_of_a_file_is_refused(path: str) -> None:
     with pytest.raises(ValueError, match="expected a path|expected the path of a file"):
         files.write_text(path, "x")
+
+
+@pytest.mark.parametrize("path", ["", "a\0b"])
+def test_tiles_and_adapters_need_a_path(path: str) -> None:
+    model = tiny_model("llama")
+    attach_device_rows(model, values=0.5)
+    for write in (lambda: write_tiles(path, TILES), lambda: write_adapter(path, model)):
+        with pytest.raises(ValueError, match="expected a path"):
+            write()
+
+
+def test_an_adapter_with_values_that_are_not_finite_is_refused_by_name(tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    attach_device_rows(model, values=float("nan"))
+    write_adapter(tmp_path, model)
+    with pytest.raises(ValueError, match=r"layers\.0\.rows holds NaN or infinite values"):
+        read_adapter(tmp_path)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_tiles_with_values_that_are_not_finite_are_not_applied(value: float, tmp_path: Path) -> None:
+    model = torch.nn.Module()
+    model.w = torch.nn.Parameter(torch.zeros(4, 4))
+    write_tiles(path := tmp_path / "t", replace(TILES, values={"w": torch.full((4,), value)}))
+    with pytest.raises(ValueError, match="tiles of w hold NaN or infinite values"):
+        apply_tiles(model, path)
+    assert not model.w.any()
 
 
 def test_a_device_or_a_fifo_is_not_replaced_by_a_file(tmp_path: Path) -> None:

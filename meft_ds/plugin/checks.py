@@ -15,6 +15,7 @@ from packaging.version import Version
 from torch import nn
 
 from meft_ds.fields import is_number, is_whole, shown
+from meft_ds.offload.matrices import listed
 
 _logger = logging.getLogger("meft_ds")
 
@@ -109,6 +110,30 @@ def skipped(ds_config: Mapping[str, Any]) -> list[str]:
         if key in ds_config:
             lines.append(f"{key} is skipped: meft_offload reduces its own payloads")
     return lines
+
+
+def tell_of_broken_weights(model: nn.Module) -> None:
+    """Warn, on the first rank, of parameters with NaN or infinite values: with one that the loss depends on, every step
+    is skipped. Parameters that no forward reads may hold anything, so this is no error. Collective."""
+    floats = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+    names, finite = [], []
+    for name, p in model.named_parameters():
+        held = getattr(p, "ds_tensor", p).detach()  # this rank's slice, where parameters are partitioned already
+        if held.numel() and not held.is_meta and held.dtype in floats:
+            names.append(name)
+            finite.append(torch.isfinite(torch.stack(torch.aminmax(held))).all().cpu())
+    broken = [name for name, fine in zip(names, finite, strict=True) if not fine]
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        of_ranks: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(of_ranks, broken)
+        broken = list(dict.fromkeys(name for found in of_ranks for name in found))
+    if broken and (not dist.is_initialized() or dist.get_rank() == 0):
+        _logger.warning(
+            "%s %s NaN or infinite values before the first step; if the loss becomes NaN, no step trains anything: "
+            "load the model from a good checkpoint",
+            listed(broken),
+            "hold" if len(broken) > 1 else "holds",
+        )
 
 
 def refuse_expert_parallelism(model: nn.Module, groups: Mapping[str, Any]) -> None:

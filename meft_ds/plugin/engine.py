@@ -88,6 +88,7 @@ class MeftEngine(SavingEngine):
         trainable.settle(model, self._meft_config.train, self._meft_methods, tells=self.global_rank == 0)
         super()._configure_distributed_model(model)
         checks.refuse_expert_parallelism(self.module, self.expert_parallel_group)
+        checks.tell_of_broken_weights(self.module)
 
     def _configure_optimizer(self, client_optimizer: Any, model_parameters: list[Any]) -> None:
         """The pipeline takes the place of the optimizer; the user's own one only holds the hyperparameters."""

@@ -210,4 +210,6 @@ def _checked(tensors: dict[str, Tensor], name: str, shape: tuple[int, int], file
     if t is None or tuple(t.shape) != shape or t.dtype != torch.float32:
         found = "nothing" if t is None else f"{t.dtype} {tuple(t.shape)}"
         raise ValueError(f"{file}: {name} should be float32 {shape} by {JSON_NAME}, found {found}")
+    if not torch.isfinite(t).all():
+        raise ValueError(f"{file}: {name} holds NaN or infinite values; save the adapter of an earlier checkpoint")
     return t

@@ -72,8 +72,9 @@ def apply_tiles(model: nn.Module, path: str | Path) -> nn.Module:
         path: the file.
 
     Raises:
-        ValueError: when the file is damaged, or when the model's weights have other shapes or another dtype, or do not
-        hold bit for bit what these tiles were trained from. The model is then as it was.
+        ValueError: when the file is damaged or has values that are not finite, or when the model's weights have other
+        shapes or another dtype, or do not hold bit for bit what these tiles were trained from. The model is then as it
+        was.
     """
     saved = read_tiles(path)
     weights = _weights(model, saved, path)
@@ -84,6 +85,11 @@ def apply_tiles(model: nn.Module, path: str | Path) -> nn.Module:
         raise ValueError(
             f"{path}: {_listed(differing)} does not hold what these tiles were trained from: the model is not the base "
             "that they belong to, or other tiles are applied to it; load that base, or revert those first"
+        )
+    broken = [name for name, values in saved.values.items() if not torch.isfinite(values).all()]
+    if broken:
+        raise ValueError(
+            f"{path}: tiles of {_listed(broken)} hold NaN or infinite values; save the tiles of an earlier checkpoint"
         )
     _put(weights, saved.places, saved.values)
     return model

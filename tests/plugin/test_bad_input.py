@@ -156,3 +156,15 @@ def test_rows_that_no_host_can_hold_are_refused_before_any_memory_is_taken(
     told = refused(ds_config(block={"sparse_adapter": settings}), model)
     assert "GiB of host memory" in told and "64.00 GiB are free" in told and 'lower "sparse_adapter.rows"' in told
     assert [name for name, _ in model.named_modules()] == names, "the model is as it was"
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+def test_weights_that_are_not_finite_at_the_start_are_named(value: float, caplog: pytest.LogCaptureFixture) -> None:
+    for broken in (True, False):
+        model = tiny_llama()
+        if broken:
+            model.model.layers[1].mlp.up_proj.weight.data[3, 3] = value
+        caplog.clear()
+        make_engine(ds_config(), model)
+        lines = [r.getMessage() for r in caplog.records if "NaN or infinite" in r.getMessage()]
+        assert len(lines) == broken and all("model.layers.1.mlp.up_proj.weight holds NaN" in line for line in lines)
