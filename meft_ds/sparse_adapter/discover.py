@@ -16,7 +16,7 @@ from meft_ds.sparse_adapter.widths import Widths, widths_of
 __all__ = ["Site", "find_ffns", "make_site"]
 
 # What Hugging Face's layers call their FFN or their mixture-of-experts block.
-_FFN_NAMES = ("mlp", "feed_forward", "block_sparse_moe", "ffn", "moe", "DenseReluDense", "ff")
+_FFN_NAMES = ("mlp", "feed_forward", "block_sparse_moe", "ffn", "moe", "DenseReluDense", "ff", "mlp_block")
 # What layers call the first and the last linear layer of an FFN that is no module of its own (OPT, BART, Whisper; BERT
 # and its like; ALBERT; torch's own layers).
 _PAIRS = (
@@ -93,7 +93,7 @@ def make_site(model: nn.Module, name: str, module: nn.Module) -> Site:
 def _discovered(model: nn.Module) -> list[Site]:
     sites: list[Site] = []
     for site in _in_layers(model):
-        if not any(site.name.startswith(outer.name + ".") for outer in sites[-1:]):
+        if not any(site.name.startswith(outer.name + ".") for outer in sites if not outer.pair):
             sites.append(site)
     language = [site for site in sites if not _OTHER_TOWERS.search(site.name)]
     return language or sites
@@ -146,6 +146,8 @@ def _looked_at(model: nn.Module, name: str, module: nn.Module) -> tuple[str, Sit
         return f"there is attention in it ({attention})", None
     if _is_attention(name, module):
         return "it is attention", None
+    if any(isinstance(inner, nn.Embedding) for inner in module.modules()):
+        return "there are embeddings in it", None
     if isinstance(module, nn.ModuleList | nn.ModuleDict):
         return "it only lists modules and is never called", None
     if isinstance(module, nn.Sequential):
@@ -209,21 +211,19 @@ def _inside(module: nn.Module | None, path: str) -> nn.Module | None:
 
 def _candidates(model: nn.Module) -> str:
     """Names that would do, numbers as ``\\d+``, so that they can be copied; or why those that there are would not."""
-    found = [_copied(site.name) for site in _in_layers(model)]
+    found = [site.name for site in _in_layers(model)]
     faults: dict[str, str] = {}
     if not found:
-        inside: list[str] = []
         for name, module in model.named_modules():
-            if name and not any(name.startswith(outer) for outer in inside):
+            if name and not any(name.startswith(outer + ".") for outer in found):
                 why, site = _looked_at(model, name, module)
                 if site is None:
                     faults[_copied(name)] = why
                 else:
-                    inside.append(name + ".")
-                    found.append(_copied(name))
-    names = [name for name in dict.fromkeys(found) if name not in faults]
+                    found.append(name)
+    names = dict.fromkeys(name if _copied(name) in faults else _copied(name) for name in found)
     if names:
-        return ", ".join(names[:_MOST_LISTED])
+        return ", ".join(list(names)[:_MOST_LISTED])
     return "none; " + "; ".join(f"{name}: {why}" for name, why in list(faults.items())[:_MOST_LISTED])
 
 

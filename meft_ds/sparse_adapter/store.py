@@ -272,14 +272,15 @@ class HostRows:
         self._slot_of_row[rows] = torch.arange(first, last)  # last, or an interrupt would leave rows in others' slots
 
     def _spill(self) -> None:
-        self.spills += 1
+        self.spills += self.is_training()
         self._move_grads_to_host()
 
     def _move_grads_to_host(self) -> None:
         ids, slots = self._rows_with_grad()
         grads = self._bus.down(self._grads.index_select(0, self._bus.up(slots, "ids")), "spill")
         self._forget()  # before they count there, or an interrupt in between would let them count twice
-        self._spilled.append((ids, grads))
+        if ids.numel():
+            self._spilled.append((ids, grads))
 
     def _rows_with_grad(self) -> tuple[Tensor, Tensor]:
         """(ids, slots) of the rows that got a gradient, sorted by id; rows that only eval fetched are left out."""

@@ -133,7 +133,7 @@ def test_a_layer_used_at_every_depth_trains_the_same_under_checkpointing(mode: s
 
 
 def test_a_sentence_of_an_encoder_decoder_does_not_depend_on_its_neighbours_padding() -> None:
-    engine = make_engine(ds_config(block=BLOCK, micro=3), tiny("Bart"))
+    engine = make_engine(ds_config(block=BLOCK, micro=3), tiny("Bart").train())
     _steps(engine, "Bart", 4)
     given = _inputs("Bart")
     engine.eval()
@@ -144,8 +144,9 @@ def test_a_sentence_of_an_encoder_decoder_does_not_depend_on_its_neighbours_padd
 
 def test_a_program_that_calls_the_inner_model_trains_as_one_that_calls_the_engine() -> None:
     found = []
+    few = {"rows": 400, "experts": 50, "experts_per_token": 2, "keys_per_token": 3}  # or padding would add none
     for inner in (False, True):
-        engine = make_engine(ds_config())
+        engine = make_engine(ds_config(block={"sparse_adapter": few}))
         for seed in range(4):
             given = batch(seed)
             labels = given.pop("labels")
@@ -189,6 +190,8 @@ def test_a_copy_of_the_model_has_its_own_rows_and_is_not_trained(
     assert list(twin.state_dict()) == list(engine.module.state_dict())
     out = twin.generate(given["input_ids"], attention_mask=given["attention_mask"], max_new_tokens=3, pad_token_id=0)
     assert out.shape[1] <= 8 + 3
+    twin.save_pretrained(tmp_path / "both")
+    assert (tmp_path / "both" / "meft_adapter.json").exists()
     meft_ds.save_adapter(twin, tmp_path)
     if precision == "fp32":
         fresh = tiny_llama()

@@ -86,7 +86,7 @@ REFUSED = [
     ("llama", r"model", "there is attention in it"),
     ("llama", r"model\.layers", "no feed-forward network"),
     ("llama", r".*norm", "no linear layers"),
-    ("llama", r"model\.embed_tokens", "no linear layers"),
+    ("llama", r"model\.embed_tokens", "embeddings in it"),
     ("qwen3-moe", r".*mlp\.gate", "no feed-forward network"),
     ("Albert", r".*ffn", r"ffn .*single linear layer from 32 to 48.*albert_layers\.\\d\+"),
     ("Bert", r".*\.intermediate", r"single linear layer from 32 to 48.*bert\.encoder\.layer\.\\d\+"),

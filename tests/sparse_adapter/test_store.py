@@ -90,6 +90,15 @@ def test_rows_that_only_evaluation_fetched_are_not_active() -> None:
     assert counts["eval_rows"]["up"] == 2 * 2 * D * 4 and counts["rows"]["up"] == 1 * 2 * D * 4
 
 
+def test_evaluations_that_overflow_the_cache_leave_nothing_behind() -> None:
+    rows, _ = make(capacity=12)
+    rows.is_training = lambda: False
+    for start in (0, 12, 24):
+        rows.gather(torch.arange(start, start + 12))
+    assert rows.spills == 0 and not rows._spilled
+    assert rows.close_window()[0].numel() == 0
+
+
 @pytest.mark.parametrize("mode", ["dense", "lazy"])
 @pytest.mark.parametrize("selection", ["host", "device"])
 def test_next_window_sees_the_updated_rows(mode: str, selection: str) -> None:
