@@ -106,7 +106,7 @@ class SubspaceMethod(Method):
             self._told = told  # a line for each of many experts would be too much
         elif told:
             _logger.info(
-                "%d more matrices got their first gradient, and projectors that are fitted to it; %d wait",
+                "%d more matrices got their first gradient, and a fit to it; %d wait",
                 told - len(names),
                 len(names),
             )
