@@ -1,0 +1,45 @@
+# SPDX-License-Identifier: Apache-2.0
+"""trl's trainers, reference and reward models included, with each method in stages 2 and 3; the first loss is plain
+DeepSpeed's."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.forked import Forge, forge
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(importlib.util.find_spec("trl") is None, reason="trl is not installed"),
+]
+
+METHODS = ("sparse_adapter", "subspace", "sparse_matrix")
+EXTRA = {"sft": 0, "dpo": 1, "grpo": 2, "reward": 0}  # engines that only evaluate
+
+
+@pytest.fixture(scope="module")
+def forked() -> Iterator[Forge]:
+    with forge() as made:
+        yield made
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("trainer", EXTRA)
+def test_a_trainer_of_trl_trains_with_each_method(forked: Forge, tmp_path: Path, trainer: str, stage: int) -> None:
+    def run(method: str | None, steps: int) -> dict[str, Any]:
+        arguments = {"trainer": trainer, "method": method, "stage": stage, "steps": steps}
+        (found,) = forked.results("tests.e2e.trl_runs:run", tmp_path / str(method), world=1, **arguments)
+        return found
+
+    plain = run(None, 1)
+    for method in METHODS:
+        found = run(method, 20)
+        assert found["engines"] == ["MeftEngine"] + ["DeepSpeedEngine"] * EXTRA[trainer], method
+        assert found["losses"][0] == pytest.approx(plain["losses"][0], abs=2e-5), method
+        assert found["rewards"][0] == plain["rewards"][0], "what is generated first"
+        assert len(found["losses"]) == 20 and found["finite"] and found["moved"], method
