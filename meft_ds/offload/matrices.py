@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
 
 from meft_ds.offload.weights import shape_of
 
@@ -18,7 +19,7 @@ def weights(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, nn.Paramete
     for name, module in model.named_modules():
         if _is_linear(module):
             yield name, module, "weight", module.weight  # type: ignore[misc]
-        elif not isinstance(module, nn.modules.conv._ConvNd):
+        elif not isinstance(module, nn.modules.conv._ConvNd | parametrize.ParametrizationList):
             for key, p in module._parameters.items():
                 if p is not None and _has_experts(f"{name}.{key}", shape_of(p)):
                     yield name, module, key, p  # type: ignore[misc]

@@ -245,3 +245,9 @@ def test_subclasses_of_linear_count_as_one_where_they_compute_what_it_does() -> 
     )
     found = {name: can_tap(module) for name, module, _, _ in weights(model)}
     assert found == {"words": True, "words_without_bias": True, "renamed": True, "attention.out_proj": False}
+
+
+def test_a_convolution_has_no_matrices_whether_its_weight_is_computed_or_not() -> None:
+    """Wav2Vec2's positions are one under weight norm, whose parts have three dimensions, as tensors of experts have."""
+    normed = nn.utils.parametrizations.weight_norm(nn.Conv1d(8, 8, 4, groups=2), dim=2)
+    assert [name for name, *_ in weights(nn.Sequential(normed, nn.Conv1d(8, 8, 4), nn.Linear(4, 4)))] == ["2"]
