@@ -118,7 +118,8 @@ def tell_of_broken_weights(model: nn.Module) -> None:
     floats = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
     names, finite = [], []
     for name, p in model.named_parameters():
-        held = getattr(p, "ds_tensor", p).detach()  # this rank's slice, where parameters are partitioned already
+        own = getattr(p, "ds_tensor", None)  # this rank's slice, where parameters are partitioned already
+        held = (p if own is None else own).detach()
         if held.numel() and not held.is_meta and held.dtype in floats:
             names.append(name)
             finite.append(torch.isfinite(torch.stack(torch.aminmax(held))).all().cpu())

@@ -6,6 +6,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import torch
+
 from meft_ds.offload.wire import AdamHyper
 
 READ = ("lr", "betas", "eps", "weight_decay")
@@ -46,6 +48,8 @@ def _number(index: int, group: dict[str, Any], key: str) -> float:
     value = _float(group[key])
     if not math.isfinite(value):
         raise _wrong(index, group, key, "a finite number >= 0")
+    if abs(value) > torch.finfo(torch.float32).max:  # updates are made in fp32
+        raise _wrong(index, group, key, "a number that float32 can hold")
     return value
 
 

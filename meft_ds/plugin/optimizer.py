@@ -232,6 +232,8 @@ def adamw_from_config(
     for key in settings:
         if key not in READ and key not in _IGNORABLE and (not dist.is_initialized() or dist.get_rank() == 0):
             logger.warning("optimizer.params.%s is skipped: the host AdamW has no such setting", key)
+        if key in READ and settings[key] == "auto":
+            raise ValueError(f'optimizer.params.{key}: expected a number, got "auto", which nobody has filled in')
     return torch.optim.AdamW(params, **{k: v for k, v in settings.items() if k in READ})
 
 
@@ -252,6 +254,7 @@ def check_client_optimizer(optimizer: Any) -> None:
         raise ValueError("meft_offload supports only decoupled weight decay; pass torch.optim.AdamW instead of Adam")
     if any(group.get("amsgrad") for group in optimizer.param_groups):
         raise ValueError("meft_offload does not support amsgrad; build the optimizer without it")
+    check_groups(optimizer.param_groups)
 
 
 def _plain(values: dict[str, Any]) -> dict[str, Any]:

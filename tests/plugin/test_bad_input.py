@@ -168,3 +168,19 @@ def test_weights_that_are_not_finite_at_the_start_are_named(value: float, caplog
         make_engine(ds_config(), model)
         lines = [r.getMessage() for r in caplog.records if "NaN or infinite" in r.getMessage()]
         assert len(lines) == broken and all("model.layers.1.mlp.up_proj.weight holds NaN" in line for line in lines)
+
+
+def test_auto_that_nobody_fills_in_is_named() -> None:
+    config = ds_config()
+    config["optimizer"]["params"]["lr"] = "auto"
+    assert 'optimizer.params.lr: expected a number, got "auto"' in refused(config)
+
+
+@pytest.mark.parametrize("lr", [1e308, 10**400, "1e-4"], ids=["float", "whole", "text"])
+def test_learning_rates_of_a_program_that_no_update_can_have_are_named(lr: Any) -> None:
+    config = ds_config()
+    del config["optimizer"]
+    model = tiny_llama()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    optimizer.param_groups[0]["lr"] = lr
+    assert "parameter group 0: lr must be" in refused(config, model, optimizer=optimizer)
