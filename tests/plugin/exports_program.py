@@ -8,6 +8,7 @@ Usage: exports_program.py FOLDER STAGE
 from __future__ import annotations
 
 import json
+import logging
 import sys
 from pathlib import Path
 from typing import Any
@@ -155,4 +156,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    logging.basicConfig(stream=sys.stdout)  # the test reads what is told there
     main()
