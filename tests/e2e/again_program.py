@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import json
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.state import AcceleratorState
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from tests.toy import batch, tiny_llama
@@ -49,7 +51,8 @@ def main() -> None:
     folder, config, how = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
     whole = batch(0, rows=4)
     data = [{k: t[i % 4] for k, t in whole.items()} for i in range(32)]
-    args = TrainingArguments(
+    made_args = partial(
+        TrainingArguments,
         output_dir=str(folder),
         deepspeed=config,
         use_cpu=True,
@@ -64,10 +67,11 @@ def main() -> None:
     )
     shown = Shown()
     made = TooLarge if how == "smaller" else Trainer
-    trainer = made(model=tiny_llama(), args=args, train_dataset=data, callbacks=[shown])
+    trainer = made(model=tiny_llama(), args=made_args(), train_dataset=data, callbacks=[shown])
     trainer.train()
     if how == "twice":  # the same Trainer cannot, with DeepSpeed of any kind: it keeps the engine that it has destroyed
-        Trainer(model=trainer.model, args=args, train_dataset=data, callbacks=[shown]).train()
+        AcceleratorState._reset_state(reset_partial_state=True)
+        Trainer(model=trainer.model, args=made_args(), train_dataset=data, callbacks=[shown]).train()
     print(json.dumps({"losses": shown.losses, "rows": TooLarge.tries}))
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()

@@ -59,6 +59,7 @@ def test_a_second_engine_goes_on_with_what_was_learned(what: str, precision: str
     check(what, precision=precision)
 
 
+@pytest.mark.slow
 def test_a_second_engine_goes_on_with_what_was_learned_in_stage_3(run_python: RunPython) -> None:
     """In a process of its own: once stage 3 was used, DeepSpeed has replaced torch's F.linear for good."""
     names = [what for what in BLOCKS if what != "tiles, delta form"]
@@ -195,6 +196,7 @@ def test_a_copy_of_a_model_is_trained_by_no_engine() -> None:
     train(engine, 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("destroyed", [True, False])
 def test_ranks_that_share_rows_go_on_in_the_same_memory(ranks: Forge, tmp_path: Path, destroyed: bool) -> None:
     first, second = ranks.results("tests.plugin.successor_ranks:again", tmp_path, destroyed=destroyed)
