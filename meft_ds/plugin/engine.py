@@ -214,8 +214,10 @@ class MeftEngine(SavingEngine):
     def _forget_window(self, call: Call) -> None:
         """`call` was to forget gradients; inside a step it is DeepSpeed itself, when nothing has been collected yet."""
         pipeline = self.optimizer.pipeline
+        # this rank's backward may be the one that has not come
+        only = self.gradient_accumulation_steps() == 1 and self.is_gradient_accumulation_boundary()
         if self._meft_amid is None and (
-            pipeline.is_broken or forgets(call, self._meft_asked_stage, closing=self._meft_closing)
+            pipeline.is_broken or forgets(call, self._meft_asked_stage, closing=self._meft_closing or only)
         ):
             pipeline.drop()
             for method in self._meft_methods:

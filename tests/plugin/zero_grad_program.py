@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What two ranks do in test_zero_grad_ranks.py: windows that are forgotten, wherever each rank's backward is."""
+
+import contextlib
+import json
+import sys
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from tests.plugin.tiles import digest
+from tests.toy import ADAPTER, batch, ds_config, make_engine, state_of, tiny_llama
+
+BLOCKS = {
+    "subspace": {"subspace": {"nonzeros": 2, "fit_steps": 5}},
+    "sparse_adapter": {"sparse_adapter": dict(ADAPTER)},
+    "sparse_matrix": {"sparse_matrix": {"block_size": 8, "warmup_steps": 1, "density": 0.3}},
+}
+
+
+def backward(engine: Any, seed: int, factor: float = 1.0) -> None:
+    engine.backward(factor * engine(**batch(2 * seed + dist.get_rank())).loss)
+
+
+def half_a_backward(engine: Any, seed: int) -> None:
+    def fail(grad: torch.Tensor) -> None:
+        raise MemoryError("planted")
+
+    def watch(module: Any, args: Any, output: Any) -> None:
+        (output[0] if isinstance(output, tuple) else output).register_hook(fail)
+
+    handle = engine.module.model.layers[0].register_forward_hook(watch)
+    with contextlib.suppress(MemoryError):
+        backward(engine, seed, 30.0)
+    handle.remove()
+
+
+def run(method: str, fault: str, at: int) -> Any:
+    """Four steps; before step `at` something is forgotten."""
+    engine = make_engine(ds_config(block=BLOCKS[method], micro=4), tiny_llama())
+    for step in range(4):
+        if step == at and fault == "whole":
+            backward(engine, 90, 30.0)
+            engine.zero_grad()
+        elif step == at and fault == "half on one":
+            half_a_backward(engine, 90) if dist.get_rank() == 1 else backward(engine, 90, 30.0)
+            engine.zero_grad()
+        elif step == at and fault == "none on one":
+            loss = engine(**batch(180 + dist.get_rank())).loss
+            if dist.get_rank() == 0:
+                engine.backward(30.0 * loss)
+            del loss
+            engine.optimizer.zero_grad()
+        elif step == at and fault == "skipped by one alone":  # it has caught the error and told nobody
+            half_a_backward(engine, 90) if dist.get_rank() == 1 else backward(engine, 90)
+            engine.step()
+            continue
+        backward(engine, step)
+        engine.step()
+    reliable = all(entry.reliable for entry in engine.optimizer.pipeline._entries)
+    engine.meft_flush()
+    weights = digest({name: p.detach() for name, p in engine.module.named_parameters()})
+    found = {"state": digest(state_of(engine)), "weights": weights, "reliable": reliable}
+    engine.destroy()
+    return found
+
+
+def main() -> None:
+    found = {}
+    for method in BLOCKS:
+        for at in (0, 2):
+            faults = ["", "whole", "half on one", "none on one"]
+            if at or method != "subspace":  # projectors are fitted by all ranks or none
+                faults.append("skipped by one alone")
+            for fault in faults:
+                found[f"{method}, step {at}, {fault}"] = run(method, fault, at)
+                print("done", method, at, fault, file=sys.stderr, flush=True)
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()
