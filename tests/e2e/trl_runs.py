@@ -17,6 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassifi
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
 
 IDS = torch.arange(4, 20).view(2, 8)
+OTHERS = ("ref_model", "teacher_model", "_precompute_engine")
 WORDS = [f"w{n}" for n in range(56)]
 METHODS: dict[str, dict[str, Any]] = {
     "sparse_adapter": {"sparse_adapter": {"rows": 48, "experts": 6, "experts_per_token": 3, "keys_per_token": 8}},
@@ -50,7 +51,7 @@ def run(folder: Path, *, trainer: str, method: str | None, stage: int, steps: in
     with torch.no_grad():
         after = made.model_wrapped(IDS).logits
     history = [entry for entry in made.state.log_history if "loss" in entry]
-    engines = [made.model_wrapped, getattr(made, "ref_model", None)]
+    engines = [made.model_wrapped, *(getattr(made, name, None) for name in OTHERS)]
     engines += [engine for engine in getattr(made, "reward_funcs", []) if isinstance(engine, torch.nn.Module)]
     return {
         "losses": [entry["loss"] for entry in history],
@@ -59,6 +60,34 @@ def run(folder: Path, *, trainer: str, method: str | None, stage: int, steps: in
         "engines": [type(engine).__name__ for engine in engines if engine is not None],
         "moved": not torch.allclose(after, before, atol=1e-3),
     }
+
+
+def evaluate_first(folder: Path, *, method: str | None, stage: int) -> dict[str, Any]:
+    """transformers' Trainer: an evaluation before training, which in stage 3 makes an engine of its own."""
+    from transformers import Trainer, TrainingArguments
+
+    args = TrainingArguments(
+        output_dir=str(folder / "out"),
+        deepspeed=config(method, stage),
+        max_steps=4,
+        learning_rate=1e-2,
+        per_device_train_batch_size=2,
+        logging_steps=1,
+        save_strategy="no",
+        report_to=[],
+        use_cpu=True,
+        disable_tqdm=True,
+    )
+    rows = torch.randint(4, 60, (16, 8), generator=torch.Generator().manual_seed(0))
+    data = [{"input_ids": row, "labels": row} for row in rows]
+    made = Trainer(model(), args, train_dataset=data, eval_dataset=data)
+    first, engine = made.evaluate()["eval_loss"], type(made.deepspeed).__name__
+    # transformers keeps the engine that only evaluates, and fails in train() with it, with and without a block
+    made.deepspeed, made.model_wrapped = None, made.model
+    made.accelerator._models.clear()
+    made.train()
+    losses = [entry["loss"] for entry in made.state.log_history if "loss" in entry]
+    return {"eval": first, "losses": losses, "engines": [engine, type(made.deepspeed).__name__]}
 
 
 def config(method: str | None, stage: int) -> dict[str, Any]:
@@ -89,8 +118,8 @@ def tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def model(kind: Any = LlamaForCausalLM, **more: Any) -> Any:
-    torch.manual_seed(0)
+def model(kind: Any = LlamaForCausalLM, seed: int = 0, **more: Any) -> Any:
+    torch.manual_seed(seed)
     return kind(
         LlamaConfig(
             vocab_size=60,
@@ -129,6 +158,28 @@ def dpo(args: dict[str, Any], base: Path) -> Any:
     return DPOTrainer(model(), args=DPOConfig(**args), **given)
 
 
+def dpo_alone(args: dict[str, Any], base: Path) -> Any:
+    """Without a reference model: an engine that only evaluates has the very model that is trained afterwards."""
+    data = Dataset.from_dict({"prompt": texts(0, 4), "chosen": texts(1, 5), "rejected": texts(2, 5)})
+    settings = DPOConfig(**args, precompute_ref_log_probs=True)
+    return DPOTrainer(model(), args=settings, train_dataset=data, processing_class=tokenizer())
+
+
+def gkd(args: dict[str, Any], base: Path) -> Any:
+    """A teacher, and a student that generates half of the texts."""
+    from trl.experimental.gkd import GKDConfig, GKDTrainer
+
+    talk = [
+        [{"role": "user", "content": asked}, {"role": "assistant", "content": told}]
+        for asked, told in zip(texts(0, 4), texts(1, 5), strict=True)
+    ]
+    words = tokenizer()
+    words.chat_template = "{% for m in messages %}{{ m['content'] + ' ' }}{% endfor %}"
+    settings = GKDConfig(**args, max_new_tokens=4, max_length=20, lmbda=0.5)
+    given = {"train_dataset": Dataset.from_dict({"messages": talk}), "processing_class": words}
+    return GKDTrainer(model(), teacher_model=model(seed=1), args=settings, **given)
+
+
 def grpo(args: dict[str, Any], base: Path) -> Any:
     """With a model that it loads itself, in stage 3 in parts, a reference model, and a reward model."""
     data = Dataset.from_dict({"prompt": texts(0, 4)})
@@ -143,7 +194,7 @@ def reward(args: dict[str, Any], base: Path) -> Any:
     return RewardTrainer(classifier(), args=RewardConfig(**args), train_dataset=data, processing_class=tokenizer())
 
 
-MAKERS = {"sft": sft, "dpo": dpo, "grpo": grpo, "reward": reward}
+MAKERS = {"sft": sft, "dpo": dpo, "dpo alone": dpo_alone, "grpo": grpo, "reward": reward, "gkd": gkd}
 
 
 def many_low_words(completions: list[str], **_: Any) -> list[float]:
