@@ -220,4 +220,5 @@ class Bus:
 
     def _pinned(self, nbytes: int) -> Tensor:
         self.allocations += 1
-        return torch.empty(nbytes, dtype=torch.uint8, pin_memory=not self.is_host)
+        with torch.inference_mode(False):  # an evaluation may be the first to need it
+            return torch.empty(nbytes, dtype=torch.uint8, pin_memory=not self.is_host)

@@ -95,7 +95,8 @@ class HostRows:
         if self.selection == "host":
             return self.replica[:, : self.d]
         if self._keys is None:
-            self._keys = torch.empty(self.r, self.d, dtype=self.dtype, device=self.device)
+            with torch.inference_mode(False):
+                self._keys = torch.empty(self.r, self.d, dtype=self.dtype, device=self.device)
             self._bus.up_into(self._keys, self.replica[:, : self.d], self._channel("keys"))
         return self._keys
 
@@ -323,8 +324,9 @@ def _is_range(slots: Tensor) -> bool:
 def _grown(t: Tensor, rows: int) -> Tensor:
     if t.shape[0] >= rows:
         return t
-    grown = torch.zeros(rows, *t.shape[1:], dtype=t.dtype, device=t.device)
-    grown[: t.shape[0]] = t
+    with torch.inference_mode(False):  # or training could not write to what an evaluation made
+        grown = torch.zeros(rows, *t.shape[1:], dtype=t.dtype, device=t.device)
+        grown[: t.shape[0]] = t
     return grown
 
 

@@ -56,6 +56,20 @@ def test_an_evaluation_without_grad_writes_nothing_in_either_mode(training: bool
     assert after["eval_rows"]["up"] > 0 and after["eval_x"]["down"] > 0
 
 
+@pytest.mark.parametrize("selection", ["host", "device"])
+def test_an_evaluation_in_inference_mode_does_not_stand_in_the_way_of_training(selection: str) -> None:
+    def run(guard: Any) -> list[float]:
+        engine = make_engine(ds_config(block={"sparse_adapter": {**ADAPTER, "selection": selection}}))
+        losses = []
+        for seed in range(3):
+            with guard():
+                engine(**batch(1000 + seed, rows=7))
+            losses += train(engine, 1, first_seed=seed)
+        return losses
+
+    assert run(torch.inference_mode) == run(torch.no_grad)
+
+
 @pytest.mark.parametrize("mode", ["serial", "exact", "eager"])
 def test_a_loss_without_a_backward_changes_neither_this_window_nor_the_next(mode: str) -> None:
     def run(validate: bool) -> tuple[dict[str, Tensor], Any]:
