@@ -18,7 +18,7 @@ from meft_ds.sparse_adapter.config import ResolvedCompress, ResolvedSparseAdapte
 from meft_ds.sparse_adapter.module import SparseAdapter
 from meft_ds.sparse_adapter.router import init_keys
 from meft_ds.sparse_adapter.store import HostRows, initialise_rows, store_specs
-from meft_ds.sparse_adapter.takeover import fill_rows, give_rows, kept_store, learned_rows, take_over
+from meft_ds.sparse_adapter.takeover import fill_rows, give_rows, holds_rows, kept_store, learned_rows, take_over
 from meft_ds.sparse_adapter.unit import RowsUnit, rows_footprint
 
 _SHAPING = ("d", "rows", "experts", "experts_per_token", "keys_per_token", "gate", "scope", "optimizer")
@@ -46,6 +46,8 @@ class SparseAdapterMethod(Method):
 
     def least_host_bytes(self, model: nn.Module) -> int:
         sites, sizes = self._planned(model)
+        if holds_rows(model):
+            return 0  # they are in memory already, or `prepare` names what differs
         return 4 * len(sites) * sizes.rows * 2 * sizes.d  # the fp32 rows, and routers have fewer values
 
     def prepare(self, model: nn.Module) -> None:

@@ -31,7 +31,7 @@ def take_over(model: nn.Module, sizes: ResolvedSparseAdapter, sites: Sequence[Si
     then. Adapters that never got rows, of a start that failed, are removed.
     """
     found = find_adapters(model)
-    if not any(hasattr(adapter, "rows") for adapter in found.values()):
+    if not holds_rows(model):
         for module in list(model.modules()):
             detach(module)
         return []
@@ -54,6 +54,11 @@ def take_over(model: nn.Module, sizes: ResolvedSparseAdapter, sites: Sequence[Si
         adapter.config = sizes
         adapter.end_window()
     return list(found.values())
+
+
+def holds_rows(model: nn.Module) -> bool:
+    """Whether there are adapters to go on with."""
+    return any(hasattr(adapter, "rows") for adapter in find_adapters(model).values())
 
 
 def kept_store(adapter: SparseAdapter, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:

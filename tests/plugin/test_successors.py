@@ -173,6 +173,18 @@ def test_a_start_that_failed_leaves_nothing_that_the_next_one_must_agree_with() 
     train(make_engine(ds_config(block={"sparse_adapter": {**ADAPTER, "rows": 48}}), model), 1)
 
 
+def test_rows_that_are_taken_over_need_no_free_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, config = tiny_llama(), ds_config(precision="bf16", block=BLOCKS["adapter"])
+    first = make_engine(config, model)
+    (method,) = first._meft_methods
+    first.destroy()
+    assert method.least_host_bytes(model) == 0 < method.least_host_bytes(tiny_llama())
+    asked: list[int] = []
+    monkeypatch.setattr("meft_ds.plugin.setup.arena_bytes", lambda specs: asked.append(len(specs)) or 0)
+    train(make_engine(config, model), 1)
+    assert asked == [0]
+
+
 def test_an_engine_goes_on_with_an_adapter_that_was_loaded(tmp_path: Path) -> None:
     first = make_engine(ds_config(block=BLOCKS["adapter"]))
     train(first, 3)
