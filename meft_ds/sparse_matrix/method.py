@@ -39,6 +39,7 @@ from meft_ds.sparse_matrix.unit import BlocksUnit, Form
 
 _logger = logging.getLogger("meft_ds")
 _NOT_CHOSEN = "not chosen yet"
+_TILE_BYTES = 300  # of a chosen tile as a Python object, at least
 
 
 class SparseMatrixMethod(Method):
@@ -49,7 +50,7 @@ class SparseMatrixMethod(Method):
     """
 
     name = "sparse_matrix"
-    knob = 'lower "sparse_matrix.density"'
+    knob = 'lower "sparse_matrix.density", raise "sparse_matrix.block_size"'
     freezes_base = True
 
     def __init__(self, config: SparseMatrixConfig) -> None:
@@ -67,6 +68,15 @@ class SparseMatrixMethod(Method):
         self.choice: Choice | None = None
         self._fed: list[Any] = []
         self._scored = False
+
+    def least_host_bytes(self, model: nn.Module) -> int:
+        config = self._config
+        if config.choice_file is not None:
+            return 0
+        # a float64 score for each tile, and an object for each that is chosen: very many where tiles are small
+        tiles = sum(math.prod(site.grid) for site in find_sites(model, config)[0])
+        share = 0.0 if isinstance(config.budget, dict) else config.density
+        return 8 * tiles + int(_TILE_BYTES * share * tiles)
 
     def prepare(self, model: nn.Module) -> None:
         # now, because what the program froze can no longer be told once the base is frozen
