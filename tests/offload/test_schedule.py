@@ -175,13 +175,15 @@ def test_whatever_a_job_raises_is_reported_and_no_later_job_runs(error: BaseExce
 
 
 def test_closing_a_lane_finishes_the_running_job_and_its_thread_ends() -> None:
+    before = set(threading.enumerate())  # other tests' may still be alive
     lanes = Lanes.threads(lambda error: None)
     running, done = threading.Event(), []
     lanes.host.submit(lambda: (running.set(), time.sleep(0.1), done.append(1)))
     running.wait(5)
     lanes.close()
     assert done == [1]
-    assert not [t for t in threading.enumerate() if t.name in ("meft-down", "meft-host", "meft-up") and t.is_alive()]
+    left = {t for t in threading.enumerate() if t.name in ("meft-down", "meft-host", "meft-up")} - before
+    assert not left
 
 
 def test_inline_lanes_raise_in_the_caller() -> None:
