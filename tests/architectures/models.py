@@ -149,6 +149,7 @@ _WHISPER = {key: value for key, value in _BART.items() if key != "max_position_e
     suppress_tokens=None,
     begin_suppress_tokens=None,
 )
+_MAMBA = ("vocab_size", "hidden_size", "num_hidden_layers", "pad_token_id", "bos_token_id", "eos_token_id")
 _VISION = dict(
     hidden_size=HIDDEN,
     intermediate_size=FFN,
@@ -219,6 +220,12 @@ def architectures() -> dict[str, Architecture]:
         "Qwen2-MoE": _causal("Qwen2Moe", shared_expert_intermediate_size=24, **_MOE),
         "Qwen3-MoE": _causal("Qwen3Moe", head_dim=8, **_MOE),
         "GPT-OSS": _causal("GptOss", head_dim=8, num_local_experts=4, num_experts_per_tok=2, **_HYBRID),
+        "Mamba": Architecture(
+            model="MambaForCausalLM",
+            settings={key: _LLAMA[key] for key in _MAMBA} | {"state_size": 4},
+            batch=text,
+            ffns=None,
+        ),
         "BERT, masked words": Architecture(model="BertForMaskedLM", settings=_BERT, batch=masked_text),
         "BERT, classes": Architecture(
             model="BertForSequenceClassification", settings={**_BERT, "num_labels": 3}, batch=classified_text
