@@ -69,7 +69,7 @@ def run(name: str, program: str | None, folder: Path) -> dict[str, Any]:
     state = state_of(engine)
     whole = engine._zero3_consolidated_16bit_state_dict()
     engine.destroy()
-    return {**state, **whole, "losses": torch.stack(losses)}
+    return {**state, **(whole or {}), "losses": torch.stack(losses)}
 
 
 def between(engine: Any, program: str | None, folder: Path) -> None:
