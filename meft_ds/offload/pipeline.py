@@ -38,7 +38,7 @@ from meft_ds.offload.tuner import Tuner
 from meft_ds.offload.verdict import agree
 from meft_ds.offload.window import Entry, StepResult, StepSettings, Window, clip_factor
 from meft_ds.offload.windows import Windows
-from meft_ds.offload.wire import AdamHyper, Unit
+from meft_ds.offload.wire import Unit
 
 _logger = logging.getLogger("meft_ds")
 _PATIENCE_S = 10.0  # how long an exit waits for updates under way
@@ -78,8 +78,7 @@ class Pipeline(Windows):
         self._take_on(units)
         self._ranks_of = lane_ranks if lane_ranks is not None else LaneRanks.shared(ranks)
         self._progress = Progress()
-        self.applying = False  # an update is being waited for or put into the weights
-        self._one_applies = threading.RLock()  # the thread that trains, or one that touched a weight
+        self._one_applies = threading.RLock()
         if lanes is None and not self.overlaps:
             lanes = Lanes.inline()
         elif lanes is None:
@@ -138,30 +137,6 @@ class Pipeline(Windows):
             self._send(window.send_order[window.next_to_send])
             window.next_to_send += 1
 
-    def needed(self, unit: Unit) -> None:
-        """Before `unit`'s weights are read: wait for its update, if one is under way, and apply it.
-
-        Does nothing when backward runs a forward again (gradient checkpointing): that must see what the first saw.
-        """
-        entry = self._of[id(unit)]
-        if entry.pending and torch._C._current_graph_task_id() == -1:
-            self._apply(entry)
-
-    def touched(self, unit: Unit) -> None:
-        """The program is about to read or write `unit`'s parameters by itself: apply the update that is under way.
-
-        Raises:
-            RuntimeError: inside an update, where only a signal handler can touch them.
-        """
-        entry = self._of[id(unit)]
-        entry.exposed = True
-        with self._one_applies:
-            self._refuse_inside_apply()
-            if entry.pending:
-                self._apply(entry)
-            else:
-                unit.unhold()
-
     def _backward_ended(self) -> None:
         self._window.in_backward = False
         self.timeline.mark("backward_end")
@@ -212,9 +187,7 @@ class Pipeline(Windows):
                 entry.unit.discard()
         if not self.overlaps:
             self.flush()
-        for entry in self._entries:
-            if entry.pending:
-                entry.unit.hold(partial(_touched, weakref.ref(self), weakref.ref(entry.unit)))
+        self._hold()
         self.bus.enter()
         self.tuner.saw_norm(grad_norm)
         times = self.timeline.close_window()
@@ -388,73 +361,6 @@ class Pipeline(Windows):
             for entry in reversed(late):  # deepest first
                 self._send(entry)
 
-    # -- updates -------------------------------------------------------------------------------------------------------
-
-    def _update(self, entry: Entry, settings: StepSettings, scale: float) -> None:
-        hyper = settings.hyper_of(entry.unit)
-        entry.pending, entry.updated = True, False
-        entry.steps += 1
-        self._lanes.host.submit(partial(self._host_job, entry, hyper, entry.steps, scale, self.bus.window))
-
-    def _host_job(self, entry: Entry, hyper: AdamHyper, step: int, scale: float, window: int) -> None:
-        with self.timeline.span("host", "update", entry.unit.name):
-            entry.unit.host_step(hyper, step=step, grad_scale=scale)
-        self._lanes.up.submit(partial(self._up_job, entry, window))
-
-    def _up_job(self, entry: Entry, window: int) -> None:
-        with (
-            self.timeline.span("up", "fetch", entry.unit.name),
-            self.bus.lane("up"),
-            self.bus.counting_for(window),
-        ):
-            entry.unit.fetch(self.bus, self._ranks_of.up)
-            entry.up_mark = self.bus.mark()
-        self._progress.tell(entry, "updated")
-
-    def _update_early(self) -> None:
-        """Hand over the updates whose turn it is; runs on the host lane only."""
-        settings, order = self._settings_now(), self._window.update_order
-        while self._window.next_to_update < len(order):
-            entry = order[self._window.next_to_update]
-            if entry.reliable and not entry.quiet and not entry.decided:
-                return
-            self._window.next_to_update += 1
-            if entry.early and entry.finite:
-                norm = self.tuner.last_norm
-                assert norm is not None
-                self._update(entry, settings, settings.grad_scale * clip_factor(settings.clip, norm))
-
-    def _apply(self, entry: Entry) -> None:
-        with self._one_applies:
-            self.applying = True
-            try:
-                if not entry.pending:  # another thread or a signal handler came in between
-                    return
-                if not entry.updated:
-                    with self.timeline.span("main", "stall", entry.unit.name):
-                        self._progress.wait_for([entry], "updated")
-                with self.timeline.span("main", "apply", entry.unit.name), self.bus.training():
-                    self.bus.wait(entry.up_mark)
-                    try:
-                        with torch._C.DisableTorchFunctionSubclass():  # the parameters still wait, for other threads
-                            entry.unit.apply()
-                        entry.pending = entry.updated = False
-                        entry.versions = entry.unit.versions()
-                        entry.unit.unhold()
-                    except BaseException as error:  # an interrupt too: half of the update may be in the weights
-                        self.fail(error)
-                        raise
-            finally:
-                self.applying = False
-
-    def _refuse_inside_apply(self) -> None:
-        """Another thread waits for the lock, so only a signal handler on this one comes here inside an update."""
-        if self.applying:
-            raise RuntimeError(
-                "meft-ds: weights or state were asked for while an update was being applied, from a signal handler "
-                "perhaps. Let the handler set a flag, and do this after engine.step() has returned"
-            )
-
     # -- helpers -------------------------------------------------------------------------------------------------------
 
     def _settings_now(self) -> StepSettings:
@@ -462,17 +368,6 @@ class Pipeline(Windows):
         if self._window.settings is None:
             self._window.settings = self._settings()
         return self._window.settings
-
-
-def _touched(pipeline: weakref.ref[Pipeline], unit: weakref.ref[Unit]) -> None:
-    # weak: a model that outlives its engine must not keep the engine's memory alive
-    found = unit()
-    if found is None:
-        return
-    if (alive := pipeline()) is not None:
-        alive.touched(found)
-    else:
-        found.unhold()
 
 
 def _failing(pipeline: weakref.ref[Pipeline]) -> Callable[[BaseException], None]:

@@ -15,16 +15,16 @@ from collections.abc import Iterator
 import torch
 
 from meft_ds.offload.partition import Ranks
-from meft_ds.offload.progress import Progress
 from meft_ds.offload.schedule import Mode
 from meft_ds.offload.tuner import Tuner
+from meft_ds.offload.updates import Updates
 from meft_ds.offload.window import Entry, Forgotten, Window
 from meft_ds.offload.wire import Unit
 
 _OUT_OF_STEP_S = 60.0  # how long a load waits for other ranks' part in what is under way
 
 
-class Windows:
+class Windows(Updates):
     """The part of a pipeline that opens windows.
 
     Attributes:
@@ -33,22 +33,14 @@ class Windows:
 
     units: list[Unit]
     ranks: Ranks
-    tuner: Tuner
     handed_over = False
 
     _mode: Mode
-    _entries: list[Entry]
-    _window: Window
-    _progress: Progress
     _broken: BaseException | None = None  # what ended a backward or a step whose window is to be forgotten
 
     @abstractmethod
     def flush(self) -> None:
         """Apply every update that is under way."""
-
-    @abstractmethod
-    def _apply(self, entry: Entry) -> None:
-        """Wait for an update that is under way and apply it."""
 
     @abstractmethod
     def _send_the_rest(self) -> None:

@@ -1,0 +1,159 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The way of updates through a pipeline: handed to the host, fetched, and applied before anybody reads a weight."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from abc import abstractmethod
+from functools import partial
+
+import torch
+
+from meft_ds.offload.bus import Bus
+from meft_ds.offload.lanes import Lanes
+from meft_ds.offload.partition import LaneRanks
+from meft_ds.offload.progress import Progress
+from meft_ds.offload.timeline import Timeline
+from meft_ds.offload.tuner import Tuner
+from meft_ds.offload.window import Entry, StepSettings, Window, clip_factor
+from meft_ds.offload.wire import AdamHyper, Unit
+
+
+class Updates:
+    """The part of a pipeline that carries updates.
+
+    Attributes:
+        applying: an update is being waited for or put into the weights.
+    """
+
+    bus: Bus
+    timeline: Timeline
+    tuner: Tuner
+    applying = False
+
+    _entries: list[Entry]
+    _of: dict[int, Entry]
+    _window: Window
+    _progress: Progress
+    _lanes: Lanes
+    _ranks_of: LaneRanks
+    _one_applies: threading.RLock  # type: ignore[valid-type]  # the thread that trains, or one that touched a weight
+
+    @abstractmethod
+    def fail(self, error: BaseException) -> None:
+        """State is that of no step: everything refuses until a checkpoint has been loaded."""
+
+    @abstractmethod
+    def _settings_now(self) -> StepSettings:
+        """What the user has set, taken once per window."""
+
+    # -- asked for by whoever reads weights ----------------------------------------------------------------------------
+
+    def needed(self, unit: Unit) -> None:
+        """Before `unit`'s weights are read: wait for its update, if one is under way, and apply it.
+
+        Does nothing when backward runs a forward again (gradient checkpointing): that must see what the first saw.
+        """
+        entry = self._of[id(unit)]
+        if entry.pending and torch._C._current_graph_task_id() == -1:
+            self._apply(entry)
+
+    def touched(self, unit: Unit) -> None:
+        """The program is about to read or write `unit`'s parameters by itself: apply the update that is under way.
+
+        Raises:
+            RuntimeError: inside an update, where only a signal handler can touch them.
+        """
+        entry = self._of[id(unit)]
+        entry.exposed = True
+        with self._one_applies:
+            self._refuse_inside_apply()
+            if entry.pending:
+                self._apply(entry)
+            else:
+                unit.unhold()
+
+    def _hold(self) -> None:
+        """Let whatever touches the parameters of updates under way wait for them."""
+        for entry in self._entries:
+            if entry.pending:
+                entry.unit.hold(partial(_touched, weakref.ref(self), weakref.ref(entry.unit)))
+
+    # -- stages --------------------------------------------------------------------------------------------------------
+
+    def _update(self, entry: Entry, settings: StepSettings, scale: float) -> None:
+        hyper = settings.hyper_of(entry.unit)
+        entry.pending, entry.updated = True, False
+        entry.steps += 1
+        self._lanes.host.submit(partial(self._host_job, entry, hyper, entry.steps, scale, self.bus.window))
+
+    def _host_job(self, entry: Entry, hyper: AdamHyper, step: int, scale: float, window: int) -> None:
+        with self.timeline.span("host", "update", entry.unit.name):
+            entry.unit.host_step(hyper, step=step, grad_scale=scale)
+        self._lanes.up.submit(partial(self._up_job, entry, window))
+
+    def _up_job(self, entry: Entry, window: int) -> None:
+        with (
+            self.timeline.span("up", "fetch", entry.unit.name),
+            self.bus.lane("up"),
+            self.bus.counting_for(window),
+        ):
+            entry.unit.fetch(self.bus, self._ranks_of.up)
+            entry.up_mark = self.bus.mark()
+        self._progress.tell(entry, "updated")
+
+    def _update_early(self) -> None:
+        """Hand over the updates whose turn it is; runs on the host lane only."""
+        settings, order = self._settings_now(), self._window.update_order
+        while self._window.next_to_update < len(order):
+            entry = order[self._window.next_to_update]
+            if entry.reliable and not entry.quiet and not entry.decided:
+                return
+            self._window.next_to_update += 1
+            if entry.early and entry.finite:
+                norm = self.tuner.last_norm
+                assert norm is not None
+                self._update(entry, settings, settings.grad_scale * clip_factor(settings.clip, norm))
+
+    def _apply(self, entry: Entry) -> None:
+        with self._one_applies:
+            self.applying = True
+            try:
+                if not entry.pending:  # another thread or a signal handler came in between
+                    return
+                if not entry.updated:
+                    with self.timeline.span("main", "stall", entry.unit.name):
+                        self._progress.wait_for([entry], "updated")
+                with self.timeline.span("main", "apply", entry.unit.name), self.bus.training():
+                    self.bus.wait(entry.up_mark)
+                    try:
+                        with torch._C.DisableTorchFunctionSubclass():  # the parameters still wait, for other threads
+                            entry.unit.apply()
+                        entry.pending = entry.updated = False
+                        entry.versions = entry.unit.versions()
+                        entry.unit.unhold()
+                    except BaseException as error:  # an interrupt too: half of the update may be in the weights
+                        self.fail(error)
+                        raise
+            finally:
+                self.applying = False
+
+    def _refuse_inside_apply(self) -> None:
+        """Another thread waits for the lock, so only a signal handler on this one comes here inside an update."""
+        if self.applying:
+            raise RuntimeError(
+                "meft-ds: weights or state were asked for while an update was being applied, from a signal handler "
+                "perhaps. Let the handler set a flag, and do this after engine.step() has returned"
+            )
+
+
+def _touched(pipeline: weakref.ref[Updates], unit: weakref.ref[Unit]) -> None:
+    # weak: a model that outlives its engine must not keep the engine's memory alive
+    found = unit()
+    if found is None:
+        return
+    if (alive := pipeline()) is not None:
+        alive.touched(found)
+    else:
+        found.unhold()
