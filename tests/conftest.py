@@ -7,14 +7,23 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported; worke
 
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 import tests.toy  # noqa: F401  fp16 for tests that build their engines without it
 
 RunPython = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture(autouse=True)
+def linear() -> Iterator[None]:
+    """ZeRO-3 replaces torch's linear by DeepSpeed's for as long as the process lives: put torch's back."""
+    own = torch.nn.functional.linear
+    yield
+    torch.nn.functional.linear = own
 
 
 @pytest.fixture
