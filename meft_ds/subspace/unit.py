@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from meft_ds import ops
@@ -321,7 +320,8 @@ class SubspaceUnit(FlatUnit):
         """Carry the moments over to the projectors that this window switched to."""
         changed = [m for m in self.matrices if m.left.before is not None or m.right.before is not None]
         if changed and self.step > 0:  # moments of the first window are zero
-            exp_avg, exp_avg_sq = self._gathered(ranks)
+            moments = (t.to(torch.float32, copy=True) for t in (self.exp_avg, self.exp_avg_sq))
+            exp_avg, exp_avg_sq = (self.gathered(own) for own in moments)
             for m in changed:
                 p, q = m.left, m.right
                 first, second = transport(
@@ -342,20 +342,6 @@ class SubspaceUnit(FlatUnit):
             side.before = None
         self._bias_before, self.settled = [], True
         self._look_who_waits()
-
-    def _gathered(self, ranks: Ranks) -> tuple[Tensor, Tensor]:
-        """Both moments of the whole layer, float32 [numel], on every rank."""
-        own = torch.stack((self.exp_avg, self.exp_avg_sq)).float()
-        if ranks.world == 1:
-            return own[0], own[1]
-        slices = self._slices()
-        longest = max(hi - lo for lo, hi in slices)
-        mine = torch.zeros(2, longest, device=self._device)
-        mine[:, : own.shape[1]] = own
-        everyone = [torch.empty_like(mine) for _ in slices]
-        dist.all_gather(everyone, mine, group=ranks.group)
-        whole = torch.cat([part[:, : hi - lo] for part, (lo, hi) in zip(everyone, slices, strict=True)], dim=1)
-        return whole[0], whole[1]
 
     def forget(self) -> None:
         self._undo_calibration()

@@ -301,7 +301,6 @@ def test_an_engine_that_goes_late_leaves_its_successor_alone(form: str, score: s
         engine = make_engine(config(form=form, score=score), model)
         if twice:
             first = engine
-            steps(first, range(SCORED + 1 if form == "delta" else 0))  # which leaves the weights as they are
             model.requires_grad_(True)
             engine = make_engine(config(form=form, score=score), model)
             first.destroy()

@@ -167,6 +167,7 @@ def test_the_ordinary_zero_grad_waits_for_nothing() -> None:
     """Updates of the step before are under way, and stay so."""
     engine = engine_for("sparse_adapter")
     windows(engine, range(2))
+    engine.meft_flush()  # or an update of these would be the one that waits
     pipeline, go = engine.optimizer.pipeline, threading.Event()
     unit = next(unit for unit in pipeline.units if unit.wire == "rows")
     real = unit.host_step
