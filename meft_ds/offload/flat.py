@@ -229,6 +229,11 @@ class FlatUnit(Unit):
         self._update = None
         self._open_window()
 
+    def clear_gradients(self) -> None:
+        for _, p in self.params:
+            if p.grad is not None:
+                p.grad = None
+
     def forget(self) -> None:
         self._acc.zero_()
         self._await_all()

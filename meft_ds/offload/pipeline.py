@@ -252,6 +252,10 @@ class Pipeline(Windows):
         self._progress.check()
         if self.is_broken:
             self.drop_alone()
+        if training:
+            with torch._C.DisableTorchFunctionSubclass():  # whether a gradient is there does not wait for an update
+                for unit in self.units:
+                    unit.clear_gradients()
         begins = training and not self._window.begun
         quiet = [e for e in self._entries if e.unit.wants_quiet(e.steps) or e.unit.watches] if begins else []
         if not training or any(entry.unit.wants_quiet(entry.steps) for entry in quiet):

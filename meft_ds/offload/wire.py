@@ -164,6 +164,9 @@ class Unit(ABC):
         """Drop what the open window has collected. A payload of it may be under way on a lane: leave that alone, it
         goes again."""
 
+    def clear_gradients(self) -> None:  # noqa: B027 - rows take theirs at once
+        """A forward begins: drop gradients that autograd made and an interrupt kept from being taken."""
+
     @abstractmethod
     def discard(self) -> None:
         """Drop the window's payload, open the next window, leave weights, moments and counters as they were."""

@@ -226,6 +226,8 @@ class MeftEngine(SavingEngine):
 
     def _backward_failed(self, error: BaseException) -> None:
         forgot = self.optimizer.pipeline.backward_failed(error)
+        for p in self.module.parameters():
+            p.grad = None  # of hooks that never ran
         for method in self._meft_methods:
             method.forget_window()
         if self._meft_stage3:

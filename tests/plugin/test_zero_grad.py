@@ -13,6 +13,7 @@ from unittest.mock import patch
 import pytest
 import torch
 
+from meft_ds.offload import gradients
 from meft_ds.plugin.zero_grad import forgets
 from tests.toy import ADAPTER, batch, ds_config, make_engine, state_of, tiny_llama
 
@@ -183,6 +184,23 @@ def test_the_ordinary_zero_grad_waits_for_nothing() -> None:
         assert any(entry.pending and not entry.updated for entry in pipeline._entries)
         go.set()
     pipeline.flush()
+
+
+@pytest.mark.parametrize("whose", ["engine", "loss"])
+@pytest.mark.parametrize("method", ["subspace", "sparse_adapter"])
+def test_a_gradient_that_an_interrupt_left_with_its_parameter_counts_for_nothing(method: str, whose: str) -> None:
+    """Autograd has put it there, and the hook that takes it away never ran."""
+    engine, plain = engine_for(method), engine_for(method)
+    for each in (engine, plain):
+        windows(each, range(2))
+    loss = engine(**batch(99)).loss
+    with patch.object(gradients._HandOver, "__call__", side_effect=KeyboardInterrupt):
+        with pytest.raises(KeyboardInterrupt):
+            engine.backward(loss) if whose == "engine" else loss.backward()
+    for each in (engine, plain):
+        windows(each, range(2, 4))
+    found, expected = state_of(engine), state_of(plain)
+    assert all(torch.equal(t, expected[name]) for name, t in found.items())
 
 
 def test_eager_says_that_what_has_begun_cannot_be_forgotten_and_the_step_goes_on() -> None:
