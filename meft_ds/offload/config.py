@@ -29,8 +29,8 @@ class ScheduleConfig(BaseModel):
         "exact",
         description="exact: updates and transfers overlap, results are bit for bit those of serial. eager: updates "
         "start before the gradient norm is known, for machines where they take longer than a forward (what that means "
-        "for clipping and overflow: docs/schedule.md). auto: exact or eager, by measured times, logged once. serial: "
-        "nothing overlaps. Default: exact.",
+        "for clipping and overflow: docs/explanation/schedule.md). auto: exact or eager, by measured times, logged "
+        "once. serial: nothing overlaps. Default: exact.",
     )
     host_threads: Annotated[int | Literal["auto"], BeforeValidator(_threads)] = Field(
         "auto",

@@ -7,8 +7,8 @@ One code path for all modes; they differ in where the stages run and in what an 
 * `exact`: a unit's payload goes down as soon as backward is done with it. The step waits for all of them, takes one
   norm and one verdict, hands the host updates over in forward order and returns; a layer's forward waits only for its
   own update. Bit for bit the results of `serial`.
-* `eager`: a unit's update starts as soon as its payload is down (docs/schedule.md says what that means for clipping
-  and overflow).
+* `eager`: a unit's update starts as soon as its payload is down (docs/explanation/schedule.md says what that means
+  for clipping and overflow).
 
 Collectives run on lanes, each lane with process groups of its own, and in an order that is the same on every rank:
 deepest unit first on the way down, and on the way up the order of the updates.

@@ -64,7 +64,7 @@ class WindowTimes:
 
     @property
     def bound_s(self) -> float:
-        """The layer-wise bound (docs/schedule.md): the busiest lane, and what cannot be hidden of the first layer."""
+        """The busiest lane, and what the first layer cannot hide (docs/explanation/schedule.md)."""
         return max(self.compute_s, self.down_s, self.host_s, self.up_s) + self.tail_s
 
     @property

@@ -198,7 +198,7 @@ class MeftEngine(SavingEngine):
     # -- for users ---------------------------------------------------------------------------------------------------
 
     def meft_stats(self) -> dict[str, Any]:
-        """Counters of the last accumulation window, and what is held where (docs/statistics.md)."""
+        """Counters of the last accumulation window, and what is held where (docs/reference/statistics.md)."""
         return self._meft_stats.report()
 
     def meft_flush(self) -> None:

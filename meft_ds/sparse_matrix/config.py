@@ -76,7 +76,7 @@ class SparseMatrixConfig(BaseModel):
         description='How density is shared out. "global": the best tiles wherever they are, as in the paper. '
         '"per_module": the same fraction of every matrix and every expert. An object such as {"q": 0.02, "v": 0.05}: '
         "that fraction of each role's own elements, nothing of roles that are not named; density then has no meaning. "
-        'null: "global" with preset "paper", else "per_module", which learned far more (docs/sparse_matrix.md).',
+        'null: "global" with preset "paper", else "per_module", which learned far more (benchmarks/README.md).',
     )
     preset: Literal["all", "paper"] = Field(
         "all",

@@ -40,12 +40,12 @@ class SubspaceConfig(BaseModel):
     projectors: Literal["learned", "random"] = Field(
         "learned",
         description="learned: fitted to gradients, as in the paper. random: only drawn, and drawn anew every "
-        "refit_interval steps; cheaper, and better or far worse depending on the task (docs/subspace.md).",
+        "refit_interval steps; cheaper, and better or far worse depending on the task (benchmarks/README.md).",
     )
     refit_interval: Annotated[int, BeforeValidator(whole)] = Field(
         1000,
         description="Optimizer steps between checks of the projectors; 0 = never after the first. The paper: 100 to "
-        "1,000. Default: its upper end, because a refit at step 100 cost accuracy (docs/subspace.md).",
+        "1,000. Default: its upper end, because a refit at step 100 cost accuracy (benchmarks/README.md).",
     )
     refit_threshold: Annotated[float, BeforeValidator(not_negative)] = Field(
         0.3,
@@ -56,7 +56,8 @@ class SubspaceConfig(BaseModel):
     )
     fit_lr: Annotated[float, BeforeValidator(positive)] = Field(
         0.5,
-        description="Learning rate of the fit, relative to the RMS of the values. Default measured (docs/subspace.md).",
+        description="Learning rate of the fit, relative to the RMS of the values. Default: measured "
+        "(benchmarks/README.md).",
     )
     fit_seconds: Annotated[float, BeforeValidator(not_negative)] = Field(
         600.0,

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs architecture x method x ZeRO stage on tiny random models, and writes docs/architectures.md.
+"""Runs architecture x method x ZeRO stage on tiny random models, and writes docs/reference/architectures.md.
 
     python -m tests.architectures.table --write            # minutes
     python -m tests.architectures.table --only "T5.*subspace', 3" --log
@@ -22,7 +22,7 @@ from typing import Any
 
 from tests.forked import Ended, forge
 
-DOCS = Path(__file__).resolve().parents[2] / "docs" / "architectures.md"
+DOCS = Path(__file__).resolve().parents[2] / "docs" / "reference" / "architectures.md"
 METHODS = ("sparse_adapter", "subspace", "sparse_matrix")
 STAGES = (2, 3)
 PROOFS = ("trains", "saves", "resumes", "exports")

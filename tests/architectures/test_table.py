@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""docs/architectures.md is what a run gives."""
+"""docs/reference/architectures.md is what a run gives."""
 
 from __future__ import annotations
 

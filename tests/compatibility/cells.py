@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs method x precision x ZeRO stage x ranks x accumulation x checkpointing, and writes docs/compatibility.md.
+"""Runs method x precision x ZeRO stage x ranks x accumulation x checkpointing: docs/reference/compatibility.md.
 
     python -m tests.compatibility.cells --write            # minutes
 
@@ -24,7 +24,7 @@ import torch
 from tests.ranks import run_ranks
 from tests.toy import ADAPTER, VOCAB, ds_config, make_engine, tiny_llama
 
-DOCS = Path(__file__).resolve().parents[2] / "docs" / "compatibility.md"
+DOCS = Path(__file__).resolve().parents[2] / "docs" / "reference" / "compatibility.md"
 METHODS: dict[str, dict[str, Any]] = {
     "sparse_adapter": {"sparse_adapter": dict(ADAPTER), "train": ["norm"]},
     "subspace": {"subspace": {"projectors": "random", "nonzeros": 2, "refit_interval": 2}},

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""docs/compatibility.md is what a run gives."""
+"""docs/reference/compatibility.md is what a run gives."""
 
 from __future__ import annotations
 

@@ -146,7 +146,7 @@ def test_loading_maps_the_weights_and_keeps_nothing_of_the_file(
 
 
 def test_a_latest_that_names_another_checkpoint_loads_that_one(tmp_path: Path) -> None:
-    """It has no checksum, being DeepSpeed's file; docs/faults.md says so."""
+    """It has no checksum, being DeepSpeed's file; docs/explanation/faults.md says so."""
     ours, other = engine(), engine(seed=9)
     for tag in ("a", "b"):
         train(ours, 1)
