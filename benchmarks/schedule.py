@@ -63,7 +63,7 @@ from benchmarks.schedule_orders import (  # noqa: E402
 )
 from benchmarks.schedule_picture import draw  # noqa: E402
 from meft_ds import ops  # noqa: E402
-from meft_ds.offload.schedule import Mode  # noqa: E402
+from meft_ds.offload.schedule.eager import Mode  # noqa: E402
 
 PAYLOAD = 7 * 2048 * 2048
 FULL = 4 * 4096 * 4096 + 3 * 4096 * 11008

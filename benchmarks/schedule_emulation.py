@@ -19,11 +19,11 @@ import torch
 from torch import Tensor, nn
 
 from meft_ds import ops
-from meft_ds.offload.bus import Bus
-from meft_ds.offload.dense import DenseUnit
-from meft_ds.offload.partition import Ranks
-from meft_ds.offload.timeline import Span
-from meft_ds.offload.wire import AdamHyper
+from meft_ds.offload.dense_unit import DenseUnit
+from meft_ds.offload.host.transfer import Bus
+from meft_ds.offload.ranks import Ranks
+from meft_ds.offload.schedule.timing import Span
+from meft_ds.offload.unit import AdamHyper
 
 LATENCY_S = 10e-6  # of one transfer
 

@@ -11,14 +11,14 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from benchmarks.schedule_emulation import EmulatedBus, EmulatedDevice, LayerTimes, PayloadUnit, Stages
-from meft_ds.offload.lanes import ThreadLane
-from meft_ds.offload.partition import Ranks
 from meft_ds.offload.pipeline import Pipeline
-from meft_ds.offload.schedule import MEASURED_WINDOWS, Mode
-from meft_ds.offload.threads import HostThreads, allowed_cpus, enter
-from meft_ds.offload.timeline import Span
-from meft_ds.offload.window import StepResult, StepSettings
-from meft_ds.offload.wire import AdamHyper
+from meft_ds.offload.ranks import Ranks
+from meft_ds.offload.schedule.eager import MEASURED_WINDOWS, Mode
+from meft_ds.offload.schedule.host_threads import HostThreads, allowed_cpus, enter
+from meft_ds.offload.schedule.lanes import ThreadLane
+from meft_ds.offload.schedule.timing import Span
+from meft_ds.offload.schedule.window import StepResult, StepSettings
+from meft_ds.offload.unit import AdamHyper
 
 HYPER = AdamHyper(lr=1e-4, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.01)
 CLIP = 1.0

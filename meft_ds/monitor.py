@@ -10,8 +10,8 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from meft_ds.offload.bus import Bus, training_bytes
-from meft_ds.offload.window import StepResult
+from meft_ds.offload.host.transfer import Bus, training_bytes
+from meft_ds.offload.schedule.window import StepResult
 
 TAG = "Train/Samples/meft_"
 

@@ -20,9 +20,9 @@ import torch
 from safetensors.torch import save_file
 
 from meft_ds import files
-from meft_ds.offload.partition import Ranks
-from meft_ds.offload.timeline import WindowTimes
-from meft_ds.offload.trace import Trace
+from meft_ds.offload.ranks import Ranks
+from meft_ds.offload.schedule.timing import WindowTimes
+from meft_ds.offload.schedule.trace import Trace
 from meft_ds.plugin import checkpoint
 from meft_ds.plugin.staging import Saving, finish
 from meft_ds.sparse_adapter.files import JSON_NAME, read_adapter, write_adapter

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from meft_ds.monitor import TAG, Event, WindowMonitor
-from meft_ds.offload.bus import Bus
-from meft_ds.offload.window import StepResult
+from meft_ds.offload.host.transfer import Bus
+from meft_ds.offload.schedule.window import StepResult
 from tests.offload.times import window_times
 
 

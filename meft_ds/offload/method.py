@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from meft_ds.offload.arena import Specs
-from meft_ds.offload.bus import Bus
-from meft_ds.offload.partition import Ranks
-from meft_ds.offload.weights import WHOLE, Weights
-from meft_ds.offload.wire import Footprint, Unit
+from meft_ds.offload.host.shared_memory import Specs
+from meft_ds.offload.host.transfer import Bus
+from meft_ds.offload.model.weights import WHOLE, Weights
+from meft_ds.offload.ranks import Ranks
+from meft_ds.offload.unit import Footprint, Unit
 
 
 @dataclass(frozen=True, kw_only=True)

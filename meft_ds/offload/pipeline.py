@@ -27,18 +27,14 @@ from typing import Any
 import torch
 from torch.autograd import Variable
 
-from meft_ds.offload.at_exit import call_at_exit
-from meft_ds.offload.bus import Bus
-from meft_ds.offload.lanes import Lanes
-from meft_ds.offload.partition import LaneRanks, Ranks, all_reduce_sum
-from meft_ds.offload.progress import Progress
-from meft_ds.offload.schedule import Mode
-from meft_ds.offload.timeline import Timeline, WindowTimes
-from meft_ds.offload.tuner import Tuner
-from meft_ds.offload.verdict import agree
-from meft_ds.offload.window import Entry, StepResult, StepSettings, Window, clip_factor
-from meft_ds.offload.windows import Windows
-from meft_ds.offload.wire import Unit
+from meft_ds.offload.broken_windows import Windows
+from meft_ds.offload.host.transfer import Bus
+from meft_ds.offload.ranks import LaneRanks, Ranks, all_reduce_sum
+from meft_ds.offload.schedule.eager import Mode, Tuner
+from meft_ds.offload.schedule.lanes import Lanes, Progress, call_at_exit
+from meft_ds.offload.schedule.timing import Timeline, WindowTimes
+from meft_ds.offload.schedule.window import Entry, StepResult, StepSettings, Window, agree, clip_factor
+from meft_ds.offload.unit import Unit
 
 _logger = logging.getLogger("meft_ds")
 _PATIENCE_S = 10.0  # how long an exit waits for updates under way

@@ -10,14 +10,13 @@ from functools import partial
 
 import torch
 
-from meft_ds.offload.bus import Bus
-from meft_ds.offload.lanes import Lanes
-from meft_ds.offload.partition import LaneRanks
-from meft_ds.offload.progress import Progress
-from meft_ds.offload.timeline import Timeline
-from meft_ds.offload.tuner import Tuner
-from meft_ds.offload.window import Entry, StepSettings, Window, clip_factor
-from meft_ds.offload.wire import AdamHyper, Unit
+from meft_ds.offload.host.transfer import Bus
+from meft_ds.offload.ranks import LaneRanks
+from meft_ds.offload.schedule.eager import Tuner
+from meft_ds.offload.schedule.lanes import Lanes, Progress
+from meft_ds.offload.schedule.timing import Timeline
+from meft_ds.offload.schedule.window import Entry, StepSettings, Window, clip_factor
+from meft_ds.offload.unit import AdamHyper, Unit
 
 
 class Updates:

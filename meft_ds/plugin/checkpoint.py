@@ -17,8 +17,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from meft_ds import files
-from meft_ds.offload.partition import Ranks
-from meft_ds.offload.wire import Unit
+from meft_ds.offload.ranks import Ranks
+from meft_ds.offload.unit import Unit
 from meft_ds.plugin.staging import FOLDER, MANIFEST, Saving, all_gather, finish, read_sealed
 
 FORMAT = 1

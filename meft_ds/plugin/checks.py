@@ -15,7 +15,7 @@ from packaging.version import Version
 from torch import nn
 
 from meft_ds.fields import is_number, is_whole, shown
-from meft_ds.offload.matrices import listed
+from meft_ds.offload.model.discover import listed
 
 _logger = logging.getLogger("meft_ds")
 

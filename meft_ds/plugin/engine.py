@@ -21,15 +21,15 @@ from torch import nn
 from meft_ds import __version__
 from meft_ds.config import BLOCK, MeftConfig, parse_config
 from meft_ds.monitor import WindowMonitor
-from meft_ds.offload.at_exit import call_at_exit
-from meft_ds.offload.bus import Bus
-from meft_ds.offload.checkpointing import feed_too
+from meft_ds.offload.host.memory import in_units
+from meft_ds.offload.host.transfer import Bus
 from meft_ds.offload.method import Method, Run
-from meft_ds.offload.sizes import in_units
-from meft_ds.offload.trace import Trace
-from meft_ds.offload.weights import WHOLE
-from meft_ds.offload.window import StepResult
-from meft_ds.offload.wire import Unit
+from meft_ds.offload.model.gradient_checkpointing import feed_too
+from meft_ds.offload.model.weights import WHOLE
+from meft_ds.offload.schedule.lanes import call_at_exit
+from meft_ds.offload.schedule.trace import Trace
+from meft_ds.offload.schedule.window import StepResult
+from meft_ds.offload.unit import Unit
 from meft_ds.plugin import checks, export, full_params, methods, setup, successor, trainable
 from meft_ds.plugin.console import show_log
 from meft_ds.plugin.optimizer import MeftOptimizer, adamw_from_config, check_client_optimizer

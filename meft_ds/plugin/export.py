@@ -15,13 +15,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from meft_ds.offload import gates
-from meft_ds.offload.dense import DenseUnit
+from meft_ds.offload import update_gates
+from meft_ds.offload.dense_unit import DenseUnit
 from meft_ds.offload.method import Method
-from meft_ds.offload.partition import Ranks, first_decides
-from meft_ds.offload.taps import untap
-from meft_ds.offload.weights import Weights, shape_of
-from meft_ds.offload.wire import Unit
+from meft_ds.offload.model.capture import untap
+from meft_ds.offload.model.weights import Weights, shape_of
+from meft_ds.offload.ranks import Ranks, first_decides
+from meft_ds.offload.unit import Unit
 from meft_ds.plugin.folder import tell_of_adapter
 from meft_ds.sparse_adapter.attach import ADAPTER_NAME, find_adapters
 from meft_ds.sparse_adapter.base import remember
@@ -59,7 +59,7 @@ def save_adapter(model_or_engine: nn.Module, directory: str | Path) -> None:
     refuse: Any = getattr(model_or_engine, "_refuse_inside_step", None)  # a bare model knows of no step
     if refuse is not None:
         refuse("save_adapter")
-    gates.flush(model)  # rows wait for their update by themselves, routers do not
+    update_gates.flush(model)  # rows wait for their update by themselves, routers do not
     if any(map(is_partitioned, needed_from(model).values())):
         write_adapter_together(directory, model, Ranks(rank=dist.get_rank(), world=dist.get_world_size()))
     else:
@@ -166,7 +166,7 @@ def _save_pretrained(model: Any, directory: Any, *args: Any, **kwargs: Any) -> A
         if missing and any(is_partitioned(p) for p in model.parameters()):
             _logger.warning("no adapter is written to %s: the state dict lacks %s", directory, missing[0])
             return result
-        gates.flush(model)
+        update_gates.flush(model)
         # the given state's, because this one rank could not gather the model's
         write_adapter(Path(directory), model, None if missing else state)
         tell_of_adapter(directory, model)

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from meft_ds.offload.flat import FlatUnit
+from meft_ds.offload.flat_unit import FlatUnit
 from meft_ds.offload.pipeline import Pipeline
 
 _OF_STAGES_0_TO_2 = ("_hp_mapping", "get_full_hp_param", "set_full_hp_param", "get_full_hp_grad", "set_full_hp_grad")

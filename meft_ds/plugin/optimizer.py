@@ -15,7 +15,7 @@ from deepspeed.runtime.fp16.loss_scaler import CreateLossScaler
 from torch import Tensor, nn
 
 from meft_ds.offload.pipeline import Pipeline
-from meft_ds.offload.window import StepResult, StepSettings
+from meft_ds.offload.schedule.window import StepResult, StepSettings
 from meft_ds.plugin.hyper import READ, check_groups, hyper_of
 
 logger = logging.getLogger("meft_ds")

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from meft_ds.offload.flat import FlatUnit
-from meft_ds.offload.weights import shape_of
+from meft_ds.offload.flat_unit import FlatUnit
+from meft_ds.offload.model.weights import shape_of
 
 
 class Places:

@@ -20,10 +20,10 @@ import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import nn
 
-from meft_ds.offload import gates
-from meft_ds.offload.flat import FlatUnit
+from meft_ds.offload import update_gates
+from meft_ds.offload.flat_unit import FlatUnit
 from meft_ds.offload.method import Method, Run
-from meft_ds.offload.weights import Weights
+from meft_ds.offload.model.weights import Weights
 from meft_ds.plugin import checkpoint, export, recovery, zero3
 from meft_ds.plugin.mapping import mapped
 from meft_ds.plugin.optimizer import MeftOptimizer
@@ -311,7 +311,7 @@ class SavingEngine(DeepSpeedEngine):
             pipeline.has_begun
             or pipeline.applying
             or torch._C._current_graph_task_id() != -1
-            or gates.inside_forward(self.module)
+            or update_gates.inside_forward(self.module)
         ):
             amid = "a step"
         if amid is not None:

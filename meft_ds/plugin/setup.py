@@ -16,29 +16,29 @@ import torch.distributed as dist
 from torch import nn
 
 from meft_ds.config import MeftConfig
-from meft_ds.offload import gates
-from meft_ds.offload.arena import Specs, allocate, arena_bytes
-from meft_ds.offload.bus import Bus
-from meft_ds.offload.config import ScheduleConfig
-from meft_ds.offload.dense import DenseUnit
-from meft_ds.offload.flat import FlatUnit
-from meft_ds.offload.host_memory import (
+from meft_ds.offload import update_gates
+from meft_ds.offload.dense_unit import DenseUnit
+from meft_ds.offload.flat_unit import FlatUnit
+from meft_ds.offload.host.memory import (
     SHM_DIR,
     check_host_memory,
     check_shared_memory,
     free_host_bytes,
     free_shared_bytes,
+    in_units,
 )
-from meft_ds.offload.layers import layer_of
+from meft_ds.offload.host.shared_memory import Specs, allocate, arena_bytes
+from meft_ds.offload.host.transfer import Bus
 from meft_ds.offload.method import Method, Run, base_lr
-from meft_ds.offload.partition import LaneRanks, Ranks, all_reduce_sum
+from meft_ds.offload.model.discover import layer_of
+from meft_ds.offload.model.weights import Weights
 from meft_ds.offload.pipeline import Pipeline
-from meft_ds.offload.sizes import in_units
-from meft_ds.offload.threads import HostThreads, host_threads
-from meft_ds.offload.threads import enter as enter_threads
-from meft_ds.offload.weights import Weights
-from meft_ds.offload.window import StepSettings
-from meft_ds.offload.wire import Footprint, Unit
+from meft_ds.offload.ranks import LaneRanks, Ranks, all_reduce_sum
+from meft_ds.offload.schedule.config import ScheduleConfig
+from meft_ds.offload.schedule.host_threads import HostThreads, host_threads
+from meft_ds.offload.schedule.host_threads import enter as enter_threads
+from meft_ds.offload.schedule.window import StepSettings
+from meft_ds.offload.unit import Footprint, Unit
 from meft_ds.plugin.zero3 import PartitionedWeights, guard_gathers
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -223,7 +223,7 @@ def install_gates(model: nn.Module, pipe: Pipeline, weights: Weights) -> list[An
     """Let no forward read what is being updated; returns the hooks' handles."""
     units = [unit for unit in pipe.units if isinstance(unit, FlatUnit)]
     guards = guard_gathers(model, units, pipe, weights) if isinstance(weights, PartitionedWeights) else []
-    return [*guards, *gates.install(model, units, pipe)]
+    return [*guards, *update_gates.install(model, units, pipe)]
 
 
 def standing_still(run: Run, scheduler: Any) -> str:

@@ -24,8 +24,8 @@ import torch.distributed as dist
 from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
 
 from meft_ds import files
-from meft_ds.offload.partition import Ranks
-from meft_ds.offload.sizes import in_units
+from meft_ds.offload.host.memory import in_units
+from meft_ds.offload.ranks import Ranks
 
 FOLDER = "meft"
 MANIFEST = "meft_state.json"

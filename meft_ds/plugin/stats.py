@@ -6,11 +6,11 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from meft_ds.offload.bus import training_bytes
-from meft_ds.offload.dense import DenseUnit
+from meft_ds.offload.dense_unit import DenseUnit
+from meft_ds.offload.host.transfer import training_bytes
 from meft_ds.offload.method import Method
 from meft_ds.offload.pipeline import Pipeline
-from meft_ds.offload.timeline import WindowTimes
+from meft_ds.offload.schedule.timing import WindowTimes
 from meft_ds.plugin.setup import Plan
 
 

@@ -16,9 +16,9 @@ import deepspeed
 import torch
 from torch import Tensor, nn
 
-from meft_ds.offload.flat import FlatUnit
+from meft_ds.offload.flat_unit import FlatUnit
+from meft_ds.offload.model.weights import Weights, shape_of
 from meft_ds.offload.pipeline import Pipeline
-from meft_ds.offload.weights import Weights, shape_of
 
 
 class PartitionedWeights(Weights):

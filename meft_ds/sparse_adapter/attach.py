@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from meft_ds.offload.checkpointing import feed_checkpoints
+from meft_ds.offload.model.gradient_checkpointing import feed_checkpoints
 from meft_ds.sparse_adapter.config import ResolvedSparseAdapter
 from meft_ds.sparse_adapter.discover import Site, find_ffns
 from meft_ds.sparse_adapter.masks import TokenMask, follow

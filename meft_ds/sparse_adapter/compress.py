@@ -24,10 +24,10 @@ import torch
 from torch import Tensor
 
 from meft_ds import ops
-from meft_ds.offload.host_adam import RowAdam, RowMode
-from meft_ds.offload.projector import GatherList, Projector, block_diagonal, seed_of
-from meft_ds.offload.wire import AdamHyper
+from meft_ds.offload.host.adam import RowAdam, RowMode
+from meft_ds.offload.unit import AdamHyper
 from meft_ds.ops.checks import check_decay
+from meft_ds.ops.projector import GatherList, Projector, block_diagonal, seed_of
 from meft_ds.sparse_adapter.config import ResolvedCompress
 
 # Values of a block of whole rows: 2 MB, so that what Adam wrote is in cache when it is expanded.

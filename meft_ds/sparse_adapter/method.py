@@ -8,10 +8,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from meft_ds.offload.arena import Specs
+from meft_ds.offload.host.shared_memory import Specs
 from meft_ds.offload.method import Method, Run
-from meft_ds.offload.partition import owned_range
-from meft_ds.offload.wire import Footprint, Unit
+from meft_ds.offload.ranks import owned_range
+from meft_ds.offload.unit import Footprint, Unit
 from meft_ds.sparse_adapter.attach import Site, attach, find_ffns
 from meft_ds.sparse_adapter.compress import RowCompression
 from meft_ds.sparse_adapter.config import ResolvedCompress, ResolvedSparseAdapter, SparseAdapterConfig

@@ -18,8 +18,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from meft_ds.offload.arena import Specs
-from meft_ds.offload.bus import Bus
+from meft_ds.offload.host.shared_memory import Specs
+from meft_ds.offload.host.transfer import Bus
 
 _FIRST_ROWS = 256  # first size of a window; it doubles on demand up to the capacity
 

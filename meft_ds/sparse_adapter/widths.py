@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from meft_ds.offload.weights import shape_of
+from meft_ds.offload.model.weights import shape_of
 
 __all__ = ["Widths", "widths_of"]
 

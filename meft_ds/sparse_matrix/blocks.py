@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from meft_ds.offload.weights import rectangles
+from meft_ds.offload.model.weights import rectangles
 
 Range = tuple[int, int]
 Rectangle = tuple[Range, Range]

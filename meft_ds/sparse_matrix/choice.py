@@ -16,7 +16,7 @@ import numpy as np
 from pydantic import TypeAdapter, ValidationError
 
 from meft_ds import files
-from meft_ds.offload.matrices import listed
+from meft_ds.offload.model.discover import listed
 from meft_ds.sparse_matrix.discover import Site
 
 Range = tuple[int, int]

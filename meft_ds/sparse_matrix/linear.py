@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from meft_ds.offload.taps import Receiver, Tapped
+from meft_ds.offload.model.capture import Receiver, Tapped
 from meft_ds.sparse_matrix.blocks import Blocks
 
 

@@ -15,14 +15,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from meft_ds.files import check_writable
-from meft_ds.offload.checkpointing import feed_checkpoints
-from meft_ds.offload.layers import count_layers, layer_of
-from meft_ds.offload.matrices import listed
+from meft_ds.offload.host.memory import state_on_device
 from meft_ds.offload.method import Method, Run
-from meft_ds.offload.partition import Ranks, first_decides
-from meft_ds.offload.placement import state_on_device
-from meft_ds.offload.taps import is_tapped
-from meft_ds.offload.wire import Footprint, Unit
+from meft_ds.offload.model.capture import is_tapped
+from meft_ds.offload.model.discover import count_layers, layer_of, listed
+from meft_ds.offload.model.gradient_checkpointing import feed_checkpoints
+from meft_ds.offload.ranks import Ranks, first_decides
+from meft_ds.offload.unit import Footprint, Unit
 from meft_ds.sparse_matrix.blocks import Blocks, Rectangle
 from meft_ds.sparse_matrix.choice import Choice, check_choice
 from meft_ds.sparse_matrix.config import SparseMatrixConfig

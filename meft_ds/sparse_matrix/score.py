@@ -26,9 +26,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from meft_ds.offload.gradients import hand_over
-from meft_ds.offload.partition import Ranks, all_reduce_sum
-from meft_ds.offload.taps import tap, untap
+from meft_ds.offload.model.capture import hand_over, tap, untap
+from meft_ds.offload.ranks import Ranks, all_reduce_sum
 from meft_ds.sparse_matrix.discover import Site
 
 _STRIPE = 1 << 21  # most elements of a stripe, unless one row of tiles has more
@@ -42,7 +41,7 @@ class Scorer:
         kind: see the module's docstring.
         ranks: whose scores are summed.
         device: of the model.
-        anchor: see `meft_ds.offload.taps.tap`.
+        anchor: see `meft_ds.offload.model.capture.tap`.
 
     Attributes:
         windows: those that counted.

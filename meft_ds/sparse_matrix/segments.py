@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from meft_ds.offload.weights import shape_of
+from meft_ds.offload.model.weights import shape_of
 
 Part = tuple[int, str]
 """Size along the output dimension, and role."""

@@ -17,12 +17,12 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from meft_ds.offload.flat import MOMENTS, FlatUnit
-from meft_ds.offload.host_adam import FlatAdam
-from meft_ds.offload.partition import Ranks
-from meft_ds.offload.taps import tap, untap
-from meft_ds.offload.weights import WHOLE, Weights, shape_of
-from meft_ds.offload.wire import AdamHyper, Footprint
+from meft_ds.offload.flat_unit import MOMENTS, FlatUnit
+from meft_ds.offload.host.adam import FlatAdam
+from meft_ds.offload.model.capture import tap, untap
+from meft_ds.offload.model.weights import WHOLE, Weights, shape_of
+from meft_ds.offload.ranks import Ranks
+from meft_ds.offload.unit import AdamHyper, Footprint
 from meft_ds.sparse_matrix.blocks import Blocks
 from meft_ds.sparse_matrix.linear import correct
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from meft_ds import ops
-from meft_ds.offload.projector import Projector, overlap
+from meft_ds.ops.projector import Projector, overlap
 
 _BETAS = (0.9, 0.9)
 """Of the fit: 0.99 and 0.999 need more steps for the same bias (measured)."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from meft_ds.offload.projector import Projector
+from meft_ds.ops.projector import Projector
 
 
 @dataclass(eq=False)

@@ -11,14 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from meft_ds.offload.checkpointing import feed_checkpoints
-from meft_ds.offload.layers import count_layers, layer_of
-from meft_ds.offload.matrices import listed
+from meft_ds.offload.host.memory import state_on_device
 from meft_ds.offload.method import Method, Run
-from meft_ds.offload.placement import state_on_device
-from meft_ds.offload.taps import is_tapped
-from meft_ds.offload.weights import shape_of
-from meft_ds.offload.wire import Footprint, Unit
+from meft_ds.offload.model.capture import is_tapped
+from meft_ds.offload.model.discover import count_layers, layer_of, listed
+from meft_ds.offload.model.gradient_checkpointing import feed_checkpoints
+from meft_ds.offload.model.weights import shape_of
+from meft_ds.offload.unit import Footprint, Unit
 from meft_ds.subspace.config import SubspaceConfig
 from meft_ds.subspace.discover import Site, find_matrices
 from meft_ds.subspace.matrix import Matrix, Side

@@ -21,8 +21,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from meft_ds.offload.partition import Ranks
-from meft_ds.offload.projector import Projector, compress, seed_of
+from meft_ds.offload.ranks import Ranks
+from meft_ds.ops.projector import Projector, compress, seed_of
 from meft_ds.subspace.config import SubspaceConfig
 from meft_ds.subspace.fit import bias_of, fit
 from meft_ds.subspace.matrix import Matrix, Side

@@ -15,12 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from meft_ds import ops
-from meft_ds.offload.flat import FlatUnit
-from meft_ds.offload.partition import Ranks
-from meft_ds.offload.projector import Projector, compress, seed_of
-from meft_ds.offload.taps import tap, untap
-from meft_ds.offload.weights import WHOLE, Weights, numel_of, rectangles, shape_of
-from meft_ds.offload.wire import AdamHyper, Footprint
+from meft_ds.offload.flat_unit import FlatUnit
+from meft_ds.offload.model.capture import tap, untap
+from meft_ds.offload.model.weights import WHOLE, Weights, numel_of, rectangles, shape_of
+from meft_ds.offload.ranks import Ranks
+from meft_ds.offload.unit import AdamHyper, Footprint
+from meft_ds.ops.projector import Projector, compress, seed_of
 from meft_ds.subspace.fit import transport
 from meft_ds.subspace.matrix import Matrix
 

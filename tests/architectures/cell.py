@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import meft_ds
-from meft_ds.offload.matrices import Sharing, output_heads, weights
+from meft_ds.offload.model.discover import Sharing, output_heads, weights
 from tests.architectures.models import Architecture, Batch, architectures
 from tests.architectures.table import PROOFS
 from tests.toy import ds_config, make_engine

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from meft_ds import ops
-from meft_ds.offload.projector import Projector
 from meft_ds.ops import torch_sketch
+from meft_ds.ops.projector import Projector
 from tests.toy import ds_config, make_engine, train
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

@@ -7,7 +7,7 @@ import random
 import time
 from typing import Any
 
-from meft_ds.offload.lanes import Job, Lane, Lanes
+from meft_ds.offload.schedule.lanes import Job, Lane, Lanes
 
 
 class LateLane:

@@ -9,16 +9,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from meft_ds.offload.arena import allocate, arena_bytes, remove_stale
-from meft_ds.offload.partition import Ranks
+from meft_ds.offload.host.shared_memory import allocate, arena_bytes, remove_stale
+from meft_ds.offload.ranks import Ranks
 from tests.ranks import run_ranks, start_ranks
 
 SCRIPT = """
 import os, sys, time
 from pathlib import Path
 import torch, torch.distributed as dist
-from meft_ds.offload.arena import allocate
-from meft_ds.offload.partition import Ranks
+from meft_ds.offload.host.shared_memory import allocate
+from meft_ds.offload.ranks import Ranks
 
 dist.init_process_group("gloo")
 ranks = Ranks(rank=dist.get_rank(), world=dist.get_world_size(), group=dist.group.WORLD)
@@ -48,8 +48,8 @@ LOCKED = """
 import ctypes, gc, os, sys
 from pathlib import Path
 import torch, torch.distributed as dist
-from meft_ds.offload import arena
-from meft_ds.offload.partition import Ranks
+from meft_ds.offload.host import shared_memory
+from meft_ds.offload.ranks import Ranks
 
 dist.init_process_group("gloo")
 ranks = Ranks(rank=dist.get_rank(), world=dist.get_world_size(), group=dist.group.WORLD)
@@ -70,11 +70,11 @@ def unregister(address):
     seen.append(ctypes.string_at(address, 1))  # a fault, were it unmapped
     del locked[address]
 
-arena._register, arena._unregister = register, unregister
+shared_memory._register, shared_memory._unregister = register, unregister
 torch.cuda.is_available, torch.cuda.current_device, torch.cuda.synchronize = lambda: True, lambda: 0, lambda d: None
 specs = {"a": ((5, 3), torch.float32), "b": ((5000,), torch.uint8), "c": ((4,), torch.uint8)}
 try:
-    t = arena.allocate(specs, ranks, pinned={"b", "c"}, directory=directory)
+    t = shared_memory.allocate(specs, ranks, pinned={"b", "c"}, directory=directory)
 except ValueError as e:
     print(e)
 else:
@@ -154,10 +154,10 @@ def test_a_leftover_that_cannot_be_removed_stays_and_stops_nobody(
 
 def test_whatever_the_first_rank_fails_on_is_told_to_every_rank(tmp_path: Path) -> None:
     fails = """
-from meft_ds.offload import arena
+from meft_ds.offload.host import shared_memory
 def make(directory):
     raise RuntimeError("planted")
-arena._make_nameless = make
+shared_memory._make_nameless = make
 """
     caught = """
 try:
@@ -202,7 +202,8 @@ def test_sigkill_of_every_rank_leaves_no_file(tmp_path: Path) -> None:
 
 def test_ranks_that_cannot_reach_a_nameless_file_share_a_named_one_and_leave_none(tmp_path: Path) -> None:
     script = tmp_path / "share.py"
-    blind = "from meft_ds.offload import arena\narena._make_nameless = lambda d: (os.open(d, os.O_TMPFILE | 2), '/x')\n"
+    blind = "import meft_ds.offload.host.shared_memory as shared\n"
+    blind += "shared._make_nameless = lambda d: (os.open(d, os.O_TMPFILE | 2), '/x')\n"
     script.write_text(SCRIPT.replace("dist.init", blind + "dist.init", 1))
     (shm := tmp_path / "shm").mkdir()
     assert run_ranks(script, 2, str(shm)) == ["shared\n"] * 2
@@ -213,13 +214,13 @@ def test_file_of_a_start_killed_before_it_could_unlink_is_removed_by_the_next(tm
     code = """
 import os, sys, time
 from pathlib import Path
-from meft_ds.offload import arena
-from meft_ds.offload.partition import Ranks
+from meft_ds.offload.host import shared_memory
+from meft_ds.offload.ranks import Ranks
 def hang(*a, **k):
     print("made", flush=True)
     time.sleep(60)
-arena._from_first = hang
-arena._map(4096, Ranks(rank=0, world=2), Path(sys.argv[1]), arena._make_named)
+shared_memory._from_first = hang
+shared_memory._map(4096, Ranks(rank=0, world=2), Path(sys.argv[1]), shared_memory._make_named)
 """
     with subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None and process.stdout.readline() == "made\n"

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointFunction, checkpoint
 
-from meft_ds.offload import checkpointing
-from meft_ds.offload.checkpointing import feed_checkpoints
+from meft_ds.offload.model import gradient_checkpointing
+from meft_ds.offload.model.gradient_checkpointing import feed_checkpoints
 from tests.toy import batch, tiny_llama
 
 
@@ -84,7 +84,7 @@ def test_layers_above_frozen_embeddings_get_the_gradients_that_they_get_without_
 
 
 def test_torch_has_its_own_function_back_when_the_last_model_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checkpointing, "_models", weakref.WeakKeyDictionary())  # without those of other tests
+    monkeypatch.setattr(gradient_checkpointing, "_models", weakref.WeakKeyDictionary())  # without those of other tests
     if "apply" in CheckpointFunction.__dict__:
         monkeypatch.delattr(CheckpointFunction, "apply")
     one, other = Plain(), Plain()

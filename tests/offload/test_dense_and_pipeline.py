@@ -5,12 +5,12 @@ import pytest
 import torch
 from torch import nn
 
-from meft_ds.offload.bus import Bus
-from meft_ds.offload.dense import DenseUnit
-from meft_ds.offload.partition import Ranks
+from meft_ds.offload.dense_unit import DenseUnit
+from meft_ds.offload.host.transfer import Bus
 from meft_ds.offload.pipeline import Pipeline
-from meft_ds.offload.window import StepSettings
-from meft_ds.offload.wire import AdamHyper, Unit
+from meft_ds.offload.ranks import Ranks
+from meft_ds.offload.schedule.window import StepSettings
+from meft_ds.offload.unit import AdamHyper, Unit
 
 HYPER = AdamHyper(lr=0.01, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.1)
 

@@ -18,14 +18,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from meft_ds.offload import gates
-from meft_ds.offload.bus import Bus
-from meft_ds.offload.dense import DenseUnit
-from meft_ds.offload.partition import Ranks
+from meft_ds.offload import update_gates
+from meft_ds.offload.dense_unit import DenseUnit
+from meft_ds.offload.host.transfer import Bus
 from meft_ds.offload.pipeline import Pipeline
-from meft_ds.offload.schedule import MEASURED_WINDOWS
-from meft_ds.offload.window import StepSettings
-from meft_ds.offload.wire import AdamHyper
+from meft_ds.offload.ranks import Ranks
+from meft_ds.offload.schedule.eager import MEASURED_WINDOWS
+from meft_ds.offload.schedule.window import StepSettings
+from meft_ds.offload.unit import AdamHyper
 from tests.offload.overlap import make_late, run_inline
 
 HYPER = AdamHyper(lr=0.01, beta1=0.9, beta2=0.99, eps=1e-8, weight_decay=0.1)
@@ -66,7 +66,7 @@ def build(
     step = StepSettings(hyper_of=lambda unit: HYPER, grad_scale=1.0, clip=clip)
     bus = Bus(torch.device("cpu"))
     pipeline = Pipeline(units, bus, Ranks(), lambda: step, mode=mode, closes_window=closes)  # type: ignore[arg-type]
-    gates.install(model, units, pipeline)
+    update_gates.install(model, units, pipeline)
     return pipeline
 
 

@@ -4,12 +4,12 @@ from pathlib import Path
 from hypothesis import given
 from hypothesis import strategies as st
 
-from meft_ds.offload.partition import Ranks, owned_range
+from meft_ds.offload.ranks import Ranks, owned_range
 from tests.ranks import run_ranks
 
 SCRIPT = """
 import torch, torch.distributed as dist
-from meft_ds.offload.partition import Ranks, owned_range, reduce_rows_to_owners
+from meft_ds.offload.ranks import Ranks, owned_range, reduce_rows_to_owners
 
 dist.init_process_group("gloo")
 me, world = dist.get_rank(), dist.get_world_size()

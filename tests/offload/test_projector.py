@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from meft_ds import ops
-from meft_ds.offload.projector import Projector, compress, expand, overlap, seed_of
+from meft_ds.ops.projector import Projector, compress, expand, overlap, seed_of
 
 CPU = torch.device("cpu")
 

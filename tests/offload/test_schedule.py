@@ -8,10 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from meft_ds.offload.lanes import InlineLane, Lanes, ThreadLane
-from meft_ds.offload.schedule import MEASURED_WINDOWS, UnitTimes, choose_mode, eager_order, transition
-from meft_ds.offload.timeline import Span, WindowTimes
-from meft_ds.offload.tuner import Tuner
+from meft_ds.offload.schedule.eager import MEASURED_WINDOWS, Tuner, UnitTimes, choose_mode, eager_order, transition
+from meft_ds.offload.schedule.lanes import InlineLane, Lanes, ThreadLane
+from meft_ds.offload.schedule.timing import Span, WindowTimes
 from tests.offload.times import window_times
 
 
@@ -197,7 +196,7 @@ def test_inline_lanes_raise_in_the_caller() -> None:
 def test_a_process_whose_lane_is_stuck_still_ends_with_its_own_exit_code() -> None:
     program = """
 import sys, threading
-import meft_ds.offload.lanes as lanes
+import meft_ds.offload.schedule.lanes as lanes
 lanes._PATIENCE_S = 0.2
 lane = lanes.ThreadLane("test", lambda error: None)
 lane.submit(threading.Event().wait)

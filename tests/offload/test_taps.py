@@ -16,8 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
-from meft_ds.offload.matrices import weights
-from meft_ds.offload.taps import can_tap, tap, untap
+from meft_ds.offload.model.capture import can_tap, tap, untap
+from meft_ds.offload.model.discover import weights
 
 
 class Recorder:

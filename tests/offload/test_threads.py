@@ -14,9 +14,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from meft_ds.offload import threads
-from meft_ds.offload.partition import Ranks
-from meft_ds.offload.threads import HostThreads, allowed_cpus, choose, cpu_quota, enter, host_threads
+from meft_ds.offload.ranks import Ranks
+from meft_ds.offload.schedule import host_threads as threads
+from meft_ds.offload.schedule.host_threads import HostThreads, allowed_cpus, choose, cpu_quota, enter, host_threads
 
 T = TypeVar("T")
 EIGHT = tuple(range(8))
@@ -275,7 +275,7 @@ def test_workers_that_enter_together_leave_the_start_value() -> None:
 
 FIRST_ASKED_AFTERWARDS = """
 import sys, threading, torch
-from meft_ds.offload.threads import HostThreads, enter
+from meft_ds.offload.schedule.host_threads import HostThreads, enter
 
 if sys.argv[1] == "set":
     torch.set_num_threads(2)  # sets, but does not ask: main takes the start value when it first asks, below
@@ -303,7 +303,7 @@ def test_threads_that_first_ask_after_enter_main_included_get_what_they_would_ha
 
 POOL_THREADS = """
 import os, threading, torch
-from meft_ds.offload.threads import HostThreads, enter
+from meft_ds.offload.schedule.host_threads import HostThreads, enter
 
 allowed = os.sched_getaffinity(0)
 def worker():

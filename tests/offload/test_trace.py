@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from meft_ds.config import parse_config
-from meft_ds.offload.timeline import Span, WindowTimes
-from meft_ds.offload.trace import LANES, Trace, path_of_rank
+from meft_ds.offload.schedule.timing import Span, WindowTimes
+from meft_ds.offload.schedule.trace import LANES, Trace, path_of_rank
 from tests.offload.times import window_times
 
 
@@ -58,7 +58,7 @@ def test_the_interpreters_exit_writes_what_was_collected(run_python: Any, reques
     code = f"""
 import os, sys
 sys.path.insert(0, {str(request.config.rootpath)!r})
-from meft_ds.offload.trace import Trace
+from meft_ds.offload.schedule.trace import Trace
 from tests.offload.test_trace import two_micro_batches
 trace = Trace("t.json", windows=20)
 os.chdir("/")

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import fields
 
-from meft_ds.offload.timeline import Span, WindowTimes
+from meft_ds.offload.schedule.timing import Span, WindowTimes
 
 
 def window_times(

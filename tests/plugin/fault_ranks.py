@@ -241,7 +241,7 @@ def goes_on(folder: Path) -> dict[str, Any]:
 
 def little_shared_memory(folder: Path, what: str) -> str:
     """What `deepspeed.initialize` says when the second rank sees little, or when the first cannot take it."""
-    from meft_ds.offload import arena
+    from meft_ds.offload.host import shared_memory
     from meft_ds.plugin import setup
 
     def full(fd: int, offset: int, nbytes: int) -> None:
@@ -249,9 +249,9 @@ def little_shared_memory(folder: Path, what: str) -> str:
 
     plants: dict[str, Any] = {
         "seen by one rank": patch.object(setup, "free_shared_bytes", lambda: 5000),
-        "full after the check": patch.object(arena.os, "posix_fallocate", full),
+        "full after the check": patch.object(shared_memory.os, "posix_fallocate", full),
         "a limit after the check": room(4096),
-        "no mapping": patch.object(arena.mmap, "mmap", side_effect=OSError(12, "Cannot allocate memory")),
+        "no mapping": patch.object(shared_memory.mmap, "mmap", side_effect=OSError(12, "Cannot allocate memory")),
     }
     at = {"seen by one rank": 1, "no mapping": 1}.get(what, 0)
     try:

@@ -15,7 +15,7 @@ import pytest
 from tqdm import tqdm
 
 import meft_ds
-from meft_ds.offload.sizes import in_units
+from meft_ds.offload.host.memory import in_units
 from meft_ds.plugin import checks
 from meft_ds.plugin.console import show_log
 

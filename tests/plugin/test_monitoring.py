@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from meft_ds.offload.trace import LANES
+from meft_ds.offload.schedule.trace import LANES
 from tests.toy import ADAPTER, ds_config, make_engine, train
 
 MODES = ["exact", "eager", "serial"]

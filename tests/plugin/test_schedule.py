@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from meft_ds.config import parse_config
-from meft_ds.offload.bus import Bus
-from meft_ds.offload.schedule import MEASURED_WINDOWS
+from meft_ds.offload.host.transfer import Bus
+from meft_ds.offload.schedule.eager import MEASURED_WINDOWS
 from tests.offload.overlap import make_late, run_inline
 from tests.plugin.test_ranks import go
 from tests.ranks import left_in_shared_memory

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-from meft_ds.offload.schedule import MEASURED_WINDOWS
+from meft_ds.offload.schedule.eager import MEASURED_WINDOWS
 from meft_ds.sparse_matrix.choice import Choice
 from meft_ds.sparse_matrix.config import SparseMatrixConfig
 from meft_ds.sparse_matrix.discover import elements_of_2d_weights, find_sites

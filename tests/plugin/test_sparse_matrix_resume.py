@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from meft_ds.offload.taps import Tapped
+from meft_ds.offload.model.capture import Tapped
 from meft_ds.plugin.staging import sealed
 from meft_ds.sparse_matrix.choice import Choice
 from meft_ds.sparse_matrix.discover import find_sites

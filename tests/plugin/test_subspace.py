@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-from meft_ds.offload.taps import Tapped
+from meft_ds.offload.model.capture import Tapped
 from tests.sparse_adapter.tiny import tiny_model
 from tests.toy import ADAPTER, batch, ds_config, make_engine, state_of, tiny_llama, train
 

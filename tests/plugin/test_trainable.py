@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from meft_ds.offload.heads import head_parameters
+from meft_ds.offload.model.heads import head_parameters
 from meft_ds.plugin.trainable import fresh_parameters
 from tests.conftest import RunPython
 from tests.ranks import REPO

@@ -13,7 +13,7 @@ from unittest.mock import patch
 import pytest
 import torch
 
-from meft_ds.offload import gradients
+from meft_ds.offload.model import capture
 from meft_ds.plugin.zero_grad import forgets
 from tests.toy import ADAPTER, batch, ds_config, make_engine, state_of, tiny_llama
 
@@ -194,7 +194,7 @@ def test_a_gradient_that_an_interrupt_left_with_its_parameter_counts_for_nothing
     for each in (engine, plain):
         windows(each, range(2))
     loss = engine(**batch(99)).loss
-    with patch.object(gradients._HandOver, "__call__", side_effect=KeyboardInterrupt):
+    with patch.object(capture._HandOver, "__call__", side_effect=KeyboardInterrupt):
         with pytest.raises(KeyboardInterrupt):
             engine.backward(loss) if whose == "engine" else loss.backward()
     for each in (engine, plain):

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from meft_ds.offload.bus import Bus
-from meft_ds.offload.partition import Ranks
-from meft_ds.offload.projector import Projector
-from meft_ds.offload.wire import AdamHyper
+from meft_ds.offload.host.transfer import Bus
+from meft_ds.offload.ranks import Ranks
+from meft_ds.offload.unit import AdamHyper
+from meft_ds.ops.projector import Projector
 from meft_ds.sparse_adapter import compress as compress_module
 from meft_ds.sparse_adapter.compress import RowCompression, view_bytes
 from meft_ds.sparse_adapter.config import CompressConfig, ResolvedCompress
@@ -316,10 +316,10 @@ def test_a_window_without_active_rows_still_moves_rows_in_dense_mode_and_none_in
 
 RANKS = """
 import hashlib, torch, torch.distributed as dist
-from meft_ds.offload.arena import allocate
-from meft_ds.offload.bus import Bus
-from meft_ds.offload.partition import Ranks
-from meft_ds.offload.wire import AdamHyper
+from meft_ds.offload.host.shared_memory import allocate
+from meft_ds.offload.host.transfer import Bus
+from meft_ds.offload.ranks import Ranks
+from meft_ds.offload.unit import AdamHyper
 from meft_ds.sparse_adapter.compress import RowCompression
 from meft_ds.sparse_adapter.config import ResolvedCompress
 from meft_ds.sparse_adapter.store import HostRows

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from meft_ds import ops
-from meft_ds.offload.bus import Bus
+from meft_ds.offload.host.transfer import Bus
 from meft_ds.sparse_adapter import module
 from meft_ds.sparse_adapter.module import SparseAdapter
 from meft_ds.sparse_adapter.store import HostRows

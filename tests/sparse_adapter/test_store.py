@@ -4,9 +4,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from meft_ds.offload.bus import Bus
-from meft_ds.offload.partition import Ranks
-from meft_ds.offload.wire import AdamHyper
+from meft_ds.offload.host.transfer import Bus
+from meft_ds.offload.ranks import Ranks
+from meft_ds.offload.unit import AdamHyper
 from meft_ds.sparse_adapter.store import HostRows
 from meft_ds.sparse_adapter.unit import RowsUnit
 

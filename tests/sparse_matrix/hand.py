@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from meft_ds.offload import gates
-from meft_ds.offload.partition import Ranks
+from meft_ds.offload import update_gates
 from meft_ds.offload.pipeline import Pipeline
-from meft_ds.offload.window import StepSettings
-from meft_ds.offload.wire import AdamHyper
+from meft_ds.offload.ranks import Ranks
+from meft_ds.offload.schedule.window import StepSettings
+from meft_ds.offload.unit import AdamHyper
 from meft_ds.sparse_matrix.config import SparseMatrixConfig
 from meft_ds.sparse_matrix.discover import Site, find_sites
 from meft_ds.sparse_matrix.method import SparseMatrixMethod
@@ -111,6 +111,6 @@ def pipeline_of(
     units = sorted(method.build(run, {}), key=lambda unit: (unit.layer, unit.name))
     step = StepSettings(hyper_of=lambda unit: hyper, grad_scale=1.0, clip=clip)
     pipeline = Pipeline(units, run.bus, run.ranks, lambda: step)
-    gates.install(model, units, pipeline)
+    update_gates.install(model, units, pipeline)
     pipeline.method = method  # type: ignore[attr-defined]  # what the hooks hold weakly
     return pipeline

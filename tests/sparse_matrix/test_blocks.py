@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from meft_ds.offload.taps import tap
+from meft_ds.offload.model.capture import tap
 from meft_ds.sparse_matrix.blocks import Blocks, Rectangle
 from tests.sparse_matrix.grids import cuts
 

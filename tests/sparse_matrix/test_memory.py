@@ -13,7 +13,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from meft_ds.offload.taps import tap
+from meft_ds.offload.model.capture import tap
 from meft_ds.sparse_matrix import score as score_module
 from meft_ds.sparse_matrix.blocks import Blocks
 from tests.sparse_matrix.hand import choice_of, pipeline_of, scorer_of

@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from meft_ds.offload.partition import Ranks
-from meft_ds.offload.taps import Tapped
+from meft_ds.offload.model.capture import Tapped
+from meft_ds.offload.ranks import Ranks
 from meft_ds.sparse_matrix import score as score_module
 from meft_ds.sparse_matrix.config import SparseMatrixConfig
 from meft_ds.sparse_matrix.discover import find_sites

@@ -11,14 +11,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
-from meft_ds.offload import gates
-from meft_ds.offload.bus import Bus
+from meft_ds.offload import update_gates
+from meft_ds.offload.host.transfer import Bus
 from meft_ds.offload.method import Run
-from meft_ds.offload.partition import Ranks
 from meft_ds.offload.pipeline import Pipeline
-from meft_ds.offload.projector import Projector
-from meft_ds.offload.window import StepSettings
-from meft_ds.offload.wire import AdamHyper
+from meft_ds.offload.ranks import Ranks
+from meft_ds.offload.schedule.window import StepSettings
+from meft_ds.offload.unit import AdamHyper
+from meft_ds.ops.projector import Projector
 from meft_ds.plugin.setup import dense_units
 from meft_ds.subspace.config import SubspaceConfig
 from meft_ds.subspace.matrix import Matrix
@@ -123,7 +123,7 @@ def pipeline_of(model: nn.Module, *, clip: float = 0.0, hyper: AdamHyper = HYPER
     units = sorted([*dense, *method.build(run, {})], key=lambda unit: (unit.layer, unit.name))
     step = StepSettings(hyper_of=lambda unit: hyper, grad_scale=1.0, clip=clip)
     pipeline = Pipeline(units, run.bus, run.ranks, lambda: step)
-    gates.install(model, units, pipeline)
+    update_gates.install(model, units, pipeline)
     pipeline.method = method  # type: ignore[attr-defined]  # what the hooks hold weakly
     return pipeline
 

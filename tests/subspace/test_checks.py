@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from meft_ds import ops
-from meft_ds.offload.projector import compress, expand
+from meft_ds.ops.projector import compress, expand
 from meft_ds.subspace import refit
 from meft_ds.subspace.config import SubspaceConfig
 from meft_ds.subspace.fit import bias_of, fit, transport

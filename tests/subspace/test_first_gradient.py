@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from meft_ds.offload import gates
-from meft_ds.offload.bus import Bus
+from meft_ds.offload import update_gates
+from meft_ds.offload.host.transfer import Bus
 from meft_ds.offload.pipeline import Pipeline
 from meft_ds.subspace.matrix import Matrix
 from meft_ds.subspace.unit import SubspaceUnit
@@ -46,7 +46,7 @@ class Branching(nn.Module):
 
 def overlapping(serial: Pipeline, model: nn.Module) -> Pipeline:
     pipeline = Pipeline(serial.units, Bus(CPU), serial.ranks, serial._settings, mode="exact")
-    gates.install(model, serial.units, pipeline)  # type: ignore[arg-type]
+    update_gates.install(model, serial.units, pipeline)  # type: ignore[arg-type]
     pipeline.method = serial.method  # type: ignore[attr-defined]
     return pipeline
 

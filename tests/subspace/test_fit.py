@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from meft_ds import ops
-from meft_ds.offload.projector import Projector, compress, expand
+from meft_ds.ops.projector import Projector, compress, expand
 from meft_ds.subspace import fit as fitting
 from meft_ds.subspace.fit import bias_of, fit, relative_bias, transport
 

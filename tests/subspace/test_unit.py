@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from meft_ds import ops
-from meft_ds.offload.bus import Bus
-from meft_ds.offload.partition import Ranks
+from meft_ds.offload.host.transfer import Bus
 from meft_ds.offload.pipeline import Pipeline
-from meft_ds.offload.window import StepSettings
+from meft_ds.offload.ranks import Ranks
+from meft_ds.offload.schedule.window import StepSettings
 from meft_ds.plugin.setup import dense_units
 from meft_ds.subspace.config import SubspaceConfig
 from meft_ds.subspace.matrix import Matrix, Side

@@ -10,11 +10,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from meft_ds.offload.flat import MOMENTS, FlatUnit
-from meft_ds.offload.host_adam import FlatAdam
-from meft_ds.offload.partition import Ranks
-from meft_ds.offload.weights import WHOLE, Weights, numel_of, shape_of
-from meft_ds.offload.wire import AdamHyper
+from meft_ds.offload.flat_unit import MOMENTS, FlatUnit
+from meft_ds.offload.host.adam import FlatAdam
+from meft_ds.offload.model.weights import WHOLE, Weights, numel_of, shape_of
+from meft_ds.offload.ranks import Ranks
+from meft_ds.offload.unit import AdamHyper
 
 
 class DenseUnit(FlatUnit):

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from torch.profiler import record_function
 
-from meft_ds.offload.bus import Bus
+from meft_ds.offload.host.transfer import Bus
 
 
 class Span(NamedTuple):

@@ -16,12 +16,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from meft_ds import ops
-from meft_ds.offload.bus import Bus
-from meft_ds.offload.gradients import hand_over
-from meft_ds.offload.partition import Ranks, owned_range
+from meft_ds.offload.host.transfer import Bus
+from meft_ds.offload.model.capture import hand_over
+from meft_ds.offload.model.weights import WHOLE, Weights, shape_of
+from meft_ds.offload.ranks import Ranks, owned_range
+from meft_ds.offload.unit import AdamHyper, Footprint, Unit
 from meft_ds.offload.waiting import unwatch, watch
-from meft_ds.offload.weights import WHOLE, Weights, shape_of
-from meft_ds.offload.wire import AdamHyper, Footprint, Unit
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from meft_ds import ops
-from meft_ds.offload.wire import AdamHyper
+from meft_ds.offload.unit import AdamHyper
 
 RowMode = Literal["dense", "lazy"]
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from meft_ds.offload.weights import shape_of
+from meft_ds.offload.model.weights import shape_of
 
 
 def weights(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, nn.Parameter]]:
@@ -89,3 +89,22 @@ class Sharing:
     def shares(self, module: nn.Module, weight: nn.Parameter) -> bool:
         """Whether `weight` is tied, or its module is in several places."""
         return self._holders[id(weight)] > 1 or self._names[id(module)] > 1
+
+
+def count_layers(model: nn.Module) -> int:
+    """Length of the model's lists of numbered blocks; at least 1."""
+    return max((_number(name) or 0 for name, _ in model.named_parameters()), default=0) + 1
+
+
+def layer_of(model: nn.Module, layers: int) -> dict[str, int]:
+    """Layer of every parameter by its name: the first number in it, or that of the parameter before."""
+    found, last = {}, 0
+    for name, _ in model.named_parameters():
+        number = _number(name)
+        last = min(number, layers - 1) if number is not None else last
+        found[name] = last
+    return found
+
+
+def _number(name: str) -> int | None:
+    return next((int(part) for part in name.split(".") if part.isdigit()), None)

@@ -7,7 +7,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from meft_ds.offload.sizes import in_units
+import torch
 
 _CGROUP_V2 = Path("/sys/fs/cgroup")
 _CGROUP_V1 = Path("/sys/fs/cgroup/memory")
@@ -147,3 +147,22 @@ def _stat_value(path: Path, key: str) -> int:
     except OSError:
         pass
     return 0
+
+
+_ON_DEVICE = 0.05  # share of the accelerator's memory that moments may take by themselves
+
+
+def state_on_device(choice: str, device: torch.device, nbytes: int) -> bool:
+    """Whether state of `nbytes` per rank lives on the accelerator; `choice`: "auto", "cpu" or "accelerator"."""
+    if choice != "auto" or device.type == "cpu":
+        return choice == "accelerator"
+    total = torch.get_device_module(device).get_device_properties(device).total_memory
+    return bool(nbytes <= _ON_DEVICE * total)
+
+
+def in_units(nbytes: float) -> str:
+    """ "1.50 GiB", "3.2 MiB", "12.0 KiB" or "7 bytes", the largest unit of which there is at least one."""
+    for unit, size, digits in (("GiB", 2**30, 2), ("MiB", 2**20, 1), ("KiB", 2**10, 1)):
+        if nbytes >= size:
+            return f"{nbytes / size:.{digits}f} {unit}"
+    return f"{nbytes:.0f} bytes"

@@ -24,9 +24,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from meft_ds.offload.host_memory import SHM_DIR, no_shared_memory
-from meft_ds.offload.partition import Ranks
-from meft_ds.offload.sizes import in_units
+from meft_ds.offload.host.memory import SHM_DIR, in_units, no_shared_memory
+from meft_ds.offload.ranks import Ranks
 
 _PREFIX = "meft-ds"
 _OURS = re.compile(_PREFIX + r"-(?P<uid>\d{1,10})-(?P<pid>\d{1,10})-(?P<started>\d{1,20})-[0-9a-f]{16}", re.ASCII)

@@ -23,8 +23,8 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from meft_ds.offload.bus import Bus
-from meft_ds.offload.partition import Ranks
+from meft_ds.offload.host.transfer import Bus
+from meft_ds.offload.ranks import Ranks
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from meft_ds.offload.flat import FlatUnit
+from meft_ds.offload.flat_unit import FlatUnit
 from meft_ds.offload.pipeline import Pipeline
 
 _CALL = nn.Module._wrapped_call_impl.__code__

@@ -6,12 +6,16 @@ The pipeline alone writes this state; fields that a lane sets and the training t
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from meft_ds.offload.timeline import WindowTimes
-from meft_ds.offload.wire import AdamHyper, Unit
+import torch
+
+from meft_ds.offload.ranks import Ranks, all_reduce_sum
+from meft_ds.offload.schedule.eager import Tuner
+from meft_ds.offload.schedule.timing import WindowTimes
+from meft_ds.offload.unit import AdamHyper, Unit
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,3 +97,28 @@ class Forgotten(Exception):
 def clip_factor(clip: float, grad_norm: float) -> float:
     """What gradients of global norm `grad_norm` are multiplied by so that it is at most `clip` (0 for no limit)."""
     return clip / (grad_norm + 1e-6) if clip > 0 and grad_norm > clip else 1.0
+
+
+def agree(entries: Sequence[Entry], tuner: Tuner, device: torch.device, ranks: Ranks) -> tuple[float, list[Entry]]:
+    """The sum of squares over units and ranks, and the units that must be sent again, because on some rank a gradient
+    came after they had been sent, or because what was sent has been forgotten. Collective.
+
+    Units with late gradients, or that a backward left unfinished on some rank, are `reliable` no longer; the tuner
+    learns the ranks' mean times.
+    """
+    n = len(entries)
+    learning = any(entry.ready for entry in entries)
+    values = [entry.sq_norm for entry in entries]
+    values += [float(entry.late) for entry in entries]
+    values += [float(learning and not entry.ready) for entry in entries]
+    values += [float(entry.again) for entry in entries]
+    values += tuner.report()
+    values = all_reduce_sum(values, device, ranks)
+    late = [entry for entry, flag in zip(entries, values[n : 2 * n], strict=True) if flag]
+    unfinished = [entry for entry, flag in zip(entries, values[2 * n : 3 * n], strict=True) if flag]
+    again = [entry for entry, flag in zip(entries, values[3 * n : 4 * n], strict=True) if flag and entry not in late]
+    for entry in [*late, *unfinished]:
+        entry.reliable = False
+    if not (late or again):
+        tuner.agreed([value / ranks.world for value in values[4 * n :]])
+    return sum(values[:n]), late + again

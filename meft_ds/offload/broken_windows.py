@@ -14,12 +14,11 @@ from collections.abc import Iterator
 
 import torch
 
-from meft_ds.offload.partition import Ranks
-from meft_ds.offload.schedule import Mode
-from meft_ds.offload.tuner import Tuner
+from meft_ds.offload.ranks import Ranks
+from meft_ds.offload.schedule.eager import Mode, Tuner
+from meft_ds.offload.schedule.window import Entry, Forgotten, Window
+from meft_ds.offload.unit import Unit
 from meft_ds.offload.updates import Updates
-from meft_ds.offload.window import Entry, Forgotten, Window
-from meft_ds.offload.wire import Unit
 
 _OUT_OF_STEP_S = 60.0  # how long a load waits for other ranks' part in what is under way
 

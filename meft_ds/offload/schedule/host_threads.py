@@ -16,7 +16,7 @@ from typing import Literal
 import torch
 import torch.distributed as dist
 
-from meft_ds.offload.partition import Ranks, owned_range
+from meft_ds.offload.ranks import Ranks, owned_range
 
 logger = logging.getLogger(__name__)
 

@@ -10,8 +10,8 @@ from typing import Any
 
 from torch import nn
 
-from meft_ds.offload.matrices import output_heads
-from meft_ds.offload.weights import numel_of
+from meft_ds.offload.model.discover import output_heads
+from meft_ds.offload.model.weights import numel_of
 
 _HEADS = re.compile(
     r"score|classifier|pre_classifier|classification_head|(qa|span)_(outputs|classifier)|(v|value|values|reward|"
