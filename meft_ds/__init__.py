@@ -13,7 +13,7 @@ from meft_ds import autoload
 
 if TYPE_CHECKING:
     from meft_ds.config import MeftConfig, parse_config
-    from meft_ds.plugin.export import save_adapter, save_tiles
+    from meft_ds.plugin.checkpoint.export import save_adapter, save_tiles
     from meft_ds.plugin.successor import detach
     from meft_ds.sparse_adapter.files import load_adapter
     from meft_ds.sparse_matrix.files import apply_tiles, revert_tiles
@@ -34,8 +34,8 @@ __all__ = [
 _LAZY = {
     "MeftConfig": "meft_ds.config",
     "parse_config": "meft_ds.config",
-    "save_adapter": "meft_ds.plugin.export",
-    "save_tiles": "meft_ds.plugin.export",
+    "save_adapter": "meft_ds.plugin.checkpoint.export",
+    "save_tiles": "meft_ds.plugin.checkpoint.export",
     "detach": "meft_ds.plugin.successor",
     "load_adapter": "meft_ds.sparse_adapter.files",
     "apply_tiles": "meft_ds.sparse_matrix.files",

@@ -16,8 +16,8 @@ from pydantic import (
     model_validator,
 )
 
-from meft_ds.fields import patterns, positive, shown
 from meft_ds.offload.schedule.config import ScheduleConfig
+from meft_ds.options import patterns, positive, shown
 from meft_ds.sparse_adapter.config import SparseAdapterConfig
 from meft_ds.sparse_matrix.config import SparseMatrixConfig
 from meft_ds.subspace.config import SubspaceConfig

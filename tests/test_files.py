@@ -23,8 +23,8 @@ from meft_ds import files
 from meft_ds.offload.ranks import Ranks
 from meft_ds.offload.schedule.timing import WindowTimes
 from meft_ds.offload.schedule.trace import Trace
-from meft_ds.plugin import checkpoint
-from meft_ds.plugin.staging import Saving, finish
+from meft_ds.plugin.checkpoint import state
+from meft_ds.plugin.checkpoint.transaction import Saving, finish
 from meft_ds.sparse_adapter.files import JSON_NAME, read_adapter, write_adapter
 from meft_ds.sparse_matrix.choice import Choice, Tile
 from meft_ds.sparse_matrix.files import SavedTiles, apply_tiles, read_tiles, write_tiles
@@ -50,7 +50,7 @@ def write_trace(path: Path) -> None:
 
 def write_checkpoint(folder: Path) -> None:
     saving = Saving(folder, "t", Ranks())
-    checkpoint.save(saving, [], counters={}, about={}, methods={"m": ({}, {"t": torch.ones(3000)})})
+    state.save(saving, [], counters={}, about={}, methods={"m": ({}, {"t": torch.ones(3000)})})
     saving.latest()
     saving.agree()
 
@@ -240,11 +240,11 @@ def test_a_device_or_a_fifo_is_not_replaced_by_a_file(tmp_path: Path) -> None:
 
 
 def _latest(folder: Path) -> Any:
-    return checkpoint.latest_tag(folder)
+    return state.latest_tag(folder)
 
 
 def _verify(folder: Path) -> Any:
-    return checkpoint.verify(folder / "t" / "meft", [], Ranks(), about={})
+    return state.verify(folder / "t" / "meft", [], Ranks(), about={})
 
 
 READERS: dict[str, tuple[str, str, Callable[[Path], Any]]] = {
@@ -314,7 +314,7 @@ def test_deep_json_in_the_header_of_tiles_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_manifest_of_somebody_else_with_a_right_checksum_is_refused_by_name(tmp_path: Path) -> None:
-    from meft_ds.plugin.staging import sealed
+    from meft_ds.plugin.checkpoint.transaction import sealed
 
     write_checkpoint(tmp_path)
     manifest = tmp_path / "t" / "meft" / "meft_state.json"

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from meft_ds.monitor import TAG, Event, WindowMonitor
 from meft_ds.offload.host.transfer import Bus
 from meft_ds.offload.schedule.window import StepResult
+from meft_ds.plugin.telemetry import TAG, Event, WindowMonitor
 from tests.offload.times import window_times
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an engine asks of a method: one subclass per method room, and one registration (`meft_ds.plugin.methods`).
+"""What an engine asks of a method: one subclass per method room, and one registration (`meft_ds.plugin.registry`).
 
 Order of the calls: `least_host_bytes` and `prepare` (the model is still as the program made it), then, with the model
 cast and on its device, `claim`, `footprints` and `specs` (nothing is allocated yet), and `build`.

@@ -3,7 +3,7 @@
 
 Each override says in one line why it is needed. ZeRO stages 0 to 2 are the same thing here: the base is whole on every
 rank, and partitioning of the little state that is left is the pipeline's own. Stage 3 and files:
-`meft_ds.plugin.saving`.
+`meft_ds.plugin.checkpoint.overrides`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ from torch import nn
 
 from meft_ds import __version__
 from meft_ds.config import BLOCK, MeftConfig, parse_config
-from meft_ds.monitor import WindowMonitor
 from meft_ds.offload.host.memory import in_units
 from meft_ds.offload.host.transfer import Bus
 from meft_ds.offload.method import Method, Run
@@ -30,12 +29,14 @@ from meft_ds.offload.schedule.lanes import call_at_exit
 from meft_ds.offload.schedule.trace import Trace
 from meft_ds.offload.schedule.window import StepResult
 from meft_ds.offload.unit import Unit
-from meft_ds.plugin import checks, export, full_params, methods, setup, successor, trainable
+from meft_ds.plugin import build, full_params, registry, successor, trainable
+from meft_ds.plugin import ds_config as checks
+from meft_ds.plugin.checkpoint import export
+from meft_ds.plugin.checkpoint.overrides import SavingEngine
 from meft_ds.plugin.console import show_log
 from meft_ds.plugin.optimizer import MeftOptimizer, adamw_from_config, check_client_optimizer
 from meft_ds.plugin.replaced import Places
-from meft_ds.plugin.saving import SavingEngine
-from meft_ds.plugin.stats import Stats
+from meft_ds.plugin.telemetry import Stats, WindowMonitor
 from meft_ds.plugin.zero_grad import Call, ModuleZeroGrad, forgets
 
 _log = logging.getLogger("meft_ds")
@@ -69,7 +70,7 @@ class MeftEngine(SavingEngine):
             self._leave_model()
             raise
         assert self.optimizer is not None, "an engine without one only evaluates, and is DeepSpeed's own"
-        if self.global_rank == 0 and (idle := setup.standing_still(self._meft_run, self.lr_scheduler)):
+        if self.global_rank == 0 and (idle := build.standing_still(self._meft_run, self.lr_scheduler)):
             _log.warning(idle)
 
     # -- overrides ---------------------------------------------------------------------------------------------------
@@ -81,8 +82,8 @@ class MeftEngine(SavingEngine):
             # of a backward before the engine: hooks would take it for the first batch's, and what gets frozen keeps it
             p.grad = None
         feed_too(CheckpointFunction)
-        self._meft_methods = methods.chosen(self._meft_config)
-        setup.refuse_what_cannot_fit(model, self._meft_methods, self._meft_config)
+        self._meft_methods = registry.chosen(self._meft_config)
+        build.refuse_what_cannot_fit(model, self._meft_methods, self._meft_config)
         for method in self._meft_methods:
             method.prepare(model)
         trainable.settle(model, self._meft_config.train, self._meft_methods, tells=self.global_rank == 0)
@@ -101,7 +102,7 @@ class MeftEngine(SavingEngine):
         weights = WHOLE
         if self._meft_stage3:
             weights = self._partition(self.device)
-        ranks = setup.find_ranks(self.seq_data_parallel_group, self.seq_dp_world_size, self.device)
+        ranks = build.find_ranks(self.seq_data_parallel_group, self.seq_dp_world_size, self.device)
         bus = Bus(torch.device(self.device))
         config = self._meft_config
         run = self._meft_run = Run(
@@ -110,14 +111,14 @@ class MeftEngine(SavingEngine):
             bus=bus,
             ranks=ranks,
             dtype=self._compute_dtype(),
-            moments_dtype=setup.DTYPES[config.moments_dtype],
-            grad_dtype=setup.grad_dtype(config, self._compute_dtype()),
+            moments_dtype=build.DTYPES[config.moments_dtype],
+            grad_dtype=build.grad_dtype(config, self._compute_dtype()),
             weights=weights,
         )
         claimed = {p for method in self._meft_methods for p in method.claim(run)}
-        units, plan = setup.build_units(run, self._meft_methods, config, claimed)
+        units, plan = build.build_units(run, self._meft_methods, config, claimed)
         engine = weakref.ref(self)
-        pipeline = setup.pipeline(
+        pipeline = build.pipeline(
             units,
             bus,
             ranks,
@@ -125,7 +126,7 @@ class MeftEngine(SavingEngine):
             settings=lambda: _alive(engine).optimizer.settings(),
             closes_window=lambda: _alive(engine)._closes_window(),
         )
-        self._meft_gates = setup.install_gates(self.module, pipeline, weights)
+        self._meft_gates = build.install_gates(self.module, pipeline, weights)
         self._meft_places = Places(self.module, units)
         full_params.attach(self.module, pipeline)
         self.optimizer = MeftOptimizer(
@@ -269,7 +270,7 @@ class MeftEngine(SavingEngine):
         pipeline.admit(units)
         for handle in self._meft_gates:
             handle.remove()
-        self._meft_gates = setup.install_gates(self.module, pipeline, self._meft_run.weights)
+        self._meft_gates = build.install_gates(self.module, pipeline, self._meft_run.weights)
         self._meft_places = Places(self.module, pipeline.units)
 
     def _announce(self, method: Method) -> None:
@@ -336,7 +337,7 @@ class MeftEngine(SavingEngine):
     def _compute_dtype(self) -> torch.dtype:
         return torch.float16 if self.fp16_enabled() else torch.bfloat16 if self.bfloat16_enabled() else torch.float32
 
-    def _first_line(self, plan: setup.Plan) -> str:
+    def _first_line(self, plan: build.Plan) -> str:
         return (
             f"version {__version__}: {' and '.join(method.summary() for method in self._meft_methods)}, and "
             f"{plan.dense_parameters:,} dense ones train; "

@@ -190,7 +190,7 @@ class MeftOptimizer(ZeROOptimizer):
         self.backward_epilogue()
 
     def state_dict(self) -> dict[str, Any]:
-        """Nothing for DeepSpeed's own file: `meft_ds.plugin.checkpoint` saves all state, `counters` included."""
+        """Nothing for DeepSpeed's own file: `meft_ds.plugin.checkpoint.state` saves all state, `counters` included."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any], load_optimizer_states: bool = True, **_: Any) -> None:

@@ -45,6 +45,6 @@ def make_way(model: nn.Module) -> None:
 
 def _engines_of(module: nn.Module) -> list[Any]:
     """Engines that live and train exactly this module; a copy of it is trained by none."""
-    from meft_ds.plugin.saving import trained_by
+    from meft_ds.plugin.checkpoint.overrides import trained_by
 
     return [engine for engine in trained_by(module) if engine.module is module]

@@ -9,8 +9,16 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from meft_ds.fields import not_negative, patterns, positive, positive_int, positive_int_or_auto, shown, size_or_fraction
-from meft_ds.fields import seed as check_seed
+from meft_ds.options import (
+    not_negative,
+    patterns,
+    positive,
+    positive_int,
+    positive_int_or_auto,
+    shown,
+    size_or_fraction,
+)
+from meft_ds.options import seed as check_seed
 
 __all__ = ["PAPER_ROUTER_SCALE", "CompressConfig", "ResolvedCompress", "ResolvedSparseAdapter", "SparseAdapterConfig"]
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from meft_ds.fields import compiled
+from meft_ds.options import compiled
 from meft_ds.sparse_adapter.widths import Widths, widths_of
 
 __all__ = ["Site", "find_ffns", "make_site"]

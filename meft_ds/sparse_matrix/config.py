@@ -10,8 +10,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from meft_ds.fields import compiled, file_name, is_number, patterns, positive_int, positive_int_or_auto, shown, whole
-from meft_ds.fields import seed as check_seed
+from meft_ds.options import compiled, file_name, is_number, patterns, positive_int, positive_int_or_auto, shown, whole
+from meft_ds.options import seed as check_seed
 
 PAPER_ROLES = ("q", "k", "v")
 LARGEST_SIDE = 256

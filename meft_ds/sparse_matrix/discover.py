@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from meft_ds.fields import compiled
 from meft_ds.offload.model.capture import can_tap
 from meft_ds.offload.model.discover import Sharing, listed, output_heads, weights
 from meft_ds.offload.model.heads import peft_layer
 from meft_ds.offload.model.weights import numel_of, shape_of
+from meft_ds.options import compiled
 from meft_ds.sparse_matrix.config import SparseMatrixConfig
 from meft_ds.sparse_matrix.segments import input_first, names_of_parts, parts_of
 

@@ -7,8 +7,8 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
-from meft_ds.fields import not_negative, patterns, positive, positive_int, size_or_fraction, whole
-from meft_ds.fields import seed as check_seed
+from meft_ds.options import not_negative, patterns, positive, positive_int, size_or_fraction, whole
+from meft_ds.options import seed as check_seed
 
 _LEAST_GAIN = 1.5
 """Values of a matrix for each of its S, or learning through S saves next to nothing."""

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from meft_ds.fields import compiled
 from meft_ds.offload.model.capture import can_tap
 from meft_ds.offload.model.discover import Sharing, weights
 from meft_ds.offload.model.heads import head_parameters, peft_layer, peft_parameters, vocabulary_parameters
 from meft_ds.offload.model.weights import shape_of
+from meft_ds.options import compiled
 from meft_ds.subspace.config import SubspaceConfig
 
 # Siblings that read the same tensor in the models of Hugging Face: they share the sketch of it, and so its projector.

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 import meft_ds
-from meft_ds.plugin import export
+from meft_ds.plugin.checkpoint import export
 from meft_ds.sparse_adapter import files
 from tests.plugin.fault_ranks import state
 from tests.toy import ADAPTER, batch, ds_config, make_engine, tiny_llama

@@ -242,13 +242,13 @@ def goes_on(folder: Path) -> dict[str, Any]:
 def little_shared_memory(folder: Path, what: str) -> str:
     """What `deepspeed.initialize` says when the second rank sees little, or when the first cannot take it."""
     from meft_ds.offload.host import shared_memory
-    from meft_ds.plugin import setup
+    from meft_ds.plugin import build
 
     def full(fd: int, offset: int, nbytes: int) -> None:
         raise OSError(28, "No space left on device")
 
     plants: dict[str, Any] = {
-        "seen by one rank": patch.object(setup, "free_shared_bytes", lambda: 5000),
+        "seen by one rank": patch.object(build, "free_shared_bytes", lambda: 5000),
         "full after the check": patch.object(shared_memory.os, "posix_fallocate", full),
         "a limit after the check": room(4096),
         "no mapping": patch.object(shared_memory.mmap, "mmap", side_effect=OSError(12, "Cannot allocate memory")),

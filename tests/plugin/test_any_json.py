@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from pydantic import BaseModel
 
 from meft_ds.config import MeftConfig, _settings, parse_config
-from meft_ds.plugin.checks import conflicts, skipped, zero_settings
+from meft_ds.plugin.ds_config import conflicts, skipped, zero_settings
 from tests.toy import ds_config, make_engine
 
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from meft_ds.plugin import setup
-from meft_ds.plugin.checks import conflicts
+from meft_ds.plugin import build
+from meft_ds.plugin.ds_config import conflicts
 from meft_ds.sparse_adapter import attach
 from meft_ds.sparse_matrix import method
 from tests.toy import ADAPTER, ds_config, make_engine, single_rank, tiny_llama
@@ -130,7 +130,7 @@ def test_too_little_host_memory_names_needed_free_and_the_knob(monkeypatch: pyte
     config = ds_config()
     config["meft_offload"]["host_memory_gb"] = 1e-6
     assert "host_memory_gb allows 1.0 KiB" in refused(config)
-    monkeypatch.setattr(setup, "free_host_bytes", lambda: 1000)
+    monkeypatch.setattr(build, "free_host_bytes", lambda: 1000)
     message = refused(ds_config())
     assert (
         re.search(r"needs [\d.]+ KiB", message) and "sparse_adapter.rows" in message and "free on this node" in message
@@ -151,7 +151,7 @@ def test_rows_that_no_host_can_hold_are_refused_before_any_memory_is_taken(
         raise AssertionError("keys were drawn before the check")
 
     monkeypatch.setattr(attach, "init_keys", taken)
-    monkeypatch.setattr(setup, "free_host_bytes", lambda: 2**36)
+    monkeypatch.setattr(build, "free_host_bytes", lambda: 2**36)
     model = tiny_llama()
     names = [name for name, _ in model.named_modules()]
     told = refused(ds_config(block={"sparse_adapter": settings}), model)
@@ -190,6 +190,6 @@ def test_learning_rates_of_a_program_that_no_update_can_have_are_named(lr: Any) 
 def test_tiles_too_small_for_the_host_are_refused_before_they_are_made(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(method, "choose", lambda *args: pytest.fail("tiles were chosen before the check"))
     block = {"sparse_matrix": {"block_size": 1, "score": "random", "density": 0.5}}
-    monkeypatch.setattr(setup, "free_host_bytes", lambda: 500_000)  # 5,120 values, each a tile, half of them chosen
+    monkeypatch.setattr(build, "free_host_bytes", lambda: 500_000)  # 5,120 values, each a tile, half of them chosen
     told = refused(ds_config(block=block))
     assert "of host memory (before moments and buffers)" in told and 'raise "sparse_matrix.block_size"' in told

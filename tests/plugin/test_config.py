@@ -2,7 +2,7 @@
 import pytest
 
 from meft_ds.config import parse_config
-from meft_ds.plugin.checks import conflicts, skipped
+from meft_ds.plugin.ds_config import conflicts, skipped
 
 
 def fault(block: object) -> str:

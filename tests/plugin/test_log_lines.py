@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 import meft_ds
 from meft_ds.offload.host.memory import in_units
-from meft_ds.plugin import checks
+from meft_ds.plugin import ds_config
 from meft_ds.plugin.console import show_log
 
 LINE = "version 0.0: rows train"
@@ -82,7 +82,7 @@ def test_no_message_names_the_package_which_the_loggers_name_does() -> None:
 
 def test_an_optimizer_offload_is_no_warning_and_other_skips_are(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, logger="meft_ds"):
-        checks.tell({**OFFLOAD, "prescale_gradients": True})
+        ds_config.tell({**OFFLOAD, "prescale_gradients": True})
     found = [(record.levelname, record.getMessage().partition(" is skipped")[0]) for record in caplog.records]
     assert found == [("INFO", "zero_optimization.offload_optimizer"), ("WARNING", "prescale_gradients")]
 

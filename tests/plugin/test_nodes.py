@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from meft_ds.plugin.setup import by_node
+from meft_ds.plugin.build import by_node
 from tests.ranks import REPO, free_port, run_ranks
 
 PROGRAM = Path(__file__).with_name("nodes_program.py")

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from meft_ds.plugin import saving
+from meft_ds.plugin.checkpoint import overrides
 from tests.plugin import exports_program as program
 from tests.plugin.tiles import SCORED, config, differing, everything, method_of, steps, tiles_units
 from tests.ranks import run_ranks
@@ -150,7 +150,7 @@ def test_two_engines_on_one_model_add_once() -> None:
 @pytest.fixture
 def warnings(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     told: list[str] = []
-    monkeypatch.setattr(saving.logger, "warning", told.append)
+    monkeypatch.setattr(overrides.logger, "warning", told.append)
     return told
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from meft_ds.offload.model.capture import Tapped
-from meft_ds.plugin.staging import sealed
+from meft_ds.plugin.checkpoint.transaction import sealed
 from meft_ds.sparse_matrix.choice import Choice
 from meft_ds.sparse_matrix.discover import find_sites
 from tests.plugin.tiles import SCORED, config, differing, everything, method_of, steps, tiles_units

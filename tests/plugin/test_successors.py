@@ -180,7 +180,7 @@ def test_rows_that_are_taken_over_need_no_free_memory(monkeypatch: pytest.Monkey
     first.destroy()
     assert method.least_host_bytes(model) == 0 < method.least_host_bytes(tiny_llama())
     asked: list[int] = []
-    monkeypatch.setattr("meft_ds.plugin.setup.arena_bytes", lambda specs: asked.append(len(specs)) or 0)
+    monkeypatch.setattr("meft_ds.plugin.build.arena_bytes", lambda specs: asked.append(len(specs)) or 0)
     train(make_engine(config, model), 1)
     assert asked == [0]
 

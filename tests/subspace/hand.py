@@ -19,7 +19,7 @@ from meft_ds.offload.ranks import Ranks
 from meft_ds.offload.schedule.window import StepSettings
 from meft_ds.offload.unit import AdamHyper
 from meft_ds.ops.projector import Projector
-from meft_ds.plugin.setup import dense_units
+from meft_ds.plugin.build import dense_units
 from meft_ds.subspace.config import SubspaceConfig
 from meft_ds.subspace.matrix import Matrix
 from meft_ds.subspace.method import SubspaceMethod

@@ -7,9 +7,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
-from meft_ds.fields import file_name, is_whole, positive_int, shown
 from meft_ds.offload.schedule.eager import Mode
 from meft_ds.offload.schedule.trace import writable
+from meft_ds.options import file_name, is_whole, positive_int, shown
 
 _MOST_THREADS = 1024
 

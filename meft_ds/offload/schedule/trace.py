@@ -15,9 +15,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from meft_ds.fields import shown
 from meft_ds.files import check_writable, write_text
 from meft_ds.offload.schedule.timing import WindowTimes, phases
+from meft_ds.options import shown
 
 LANES = ("compute", "main", "down", "host", "up")
 """Rows from top to bottom; "compute" holds the model's forwards and backwards."""

@@ -24,10 +24,11 @@ from meft_ds.offload import update_gates
 from meft_ds.offload.flat_unit import FlatUnit
 from meft_ds.offload.method import Method, Run
 from meft_ds.offload.model.weights import Weights
-from meft_ds.plugin import checkpoint, export, recovery, zero3
-from meft_ds.plugin.mapping import mapped
+from meft_ds.plugin import zero3
+from meft_ds.plugin.checkpoint import export, recovery, state
+from meft_ds.plugin.checkpoint.ds_files import mapped
+from meft_ds.plugin.checkpoint.transaction import Saving
 from meft_ds.plugin.optimizer import MeftOptimizer
-from meft_ds.plugin.staging import Saving
 from meft_ds.sparse_matrix.files import merge_base
 
 logger = logging.getLogger("meft_ds")
@@ -145,7 +146,7 @@ class SavingEngine(DeepSpeedEngine):
         if saving.ranks.rank == 0:
             rows = any(method.name == "sparse_adapter" for method in self._meft_methods)
             recovery.write_optimizer_file(saving, rows=rows)
-        checkpoint.save(
+        state.save(
             saving,
             self.optimizer.pipeline.units,
             counters=self.optimizer.counters(),
@@ -169,15 +170,15 @@ class SavingEngine(DeepSpeedEngine):
         custom_load_fn: Any = None,
     ) -> tuple[str | None, Any]:
         """Our state is verified before DeepSpeed touches the model, and loaded after it did."""
-        tag = tag if tag is not None else checkpoint.latest_tag(Path(load_dir))
+        tag = tag if tag is not None else state.latest_tag(Path(load_dir))
         if tag is None:
             return super().load_checkpoint(load_dir)  # logs what is missing, as without us
-        folder = Path(load_dir) / str(tag) / checkpoint.FOLDER
+        folder = Path(load_dir) / str(tag) / state.FOLDER
         pipeline = self.optimizer.pipeline
         pipeline.rest()  # what is under way must not land in the loaded state
         if self._meft_stage3:
             self._meft_zero3.partition_all_parameters()  # what an evaluation left gathered would be old
-        manifest = checkpoint.verify(
+        manifest = state.verify(
             folder,
             self.optimizer.pipeline.units,
             self._meft_run.ranks,
@@ -198,7 +199,7 @@ class SavingEngine(DeepSpeedEngine):
                     custom_load_fn=custom_load_fn,
                 )
             if path is not None:
-                checkpoint.load(folder, manifest, pipeline.units, moments=moments)
+                state.load(folder, manifest, pipeline.units, moments=moments)
                 for method in self._meft_methods:
                     method.weights_loaded(self._meft_run)
                 pipeline.publish()
@@ -322,7 +323,7 @@ class SavingEngine(DeepSpeedEngine):
 
     def _load_methods(self, folder: Path, manifest: dict[str, Any], *, moments: bool) -> None:
         for method in self._meft_methods:
-            saved = checkpoint.method_state(folder, manifest, method.name)
+            saved = state.method_state(folder, manifest, method.name)
             if saved is None:
                 continue
             if units := method.load_state(self._meft_run, *saved, moments=moments):

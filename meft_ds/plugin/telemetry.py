@@ -4,14 +4,15 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, Protocol
 
 from meft_ds.offload.dense_unit import DenseUnit
-from meft_ds.offload.host.transfer import training_bytes
+from meft_ds.offload.host.transfer import Bus, training_bytes
 from meft_ds.offload.method import Method
 from meft_ds.offload.pipeline import Pipeline
 from meft_ds.offload.schedule.timing import WindowTimes
-from meft_ds.plugin.setup import Plan
+from meft_ds.offload.schedule.window import StepResult
+from meft_ds.plugin.build import Plan
 
 
 class Stats:
@@ -68,3 +69,62 @@ class Stats:
             "bound_s": times.bound_s,
             "efficiency": times.efficiency,
         }
+
+
+TAG = "Train/Samples/meft_"
+
+Event = tuple[str, float, int]
+
+
+class Writer(Protocol):
+    """What is used of DeepSpeed's MonitorMaster."""
+
+    enabled: bool
+
+    def write_events(self, event_list: list[Event]) -> None:
+        """Write (tag, value, samples so far) to every configured place."""
+
+
+class WindowMonitor:
+    """Writes each closed window once. Does nothing while the monitor is off.
+
+    Args:
+        writer: DeepSpeed's monitor.
+        bus: counts the bytes.
+    """
+
+    def __init__(self, writer: Writer, bus: Bus) -> None:
+        self._writer, self._bus = writer, bus
+        self._closed: tuple[int, dict[str, float]] | None = None
+
+    def note(self, window: int, result: StepResult) -> None:
+        """Keep what `write` will write: `window` has just been closed by the step that gave `result`."""
+        if not self._writer.enabled:
+            return
+        times = result.times
+        values = {
+            "step_s": times.wall_s,
+            "bound_s": times.bound_s,
+            "efficiency": times.efficiency,
+            "stall_s": times.stall_s,
+            "norm_wait_s": times.norm_s,
+            "host_update_s": times.host_s,
+            "payloads": float(times.payloads),
+        }
+        if not result.overflow:  # a skipped step has no norm
+            values["grad_norm"] = result.grad_norm
+        self._closed = window, values
+
+    def write(self, samples: int) -> None:
+        """Write the window noted last, unless that was done. Call when all its updates are applied, before the bus
+        closes the window after it.
+
+        Args:
+            samples: trained on until the end of the noted window.
+        """
+        if self._closed is None:
+            return
+        (window, values), self._closed = self._closed, None
+        down, up = training_bytes(self._bus.counts_of(window))
+        values = {"bytes_down": float(down), "bytes_up": float(up), **values}
+        self._writer.write_events([(TAG + name, value, samples) for name, value in values.items()])

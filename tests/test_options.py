@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from torch import nn
 
-from meft_ds import fields
+from meft_ds import options
 from meft_ds.config import parse_config
 from meft_ds.plugin import trainable
 from meft_ds.sparse_adapter.discover import find_ffns
@@ -35,7 +35,7 @@ LONG = "a" * 70 + "b"
 @pytest.mark.parametrize("pattern", USUAL)
 def test_patterns_match_what_pythons_own_do(pattern: str) -> None:
     for name in NAMES:
-        ours = fields.compiled(pattern)
+        ours = options.compiled(pattern)
         assert ours.search(name) == bool(re.search(pattern, name))
         assert ours.fullmatch(name) == bool(re.fullmatch(pattern, name))
 
@@ -60,16 +60,16 @@ WAYS: dict[str, Callable[[], Any]] = {
 
 @pytest.mark.parametrize("way", WAYS)
 def test_a_pattern_that_would_never_end_is_refused_by_name(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fields, "_SECONDS", 0.1)
-    fields.compiled.cache_clear()
+    monkeypatch.setattr(options, "_SECONDS", 0.1)
+    options.compiled.cache_clear()
     with pytest.raises(ValueError, match=re.escape(f"'{ENDLESS}' takes longer than 0.1 s")):
         WAYS[way]()
-    fields.compiled.cache_clear()
+    options.compiled.cache_clear()
 
 
 def test_repeats_inside_repeats_that_are_no_harm_work() -> None:
-    assert fields.compiled("(a+)+$").search(LONG) is False
-    assert fields.compiled(r"(\w+\.?)*down_proj").fullmatch(NAMES[0])
+    assert options.compiled("(a+)+$").search(LONG) is False
+    assert options.compiled(r"(\w+\.?)*down_proj").fullmatch(NAMES[0])
 
 
 @pytest.mark.parametrize(
@@ -77,4 +77,4 @@ def test_repeats_inside_repeats_that_are_no_harm_work() -> None:
 )
 def test_what_is_no_expression_or_too_large_is_refused_before_it_takes_memory(pattern: str) -> None:
     with pytest.raises(ValueError, match="is not a regular expression"):
-        fields.patterns(pattern)
+        options.patterns(pattern)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from meft_ds.plugin.staging import Saving
+from meft_ds.plugin.checkpoint.transaction import Saving
 
 WHOLE = "meft_optim_states.pt"
 # the tools name a file that they cannot read: rows are no part of the model file, and the base alone is not the model

@@ -2,7 +2,7 @@
 """Saves and loads the units' state beside DeepSpeed's own files, in `<save_dir>/<tag>/meft/`.
 
 One safetensors file per unit and rank, and one JSON manifest with every file's size and SHA-256, those of DeepSpeed's
-files and its own included. The manifest comes last (`meft_ds.plugin.staging`), so a folder without one is an
+files and its own included. The manifest comes last (`transaction`), so a folder without one is an
 unfinished save. Nothing of ours needs pickle.
 """
 
@@ -19,7 +19,7 @@ from torch import Tensor
 from meft_ds import files
 from meft_ds.offload.ranks import Ranks
 from meft_ds.offload.unit import Unit
-from meft_ds.plugin.staging import FOLDER, MANIFEST, Saving, all_gather, finish, read_sealed
+from meft_ds.plugin.checkpoint.transaction import FOLDER, MANIFEST, Saving, all_gather, finish, read_sealed
 
 FORMAT = 1
 

@@ -22,7 +22,7 @@ from meft_ds.offload.model.capture import untap
 from meft_ds.offload.model.weights import Weights, shape_of
 from meft_ds.offload.ranks import Ranks, first_decides
 from meft_ds.offload.unit import Unit
-from meft_ds.plugin.folder import tell_of_adapter
+from meft_ds.plugin.checkpoint.folder import tell_of_adapter
 from meft_ds.sparse_adapter.attach import ADAPTER_NAME, find_adapters
 from meft_ds.sparse_adapter.base import remember
 from meft_ds.sparse_adapter.files import needed_from, write_adapter
