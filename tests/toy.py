@@ -156,7 +156,7 @@ class DenseOracle(nn.Module):
 
 def oracle_model(engine: Any) -> tuple[nn.Module, list[DenseOracle]]:
     """A frozen copy of the engine's base with dense oracles beside its FFNs, in the state the engine is in now."""
-    from meft_ds.sparse_adapter.router import expert_starts
+    from meft_ds.sparse_adapter.forward.router import expert_starts
 
     sizes = engine._meft_methods[0].sizes
     model = tiny_llama()

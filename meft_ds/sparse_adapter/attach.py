@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from meft_ds.offload.model.gradient_checkpointing import feed_checkpoints
 from meft_ds.sparse_adapter.config import ResolvedSparseAdapter
 from meft_ds.sparse_adapter.discover import Site, find_ffns
+from meft_ds.sparse_adapter.forward.router import init_keys, init_router
+from meft_ds.sparse_adapter.layer import SparseAdapter
 from meft_ds.sparse_adapter.masks import TokenMask, follow
-from meft_ds.sparse_adapter.module import SparseAdapter
-from meft_ds.sparse_adapter.router import init_keys, init_router
-from meft_ds.sparse_adapter.rows import RowSource
+from meft_ds.sparse_adapter.rows.source import RowSource
 
 __all__ = ["ADAPTER_NAME", "Site", "attach", "detach", "find_adapters", "find_ffns"]
 

@@ -168,7 +168,7 @@ class SparseAdapterConfig(BaseModel):
 
     def resolve(self, d: int, initializer_range: float | None = None) -> ResolvedSparseAdapter:
         """Numbers for a model of hidden size ``d``. Raises ValueError when a size cannot work with that ``d``."""
-        from meft_ds.sparse_adapter.router import unit_router_scale
+        from meft_ds.sparse_adapter.forward.router import unit_router_scale
 
         r = 2 * d if self.rows == "auto" else int(self.rows)
         experts_per_token = self.experts_per_token

@@ -26,9 +26,9 @@ from meft_ds.sparse_adapter.attach import ADAPTER_NAME, find_adapters, place
 from meft_ds.sparse_adapter.base import check_fits, remember, take_over, trained_in
 from meft_ds.sparse_adapter.config import ResolvedSparseAdapter
 from meft_ds.sparse_adapter.discover import Site, make_site
+from meft_ds.sparse_adapter.layer import SparseAdapter
 from meft_ds.sparse_adapter.layout import FORMAT, JSON_NAME, About, TensorFile, read_about, text_of
-from meft_ds.sparse_adapter.module import SparseAdapter
-from meft_ds.sparse_adapter.rows import DeviceRows
+from meft_ds.sparse_adapter.rows.source import DeviceRows
 
 __all__ = ["FORMAT", "JSON_NAME", "SavedAdapter", "load_adapter", "needed_from", "read_adapter", "write_adapter"]
 

@@ -13,11 +13,11 @@ from meft_ds.offload.method import Method, Run
 from meft_ds.offload.ranks import owned_range
 from meft_ds.offload.unit import Footprint, Unit
 from meft_ds.sparse_adapter.attach import Site, attach, find_ffns
-from meft_ds.sparse_adapter.compress import RowCompression
 from meft_ds.sparse_adapter.config import ResolvedCompress, ResolvedSparseAdapter, SparseAdapterConfig
-from meft_ds.sparse_adapter.module import SparseAdapter
-from meft_ds.sparse_adapter.router import init_keys
-from meft_ds.sparse_adapter.store import HostRows, initialise_rows, store_specs
+from meft_ds.sparse_adapter.forward.router import init_keys
+from meft_ds.sparse_adapter.layer import SparseAdapter
+from meft_ds.sparse_adapter.rows.compression import RowCompression
+from meft_ds.sparse_adapter.rows.host import HostRows, initialise_rows, store_specs
 from meft_ds.sparse_adapter.takeover import fill_rows, give_rows, holds_rows, kept_store, learned_rows, take_over
 from meft_ds.sparse_adapter.unit import RowsUnit, rows_footprint
 

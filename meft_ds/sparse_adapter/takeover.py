@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from meft_ds.sparse_adapter.attach import Site, detach, find_adapters
 from meft_ds.sparse_adapter.config import ResolvedSparseAdapter
-from meft_ds.sparse_adapter.module import SparseAdapter
-from meft_ds.sparse_adapter.store import HostRows
+from meft_ds.sparse_adapter.layer import SparseAdapter
+from meft_ds.sparse_adapter.rows.host import HostRows
 
 # what a new engine may choose anew: how rows are moved and updated, and how they would have begun
 _FREE = {"selection", "optimizer", "compute", "cache_rows", "balance_loss"}

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from meft_ds.sparse_adapter.config import ResolvedSparseAdapter, SparseAdapterConfig
-from meft_ds.sparse_adapter.module import SparseAdapter
-from meft_ds.sparse_adapter.rows import DeviceRows
+from meft_ds.sparse_adapter.layer import SparseAdapter
+from meft_ds.sparse_adapter.rows.source import DeviceRows
 
 
 def dense_adapter(

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from meft_ds.sparse_adapter import replay
+from meft_ds.sparse_adapter.forward import recompute
 from tests.sparse_adapter.oracle import random_adapter, rows_grad, small_config
 
 pytestmark = pytest.mark.usefixtures("ops_path")
@@ -140,9 +140,9 @@ def test_checkpointed_forwards_are_recorded_once(kind: str) -> None:
 
 def test_end_window_forgets_and_forwards_without_backward_stay_bounded(caplog: pytest.LogCaptureFixture) -> None:
     adapter = random_adapter(small_config())
-    for _ in range(replay._MOST_PENDING + 5):
+    for _ in range(recompute._MOST_PENDING + 5):
         checkpoint(adapter, torch.randn(2, 16, requires_grad=True), use_reentrant=True)
-    assert len(adapter._replay) == replay._MOST_PENDING
+    assert len(adapter._replay) == recompute._MOST_PENDING
     assert sum("without a backward" in r.message for r in caplog.records) == 1
     adapter.end_window()
     assert len(adapter._replay) == 0

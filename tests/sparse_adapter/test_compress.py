@@ -16,10 +16,10 @@ from meft_ds.offload.host.transfer import Bus
 from meft_ds.offload.ranks import Ranks
 from meft_ds.offload.unit import AdamHyper
 from meft_ds.ops.projector import Projector
-from meft_ds.sparse_adapter import compress as compress_module
-from meft_ds.sparse_adapter.compress import RowCompression, view_bytes
 from meft_ds.sparse_adapter.config import CompressConfig, ResolvedCompress
-from meft_ds.sparse_adapter.store import HostRows
+from meft_ds.sparse_adapter.rows import compression as compress_module
+from meft_ds.sparse_adapter.rows.compression import RowCompression, view_bytes
+from meft_ds.sparse_adapter.rows.host import HostRows
 from meft_ds.sparse_adapter.unit import RowsUnit
 from tests.ranks import run_ranks
 
@@ -320,9 +320,9 @@ from meft_ds.offload.host.shared_memory import allocate
 from meft_ds.offload.host.transfer import Bus
 from meft_ds.offload.ranks import Ranks
 from meft_ds.offload.unit import AdamHyper
-from meft_ds.sparse_adapter.compress import RowCompression
+from meft_ds.sparse_adapter.rows.compression import RowCompression
 from meft_ds.sparse_adapter.config import ResolvedCompress
-from meft_ds.sparse_adapter.store import HostRows
+from meft_ds.sparse_adapter.rows.host import HostRows
 from meft_ds.sparse_adapter.unit import RowsUnit
 
 dist.init_process_group("gloo")

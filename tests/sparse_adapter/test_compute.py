@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from meft_ds.sparse_adapter import plan
+from meft_ds.sparse_adapter.forward import grouping
 from tests.sparse_adapter.oracle import dense_adapter, grid, make_adapter, random_adapter, rows_grad, small_config
 
 pytestmark = pytest.mark.usefixtures("ops_path")
@@ -62,14 +62,14 @@ def test_values_and_gradients_equal_the_dense_oracle(case: dict) -> None:
 
     adapter = make_adapter(config, rows, router, capacity)
     x_own = x.clone().requires_grad_()
-    limits = (plan._CHUNK_BYTES, plan._CPU_BLOCK_BYTES)
+    limits = (grouping._CHUNK_BYTES, grouping._CPU_BLOCK_BYTES)
     if chunked:  # several chunks of tokens, several blocks of tiles
-        plan._CHUNK_BYTES, plan._CPU_BLOCK_BYTES = 4 * d * 20, 4 * d * 16
+        grouping._CHUNK_BYTES, grouping._CPU_BLOCK_BYTES = 4 * d * 20, 4 * d * 16
     try:
         y = adapter(x_own, tokens)
         y.backward(dy)
     finally:
-        plan._CHUNK_BYTES, plan._CPU_BLOCK_BYTES = limits
+        grouping._CHUNK_BYTES, grouping._CPU_BLOCK_BYTES = limits
 
     def close(got: torch.Tensor | None, expected: torch.Tensor | None) -> None:
         zero = torch.zeros(())

@@ -114,7 +114,7 @@ def test_every_candidate_that_an_error_lists_runs(name: str) -> None:
     for candidate in candidates:
         sites = find_ffns(model, candidate)
         for adapter in attach(model, tiny_config(), sites):
-            from meft_ds.sparse_adapter.rows import DeviceRows
+            from meft_ds.sparse_adapter.rows.source import DeviceRows
 
             adapter.rows = DeviceRows(torch.randn(60, 64), trainable=True)
         model(**given).logits.square().sum().backward()

@@ -8,9 +8,9 @@ import torch
 
 from meft_ds import ops
 from meft_ds.offload.host.transfer import Bus
-from meft_ds.sparse_adapter import module
-from meft_ds.sparse_adapter.module import SparseAdapter
-from meft_ds.sparse_adapter.store import HostRows
+from meft_ds.sparse_adapter import layer
+from meft_ds.sparse_adapter.layer import SparseAdapter
+from meft_ds.sparse_adapter.rows.host import HostRows
 from tests.sparse_adapter.oracle import random_adapter, rows_grad, small_config
 
 D, R = 24, 90
@@ -58,7 +58,7 @@ def test_fused_and_grouped_forms_agree(dtype: torch.dtype, monkeypatch: pytest.M
     results = []
     for fused in (True, False):
         if not fused:
-            monkeypatch.setattr(module, "can_fuse", lambda x: False)
+            monkeypatch.setattr(layer, "can_fuse", lambda x: False)
         adapter = random_adapter(small_config(D, rows=R, experts=11)).to(dtype)
         x = torch.randn(40, D, generator=torch.Generator().manual_seed(0)).to(dtype).requires_grad_()
         tokens = torch.arange(40) % 5 != 0

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from meft_ds.sparse_adapter.attach import attach, detach, find_adapters, find_ffns
-from meft_ds.sparse_adapter.module import SparseAdapter
-from meft_ds.sparse_adapter.rows import DeviceRows
+from meft_ds.sparse_adapter.layer import SparseAdapter
+from meft_ds.sparse_adapter.rows.source import DeviceRows
 from tests.sparse_adapter.others import SEQ2SEQ, padded, text, tiny
 from tests.sparse_adapter.tiny import attach_device_rows, tiny_config, tiny_model
 

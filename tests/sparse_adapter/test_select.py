@@ -6,10 +6,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from meft_ds.sparse_adapter.plan import count_pairs, sort_pairs
-from meft_ds.sparse_adapter.router import expert_starts
-from meft_ds.sparse_adapter.rows import DeviceRows
-from meft_ds.sparse_adapter.select import key_scores, select_keys, top_experts
+from meft_ds.sparse_adapter.forward.grouping import count_pairs, sort_pairs
+from meft_ds.sparse_adapter.forward.router import expert_starts
+from meft_ds.sparse_adapter.forward.select import key_scores, select_keys, top_experts
+from meft_ds.sparse_adapter.rows.source import DeviceRows
 from tests.sparse_adapter.oracle import dense_adapter, grid, make_adapter, random_adapter, small_config
 
 pytestmark = pytest.mark.usefixtures("ops_path")

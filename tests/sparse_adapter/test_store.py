@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from meft_ds.offload.host.transfer import Bus
 from meft_ds.offload.ranks import Ranks
 from meft_ds.offload.unit import AdamHyper
-from meft_ds.sparse_adapter.store import HostRows
+from meft_ds.sparse_adapter.rows.host import HostRows
 from meft_ds.sparse_adapter.unit import RowsUnit
 
 R, D = 40, 3

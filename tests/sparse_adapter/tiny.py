@@ -11,8 +11,8 @@ from torch import nn
 
 from meft_ds.sparse_adapter.attach import attach
 from meft_ds.sparse_adapter.config import ResolvedSparseAdapter, SparseAdapterConfig
-from meft_ds.sparse_adapter.module import SparseAdapter
-from meft_ds.sparse_adapter.rows import DeviceRows
+from meft_ds.sparse_adapter.layer import SparseAdapter
+from meft_ds.sparse_adapter.rows.source import DeviceRows
 
 _COMMON: dict[str, Any] = {
     "vocab_size": 64,

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from meft_ds.sparse_adapter.select import Selection
+from meft_ds.sparse_adapter.forward.select import Selection
 
 __all__ = ["Replay", "inside_backward", "inside_function"]
 

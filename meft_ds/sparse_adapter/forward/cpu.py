@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from meft_ds import ops
-from meft_ds.sparse_adapter.compute import Job, check_version
+from meft_ds.sparse_adapter.forward.grouped import Job, check_version
 
 __all__ = ["apply_fused", "can_fuse"]
 

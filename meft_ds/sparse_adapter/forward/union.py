@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from meft_ds.sparse_adapter.compute import Job, check_version
+from meft_ds.sparse_adapter.forward.grouped import Job, check_version
 
 __all__ = ["apply_union"]
 

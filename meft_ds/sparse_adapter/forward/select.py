@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from meft_ds import ops
-from meft_ds.sparse_adapter.plan import GroupPlan, SortedPairs, group_chunk
+from meft_ds.sparse_adapter.forward.grouping import GroupPlan, SortedPairs, group_chunk
 
 __all__ = ["Selection", "active_slots", "key_scores", "select_keys", "top_experts"]
 

@@ -11,11 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from meft_ds import ops
-from meft_ds.sparse_adapter.balance import with_balance_gradient
-from meft_ds.sparse_adapter.compute import Job, apply_grouped
 from meft_ds.sparse_adapter.config import ResolvedSparseAdapter
-from meft_ds.sparse_adapter.fused import apply_fused, can_fuse
-from meft_ds.sparse_adapter.plan import (
+from meft_ds.sparse_adapter.forward.cpu import apply_fused, can_fuse
+from meft_ds.sparse_adapter.forward.grouped import Job, apply_grouped
+from meft_ds.sparse_adapter.forward.grouping import (
     GroupPlan,
     SortedPairs,
     chunk_length,
@@ -24,11 +23,11 @@ from meft_ds.sparse_adapter.plan import (
     plan_groups,
     sort_pairs,
 )
-from meft_ds.sparse_adapter.replay import Replay, inside_backward, inside_function
-from meft_ds.sparse_adapter.router import Router, expert_starts
-from meft_ds.sparse_adapter.rows import RowSource
-from meft_ds.sparse_adapter.select import Selection, active_slots, key_scores, select_keys, top_experts
-from meft_ds.sparse_adapter.union import apply_union
+from meft_ds.sparse_adapter.forward.recompute import Replay, inside_backward, inside_function
+from meft_ds.sparse_adapter.forward.router import Router, expert_starts, with_balance_gradient
+from meft_ds.sparse_adapter.forward.select import Selection, active_slots, key_scores, select_keys, top_experts
+from meft_ds.sparse_adapter.forward.union import apply_union
+from meft_ds.sparse_adapter.rows.source import RowSource
 
 __all__ = ["SparseAdapter"]
 

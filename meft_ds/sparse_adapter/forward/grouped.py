@@ -17,9 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from meft_ds.sparse_adapter.plan import Bank, Block, GroupPlan, Groups
-from meft_ds.sparse_adapter.rows import RowSource
-from meft_ds.sparse_adapter.select import Selection
+from meft_ds.sparse_adapter.forward.grouping import Bank, Block, GroupPlan, Groups
+from meft_ds.sparse_adapter.forward.select import Selection
+from meft_ds.sparse_adapter.rows.source import RowSource
 
 __all__ = ["Job", "apply_grouped", "check_version"]
 
