@@ -26,7 +26,7 @@ from meft_ds.offload.schedule.trace import Trace
 from meft_ds.plugin.checkpoint import state
 from meft_ds.plugin.checkpoint.transaction import Saving, finish
 from meft_ds.sparse_adapter.files import JSON_NAME, read_adapter, write_adapter
-from meft_ds.sparse_matrix.choice import Choice, Tile
+from meft_ds.sparse_matrix.choice.choice import Choice, Tile
 from meft_ds.sparse_matrix.files import SavedTiles, apply_tiles, read_tiles, write_tiles
 from tests.offload.test_trace import two_micro_batches
 from tests.sparse_adapter.tiny import attach_device_rows, tiny_model

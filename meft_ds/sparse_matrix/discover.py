@@ -16,7 +16,7 @@ from meft_ds.offload.model.heads import peft_layer
 from meft_ds.offload.model.weights import numel_of, shape_of
 from meft_ds.options import compiled
 from meft_ds.sparse_matrix.config import SparseMatrixConfig
-from meft_ds.sparse_matrix.segments import input_first, names_of_parts, parts_of
+from meft_ds.sparse_matrix.roles import input_first, names_of_parts, parts_of
 
 _MOST_LISTED = 20
 

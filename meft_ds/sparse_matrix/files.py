@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from meft_ds.files import check_file, checked_folder, parse_json, write_whole
 from meft_ds.offload.model.capture import Tapped
-from meft_ds.sparse_matrix.choice import Choice, Range, misplaced, overlapping
+from meft_ds.sparse_matrix.choice.choice import Choice, Range, misplaced, overlapping
 from meft_ds.sparse_matrix.linear import Corrected
 from meft_ds.sparse_matrix.unit import BlocksUnit
 

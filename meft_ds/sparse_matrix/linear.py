@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from meft_ds.offload.model.capture import Receiver, Tapped
-from meft_ds.sparse_matrix.blocks import Blocks
+from meft_ds.sparse_matrix.tiles import Blocks
 
 
 def correct(

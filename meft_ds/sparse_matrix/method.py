@@ -22,18 +22,18 @@ from meft_ds.offload.model.discover import count_layers, layer_of, listed
 from meft_ds.offload.model.gradient_checkpointing import feed_checkpoints
 from meft_ds.offload.ranks import Ranks, first_decides
 from meft_ds.offload.unit import Footprint, Unit
-from meft_ds.sparse_matrix.blocks import Blocks, Rectangle
-from meft_ds.sparse_matrix.choice import Choice, check_choice
-from meft_ds.sparse_matrix.config import SparseMatrixConfig
-from meft_ds.sparse_matrix.discover import Site, check_roles, elements_of_2d_weights, find_sites, narrow
-from meft_ds.sparse_matrix.score import Scorer, tile_elements
-from meft_ds.sparse_matrix.select import (
+from meft_ds.sparse_matrix.choice.choice import Choice, check_choice
+from meft_ds.sparse_matrix.choice.score import Scorer, tile_elements
+from meft_ds.sparse_matrix.choice.select import (
     choose,
     most_elements,
     tell_of_matrices_without_tiles,
     warn_of_unreached,
     weight_scores,
 )
+from meft_ds.sparse_matrix.config import SparseMatrixConfig
+from meft_ds.sparse_matrix.discover import Site, check_roles, elements_of_2d_weights, find_sites, narrow
+from meft_ds.sparse_matrix.tiles import Blocks, Rectangle
 from meft_ds.sparse_matrix.unit import BlocksUnit, Form
 
 _logger = logging.getLogger("meft_ds")

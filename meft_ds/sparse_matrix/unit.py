@@ -23,8 +23,8 @@ from meft_ds.offload.model.capture import tap, untap
 from meft_ds.offload.model.weights import WHOLE, Weights, shape_of
 from meft_ds.offload.ranks import Ranks
 from meft_ds.offload.unit import AdamHyper, Footprint
-from meft_ds.sparse_matrix.blocks import Blocks
 from meft_ds.sparse_matrix.linear import correct
+from meft_ds.sparse_matrix.tiles import Blocks
 
 Form = Literal["value", "delta"]
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from meft_ds.sparse_matrix.blocks import Blocks, Rectangle
+from meft_ds.sparse_matrix.tiles import Blocks, Rectangle
 from tests.toy import ds_config, make_engine, tiny_llama, train
 
 SCORED = {"density": 0.2, "block_size": 8, "warmup_steps": 2}

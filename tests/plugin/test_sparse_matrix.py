@@ -14,10 +14,10 @@ import torch
 from torch import nn
 
 from meft_ds.offload.schedule.eager import MEASURED_WINDOWS
-from meft_ds.sparse_matrix.choice import Choice
+from meft_ds.sparse_matrix.choice.choice import Choice
+from meft_ds.sparse_matrix.choice.select import choose
 from meft_ds.sparse_matrix.config import SparseMatrixConfig
 from meft_ds.sparse_matrix.discover import elements_of_2d_weights, find_sites
-from meft_ds.sparse_matrix.select import choose
 from tests.plugin.tiles import EVERYTHING, SCORED, config, differing, everything, method_of, steps, tiles_units
 from tests.sparse_adapter.tiny import tiny_model
 from tests.sparse_matrix.hand import brute_force

@@ -13,7 +13,7 @@ from torch import nn
 
 from meft_ds.offload.model.capture import Tapped
 from meft_ds.plugin.checkpoint.transaction import sealed
-from meft_ds.sparse_matrix.choice import Choice
+from meft_ds.sparse_matrix.choice.choice import Choice
 from meft_ds.sparse_matrix.discover import find_sites
 from tests.plugin.tiles import SCORED, config, differing, everything, method_of, steps, tiles_units
 from tests.sparse_adapter.tiny import tiny_model

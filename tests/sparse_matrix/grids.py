@@ -6,8 +6,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from meft_ds.sparse_matrix.choice.select import Tile
 from meft_ds.sparse_matrix.discover import Site
-from meft_ds.sparse_matrix.select import Tile
 
 
 def cuts(*sizes: int, side: int) -> tuple[tuple[int, int], ...]:

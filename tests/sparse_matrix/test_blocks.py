@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from meft_ds.offload.model.capture import tap
-from meft_ds.sparse_matrix.blocks import Blocks, Rectangle
+from meft_ds.sparse_matrix.tiles import Blocks, Rectangle
 from tests.sparse_matrix.grids import cuts
 
 CPU = torch.device("cpu")

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from meft_ds.sparse_matrix.config import SparseMatrixConfig
 from meft_ds.sparse_matrix.discover import Site, elements_of_2d_weights, find_sites
-from meft_ds.sparse_matrix.segments import role_of
+from meft_ds.sparse_matrix.roles import role_of
 from tests.sparse_adapter.tiny import tiny_model
 
 _SIZES: dict[str, Any] = {

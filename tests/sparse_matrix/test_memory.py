@@ -14,8 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from meft_ds.offload.model.capture import tap
-from meft_ds.sparse_matrix import score as score_module
-from meft_ds.sparse_matrix.blocks import Blocks
+from meft_ds.sparse_matrix.choice import score as score_module
+from meft_ds.sparse_matrix.tiles import Blocks
 from tests.sparse_matrix.hand import choice_of, pipeline_of, scorer_of
 from tests.subspace.hand import CPU
 

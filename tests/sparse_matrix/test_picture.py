@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from meft_ds.sparse_matrix import picture
+from meft_ds.sparse_matrix.choice import picture
+from meft_ds.sparse_matrix.choice.select import Choice, choose
 from meft_ds.sparse_matrix.config import SparseMatrixConfig
-from meft_ds.sparse_matrix.select import Choice, choose
 from tests.sparse_matrix.grids import site
 
 

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 from meft_ds.offload.model.capture import Tapped
 from meft_ds.offload.ranks import Ranks
-from meft_ds.sparse_matrix import score as score_module
+from meft_ds.sparse_matrix.choice import score as score_module
+from meft_ds.sparse_matrix.choice.score import Scorer
+from meft_ds.sparse_matrix.choice.select import weight_scores
 from meft_ds.sparse_matrix.config import SparseMatrixConfig
 from meft_ds.sparse_matrix.discover import find_sites
-from meft_ds.sparse_matrix.score import Scorer
-from meft_ds.sparse_matrix.select import weight_scores
 from tests.sparse_adapter.tiny import tiny_model
 from tests.sparse_matrix.hand import brute_force, per_tile, scorer_of
 from tests.subspace.hand import CPU

@@ -9,10 +9,10 @@ import math
 import pytest
 from torch import nn
 
-from meft_ds.sparse_matrix.choice import Choice
+from meft_ds.sparse_matrix.choice.choice import Choice
+from meft_ds.sparse_matrix.choice.select import choose, tell_of_matrices_without_tiles, weight_scores
 from meft_ds.sparse_matrix.config import SparseMatrixConfig
 from meft_ds.sparse_matrix.discover import elements_of_2d_weights, find_sites
-from meft_ds.sparse_matrix.select import choose, tell_of_matrices_without_tiles, weight_scores
 
 
 def narrow_model() -> nn.Module:

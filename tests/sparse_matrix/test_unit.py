@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from meft_ds.offload.pipeline import Pipeline
-from meft_ds.sparse_matrix.choice import Choice
+from meft_ds.sparse_matrix.choice.choice import Choice
 from meft_ds.sparse_matrix.unit import BlocksUnit
 from tests.sparse_matrix.hand import choice_of, model_of, pipeline_of
 from tests.subspace.hand import HYPER, backward, differing, everything, inputs

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from meft_ds.offload.model.discover import listed
 from meft_ds.offload.model.weights import WHOLE, Weights
-from meft_ds.sparse_matrix.choice import Choice, Tile, check_choice
+from meft_ds.sparse_matrix.choice.choice import Choice, Tile, check_choice
 from meft_ds.sparse_matrix.config import SparseMatrixConfig
 from meft_ds.sparse_matrix.discover import Site
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Where the tiles of a choice are, by layer and role.
 
-python -m meft_ds.sparse_matrix.picture tiles.json picture.png
+python -m meft_ds.sparse_matrix.choice.picture tiles.json picture.png
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from meft_ds.sparse_matrix.choice import Choice
+from meft_ds.sparse_matrix.choice.choice import Choice
 
 _USUAL_ORDER = ("q", "k", "v", "o", "gate", "up", "down")
 
@@ -76,7 +76,9 @@ def draw(choice: Choice, path: str | Path) -> None:
 
 def main() -> None:
     """Print the table of a choice's file and draw its picture."""
-    parser = argparse.ArgumentParser(prog="python -m meft_ds.sparse_matrix.picture", description="Where the tiles are.")
+    parser = argparse.ArgumentParser(
+        prog="python -m meft_ds.sparse_matrix.choice.picture", description="Where the tiles are."
+    )
     parser.add_argument("tiles", help="JSON file that sparse_matrix.choice_out named")
     parser.add_argument("picture", help="PNG file to write", nargs="?")
     given = parser.parse_args()
