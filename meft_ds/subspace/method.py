@@ -18,10 +18,10 @@ from meft_ds.offload.model.discover import count_layers, layer_of, listed
 from meft_ds.offload.model.gradient_checkpointing import feed_checkpoints
 from meft_ds.offload.model.weights import shape_of
 from meft_ds.offload.unit import Footprint, Unit
+from meft_ds.subspace.calibrate import Refit, first_draw
 from meft_ds.subspace.config import SubspaceConfig
 from meft_ds.subspace.discover import Site, find_matrices
 from meft_ds.subspace.matrix import Matrix, Side
-from meft_ds.subspace.refit import Refit, first_draw
 from meft_ds.subspace.unit import SubspaceUnit
 
 _logger = logging.getLogger("meft_ds")

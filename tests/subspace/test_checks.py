@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from meft_ds import ops
 from meft_ds.ops.projector import compress, expand
-from meft_ds.subspace import refit
+from meft_ds.subspace import calibrate
+from meft_ds.subspace.calibrate import first_draw
 from meft_ds.subspace.config import SubspaceConfig
 from meft_ds.subspace.fit import bias_of, fit, transport
-from meft_ds.subspace.refit import first_draw
 from tests.subspace.hand import (
     CPU,
     HYPER,
@@ -110,7 +110,7 @@ def test_projectors_switch_only_for_a_bias_that_is_too_high_and_becomes_lower(
     old = {side.name: side.projector for side in unit.sides}
     moments = {k: t.clone() for k, t in unit.state_tensors().items()}
     monkeypatch.setattr(
-        refit, "bias_of", lambda g, p, q: before if p is old["0.weight.left"] and q is old["0.right"] else after
+        calibrate, "bias_of", lambda g, p, q: before if p is old["0.weight.left"] and q is old["0.right"] else after
     )
     backward(model, 1)
     changed = [side.projector is not old[side.name] for side in unit.sides]
@@ -140,7 +140,7 @@ def test_s_of_siblings_is_of_the_projectors_in_use_whoever_keeps_or_changes_thei
     kept = {id(m.left.projector) for m in unit.matrices if m.name.split(".")[-2].removesuffix("_proj") in keeps}
     # those that keep have a low bias, the others one that every fit improves
     monkeypatch.setattr(
-        refit, "bias_of", lambda g, p, q: 0.01 if id(p) in kept and id(q) in old else 0.5 if id(p) in old else 0.4
+        calibrate, "bias_of", lambda g, p, q: 0.01 if id(p) in kept and id(q) in old else 0.5 if id(p) in old else 0.4
     )
     grads = grads_of(model, 1)
     backward(model, 1)
@@ -175,7 +175,7 @@ def test_interval_0_fits_once_and_random_projectors_are_never_fitted(monkeypatch
         pipeline = pipeline_of(model, **settings)
         (unit,) = subspace_units(pipeline)
         fits: list[int] = []
-        monkeypatch.setattr(refit, "fit", lambda *a, _f=fits, **kw: (_f.append(1), fit(*a, **kw))[-1])
+        monkeypatch.setattr(calibrate, "fit", lambda *a, _f=fits, **kw: (_f.append(1), fit(*a, **kw))[-1])
         checked, drawn = [], []
         for step in range(5):
             checks = pipeline.method._refit.checks

@@ -20,9 +20,9 @@ from meft_ds.offload.pipeline import Pipeline
 from meft_ds.offload.ranks import Ranks
 from meft_ds.offload.schedule.window import StepSettings
 from meft_ds.plugin.build import dense_units
+from meft_ds.subspace.calibrate import Refit
 from meft_ds.subspace.config import SubspaceConfig
 from meft_ds.subspace.matrix import Matrix, Side
-from meft_ds.subspace.refit import Refit
 from meft_ds.subspace.unit import SubspaceUnit
 from tests.subspace.hand import (
     CPU,
