@@ -16,7 +16,7 @@ import torch
 
 from meft_ds.offload.ranks import Ranks
 from meft_ds.offload.schedule.eager import Mode, Tuner
-from meft_ds.offload.schedule.window import Entry, Forgotten, Window
+from meft_ds.offload.schedule.window import Forgotten, UnitProgress, Window
 from meft_ds.offload.unit import Unit
 from meft_ds.offload.updates import Updates
 
@@ -209,6 +209,6 @@ class Windows(Updates):
         """`error` left weights or state half changed: nothing is trained or saved until a checkpoint is loaded."""
         self._progress.torn = self._progress.torn or error
 
-    def _send_order(self) -> list[Entry]:
+    def _send_order(self) -> list[UnitProgress]:
         """Deepest first; units that backward does not always finish come last, or the others would wait for them."""
         return sorted(self._entries, key=lambda entry: (not entry.reliable, -entry.index))

@@ -57,7 +57,7 @@ class Method(ABC):
     """One method at work in one engine."""
 
     name: str
-    knob: str  # how a user makes it take less host memory
+    memory_hint: str  # how a user makes it take less host memory
     freezes_base: bool  # whether the base trains only where the block's "train" says so
 
     def least_host_bytes(self, model: nn.Module) -> int:
@@ -97,7 +97,7 @@ class Method(ABC):
     def footprints(self, run: Run) -> list[Footprint]:
         """What `build` will take and its units will move."""
 
-    def specs(self, run: Run) -> Specs:
+    def shared_tensors_spec(self, run: Run) -> Specs:
         """Host tensors that a node's ranks share; `build` gets them."""
         return {}
 
@@ -152,14 +152,14 @@ class Method(ABC):
     def weights_loaded(self, run: Run) -> None:  # noqa: B027 - most methods leave weights to their units
         """The model's weights and all units' state are a checkpoint's now. Collective."""
 
-    def accepts(self, key: str, saved: Any) -> bool:
+    def accepts_fingerprint(self, key: str, saved: Any) -> bool:
         """Whether a checkpoint whose `about` has another value `saved` under `key` may be loaded all the same."""
         return False
 
     # -- what is told of it --------------------------------------------------------------------------------------------
 
     @abstractmethod
-    def about(self) -> dict[str, Any]:
+    def fingerprint(self) -> dict[str, Any]:
         """What shapes the function or the layout of the state (JSON types): a checkpoint must agree in it."""
 
     @abstractmethod

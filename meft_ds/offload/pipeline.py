@@ -33,7 +33,7 @@ from meft_ds.offload.ranks import LaneRanks, Ranks, all_reduce_sum
 from meft_ds.offload.schedule.eager import Mode, Tuner
 from meft_ds.offload.schedule.lanes import Lanes, Progress, call_at_exit
 from meft_ds.offload.schedule.timing import Timeline, WindowTimes
-from meft_ds.offload.schedule.window import Entry, StepResult, StepSettings, Window, agree, clip_factor
+from meft_ds.offload.schedule.window import StepResult, StepSettings, UnitProgress, Window, agree, clip_factor
 from meft_ds.offload.unit import Unit
 
 _logger = logging.getLogger("meft_ds")
@@ -89,7 +89,7 @@ class Pipeline(Windows):
 
     def _take_on(self, units: Sequence[Unit]) -> None:
         self.units = list(units)
-        self._entries = [Entry(unit, index) for index, unit in enumerate(self.units)]
+        self._entries = [UnitProgress(unit, index) for index, unit in enumerate(self.units)]
         self._of = {id(entry.unit): entry for entry in self._entries}
         shallowest = min((unit.layer for unit in self.units), default=0)
         self.timeline = Timeline(self.bus, [unit.name for unit in self.units if unit.layer == shallowest])
@@ -312,7 +312,7 @@ class Pipeline(Windows):
                 )
             entry.unit.adopt()
 
-    def _send(self, entry: Entry) -> None:
+    def _send(self, entry: UnitProgress) -> None:
         early = self.tuner.eager_now and entry.reliable and not entry.quiet
         versions = entry.unit.versions()
         if versions and (entry.exposed or versions != entry.versions):
@@ -329,7 +329,7 @@ class Pipeline(Windows):
         self._lanes.down.submit(partial(self._down_job, entry, self.bus.mark(), self.bus.window))
         self._window.sending = False
 
-    def _down_job(self, entry: Entry, after: Any, window: int) -> None:
+    def _down_job(self, entry: UnitProgress, after: Any, window: int) -> None:
         unit = entry.unit
         with (
             self.timeline.span("down", "send", unit.name),
@@ -341,7 +341,7 @@ class Pipeline(Windows):
         # norms go first: the verdict over all units waits for them
         self._lanes.host.submit(partial(self._norm_job, entry), urgent=True)
 
-    def _norm_job(self, entry: Entry) -> None:
+    def _norm_job(self, entry: UnitProgress) -> None:
         with self.timeline.span("host", "norm", entry.unit.name):
             entry.sq_norm = entry.unit.sq_norm()
         if entry.early:

@@ -40,15 +40,18 @@ def install(model: nn.Module, units: Sequence[FlatUnit], pipeline: Pipeline) -> 
                 guarded[holder].add(index)
     handles: list[Any] = []
     for outer in {name: modules[name] for p in names.values() for name in _around(p)}.values():
-        handles.append(outer.register_forward_pre_hook(_Open(gates), prepend=True))
-        handles.append(outer.register_forward_hook(_Close(gates), always_call=True))
+        handles.append(outer.register_forward_pre_hook(_BeforeModelForward(gates), prepend=True))
+        handles.append(outer.register_forward_hook(_AfterModelForward(gates), always_call=True))
     handles += [
-        model.register_state_dict_pre_hook(_Flush(gates)),
-        model.register_load_state_dict_pre_hook(_Flush(gates)),  # what is under way would overwrite what was loaded
+        model.register_state_dict_pre_hook(_BeforeStateDict(gates)),
+        model.register_load_state_dict_pre_hook(
+            _BeforeStateDict(gates)
+        ),  # what is under way would overwrite what was loaded
     ]
     # first, because under ZeRO-3 a hook of DeepSpeed's gathers what the gate may still change
     handles += [
-        module.register_forward_pre_hook(_Pass(gates, found), prepend=True) for module, found in guarded.items()
+        module.register_forward_pre_hook(_BeforeBlockForward(gates, found), prepend=True)
+        for module, found in guarded.items()
     ]
     return handles
 
@@ -103,7 +106,7 @@ class _Hook:
         return type(self), (_Gates(None, ()),)
 
 
-class _Open(_Hook):
+class _BeforeModelForward(_Hook):
     """Before the model's forward, or that of a part which holds blocks."""
 
     @torch.compiler.disable
@@ -123,7 +126,7 @@ class _Open(_Hook):
                 pipeline.timeline.mark("forward")
 
 
-class _Close(_Hook):
+class _AfterModelForward(_Hook):
     @torch.compiler.disable
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
         gates = self.gates
@@ -135,13 +138,13 @@ class _Close(_Hook):
             pipeline.timeline.mark("forward_end")
 
 
-class _Flush(_Hook):
+class _BeforeStateDict(_Hook):
     def __call__(self, model: nn.Module, *of_state_dict: Any) -> None:
         if (pipeline := self.gates.find()) is not None:
             pipeline.flush()
 
 
-class _Pass(_Hook):
+class _BeforeBlockForward(_Hook):
     """Gate of units by their index."""
 
     def __init__(self, gates: _Gates, units: Iterable[int] = ()) -> None:
@@ -154,7 +157,9 @@ class _Pass(_Hook):
         if pipeline is None:
             return
         if not pipeline.window_begun and torch.is_grad_enabled() and not _recomputing():
-            pipeline.begin_forward(training=True)  # the program called a part that no `_Open` stands before
+            pipeline.begin_forward(
+                training=True
+            )  # the program called a part that no `_BeforeModelForward` stands before
         for index in self.units:
             self.gates.need(pipeline, index)
 

@@ -15,7 +15,7 @@ from meft_ds.offload.ranks import LaneRanks
 from meft_ds.offload.schedule.eager import Tuner
 from meft_ds.offload.schedule.lanes import Lanes, Progress
 from meft_ds.offload.schedule.timing import Timeline
-from meft_ds.offload.schedule.window import Entry, StepSettings, Window, clip_factor
+from meft_ds.offload.schedule.window import StepSettings, UnitProgress, Window, clip_factor
 from meft_ds.offload.unit import AdamHyper, Unit
 
 
@@ -31,8 +31,8 @@ class Updates:
     tuner: Tuner
     applying = False
 
-    _entries: list[Entry]
-    _of: dict[int, Entry]
+    _entries: list[UnitProgress]
+    _of: dict[int, UnitProgress]
     _window: Window
     _progress: Progress
     _lanes: Lanes
@@ -81,18 +81,18 @@ class Updates:
 
     # -- stages --------------------------------------------------------------------------------------------------------
 
-    def _update(self, entry: Entry, settings: StepSettings, scale: float) -> None:
+    def _update(self, entry: UnitProgress, settings: StepSettings, scale: float) -> None:
         hyper = settings.hyper_of(entry.unit)
         entry.pending, entry.updated = True, False
         entry.steps += 1
         self._lanes.host.submit(partial(self._host_job, entry, hyper, entry.steps, scale, self.bus.window))
 
-    def _host_job(self, entry: Entry, hyper: AdamHyper, step: int, scale: float, window: int) -> None:
+    def _host_job(self, entry: UnitProgress, hyper: AdamHyper, step: int, scale: float, window: int) -> None:
         with self.timeline.span("host", "update", entry.unit.name):
             entry.unit.host_step(hyper, step=step, grad_scale=scale)
         self._lanes.up.submit(partial(self._up_job, entry, window))
 
-    def _up_job(self, entry: Entry, window: int) -> None:
+    def _up_job(self, entry: UnitProgress, window: int) -> None:
         with (
             self.timeline.span("up", "fetch", entry.unit.name),
             self.bus.lane("up"),
@@ -115,7 +115,7 @@ class Updates:
                 assert norm is not None
                 self._update(entry, settings, settings.grad_scale * clip_factor(settings.clip, norm))
 
-    def _apply(self, entry: Entry) -> None:
+    def _apply(self, entry: UnitProgress) -> None:
         with self._one_applies:
             self.applying = True
             try:

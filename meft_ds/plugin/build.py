@@ -129,7 +129,7 @@ def refuse_what_cannot_fit(model: nn.Module, methods: list[Method], config: Meft
         free *= dist.get_world_size()
         dist.all_gather_object(free, free[0])
     limit = None if config.host_memory_gb == "auto" else config.host_memory_gb
-    knobs = [method.knob for method in methods]
+    knobs = [method.memory_hint for method in methods]
     check_host_memory(needed, min(free), limit_gb=limit, detail="before moments and buffers", knobs=knobs)
 
 
@@ -151,7 +151,7 @@ def preflight(run: Run, methods: list[Method], footprints: list[Footprint], spec
         private, free_host, free_shared = ([told[3 * k + i] for k in members] for i in range(3))
         needed = shared + int(sum(private))
         detail = f"{in_units(shared)} shared, {in_units(sum(private))} moments and buffers"
-        free, knobs = int(min(free_host)), [method.knob for method in methods]
+        free, knobs = int(min(free_host)), [method.memory_hint for method in methods]
         check_host_memory(needed, free, limit_gb=limit, detail=detail, knobs=knobs)
         if several:
             check_shared_memory(shared, int(min(free_shared)), knobs=knobs)
@@ -171,7 +171,7 @@ def build_units(
     footprints = [*(f for method in methods for f in method.footprints(run)), *(unit.footprint() for unit in dense)]
     specs: Specs = {}
     for method in methods:
-        specs |= method.specs(run)
+        specs |= method.shared_tensors_spec(run)
     host = preflight(run, methods, footprints, specs, config)
     for unit in dense:
         unit.allocate()

@@ -33,7 +33,7 @@ class SparseAdapterMethod(Method):
     """
 
     name = "sparse_adapter"
-    knob = 'lower "sparse_adapter.rows"'
+    memory_hint = 'lower "sparse_adapter.rows"'
     freezes_base = True
 
     def __init__(self, config: SparseAdapterConfig) -> None:
@@ -87,7 +87,7 @@ class SparseAdapterMethod(Method):
         )
         return [one] * self.layers
 
-    def specs(self, run: Run) -> Specs:
+    def shared_tensors_spec(self, run: Run) -> Specs:
         specs: Specs = {}
         for layer, adapter in enumerate(self.adapters):
             if kept_store(adapter, run.dtype) is None:
@@ -143,7 +143,7 @@ class SparseAdapterMethod(Method):
         for rows in self._rows:
             rows.expect_nothing()
 
-    def about(self) -> dict[str, Any]:
+    def fingerprint(self) -> dict[str, Any]:
         about = {"method": self.name, "layers": self.layers, **{key: getattr(self.sizes, key) for key in _SHAPING}}
         if self._compress is not None:  # moments mean nothing under another Q
             about |= {"compress.dim": self._compress.dim, "compress.nonzeros": self._compress.nonzeros}

@@ -22,10 +22,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from meft_ds.files import check_file, checked_folder, parse_json, write_whole
-from meft_ds.offload.model.capture import Tapped
+from meft_ds.offload.model.capture import TappedLinear
 from meft_ds.sparse_matrix.choice.choice import Choice, Range, misplaced, overlapping
 from meft_ds.sparse_matrix.linear import Corrected
-from meft_ds.sparse_matrix.unit import BlocksUnit
+from meft_ds.sparse_matrix.unit import TilesUnit
 
 __all__ = [
     "SavedTiles",
@@ -148,7 +148,7 @@ def corrected(model: nn.Module) -> Iterator[tuple[str, Corrected]]:
 
 
 def collect_tiles(
-    choice: Choice, units: Sequence[BlocksUnit], values: Sequence[Tensor], originals: Sequence[Tensor]
+    choice: Choice, units: Sequence[TilesUnit], values: Sequence[Tensor], originals: Sequence[Tensor]
 ) -> SavedTiles:
     """The tiles of a choice from the units' flat payloads `values` and `originals`."""
     now, was = (_by_place(units, flats) for flats in (values, originals))
@@ -164,7 +164,7 @@ def collect_tiles(
     )
 
 
-def _by_place(units: Sequence[BlocksUnit], flats: Sequence[Tensor]) -> dict[tuple[str, Place], Tensor]:
+def _by_place(units: Sequence[TilesUnit], flats: Sequence[Tensor]) -> dict[tuple[str, Place], Tensor]:
     found: dict[tuple[str, Place], Tensor] = {}
     for unit, flat in zip(units, flats, strict=True):
         for blocks in unit.matrices:
@@ -263,7 +263,7 @@ def _weights(model: nn.Module, saved: SavedTiles, path: str | Path) -> dict[str,
     """The weights that the tiles belong to, detached. Raises ValueError when some of them do not fit."""
     for name, module in model.named_modules():
         forward = module.__dict__.get("forward")
-        if isinstance(forward, Corrected) or (isinstance(forward, Tapped) and forward.find and forward.find()):
+        if isinstance(forward, Corrected) or (isinstance(forward, TappedLinear) and forward.find and forward.find()):
             raise ValueError(
                 f"{name or type(model).__name__} is being trained by an engine, which goes on from values of its own; "
                 "call engine.destroy() first, or load the model anew"

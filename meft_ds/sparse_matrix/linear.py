@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from meft_ds.offload.model.capture import Receiver, Tapped
-from meft_ds.sparse_matrix.tiles import Blocks
+from meft_ds.offload.model.capture import ActivationSink, TappedLinear
+from meft_ds.sparse_matrix.tiles import Tiles
 
 
 def correct(
-    module: nn.Module, receiver: Receiver, index: int, blocks: Blocks, delta: Tensor, anchor: Tensor | None = None
+    module: nn.Module, receiver: ActivationSink, index: int, blocks: Tiles, delta: Tensor, anchor: Tensor | None = None
 ) -> None:
     """Make an nn.Linear or Conv1D add its tiles' product and hand its activations to `receiver` (held weakly), and make
     its state dicts complete.
@@ -36,7 +36,7 @@ def correct(
         module.register_load_state_dict_pre_hook(_take_merged)
 
 
-class Corrected(Tapped):
+class Corrected(TappedLinear):
     """A module's forward. Copies keep the tiles as they were when the copy was made, and hand nothing over."""
 
     def __init__(
@@ -47,19 +47,19 @@ class Corrected(Tapped):
         keep: Tensor | None = None,
         anchor: Tensor | None = None,
         *,
-        blocks: Blocks,
+        blocks: Tiles,
         delta: Tensor,
     ) -> None:
         super().__init__(module, find, index, keep, anchor)
         self.blocks, self.delta = blocks, delta
 
-    def plain(self, receiver: Receiver | None, x: Tensor) -> Tensor:
+    def plain(self, receiver: ActivationSink | None, x: Tensor) -> Tensor:
         y = super().plain(receiver, x)
         if torch.is_grad_enabled():
             y = y.clone()  # Conv1D gives a view, which autograd does not let a function change in place
         return _Correct.apply(y, x, *self._on(x.device))
 
-    def product(self, receiver: Receiver, y: Tensor, x: Tensor) -> Tensor:
+    def product(self, receiver: ActivationSink, y: Tensor, x: Tensor) -> Tensor:
         return super().product(receiver, _Correct.apply(y, x, *self._on(x.device)), x)
 
     def merge(self, weight: Tensor) -> None:
@@ -119,7 +119,7 @@ class Corrected(Tapped):
         for (rows, cols), added in self.blocks.tiles(self.delta):
             yield (slice(*rows), slice(*cols)), added
 
-    def _on(self, device: torch.device) -> tuple[Tensor, Blocks]:
+    def _on(self, device: torch.device) -> tuple[Tensor, Tiles]:
         """D and the places of its tiles where the module computes: neither is the module's, so `module.to` leaves them
         behind."""
         if self.delta.device == device:
@@ -136,7 +136,7 @@ class Corrected(Tapped):
         return _again, (self.module, self.blocks, self.delta.clone())
 
 
-def _again(module: nn.Module, blocks: Blocks, delta: Tensor) -> Corrected:
+def _again(module: nn.Module, blocks: Tiles, delta: Tensor) -> Corrected:
     return Corrected(module, blocks=blocks, delta=delta)
 
 
@@ -180,7 +180,7 @@ class _Correct(torch.autograd.Function):
     """y + x D^T in place of y; the gradient of D is the tap's business."""
 
     @staticmethod
-    def forward(ctx: Any, y: Tensor, x: Tensor, delta: Tensor, blocks: Blocks) -> Tensor:
+    def forward(ctx: Any, y: Tensor, x: Tensor, delta: Tensor, blocks: Tiles) -> Tensor:
         ctx.mark_dirty(y)
         ctx.save_for_backward(delta)
         ctx.blocks, ctx.shape, ctx.dtype = blocks, x.shape, x.dtype

@@ -33,8 +33,8 @@ from meft_ds.sparse_matrix.choice.select import (
 )
 from meft_ds.sparse_matrix.config import SparseMatrixConfig
 from meft_ds.sparse_matrix.discover import Site, check_roles, elements_of_2d_weights, find_sites, narrow
-from meft_ds.sparse_matrix.tiles import Blocks, Rectangle
-from meft_ds.sparse_matrix.unit import BlocksUnit, Form
+from meft_ds.sparse_matrix.tiles import Rectangle, Tiles
+from meft_ds.sparse_matrix.unit import Form, TilesUnit
 
 _logger = logging.getLogger("meft_ds")
 _NOT_CHOSEN = "not chosen yet"
@@ -49,7 +49,7 @@ class SparseMatrixMethod(Method):
     """
 
     name = "sparse_matrix"
-    knob = 'lower "sparse_matrix.density", raise "sparse_matrix.block_size"'
+    memory_hint = 'lower "sparse_matrix.density", raise "sparse_matrix.block_size"'
     freezes_base = True
 
     def __init__(self, config: SparseMatrixConfig) -> None:
@@ -59,7 +59,7 @@ class SparseMatrixMethod(Method):
         self._left_out: list[str] = []
         self._elsewhere: dict[str, str] = {}  # why weights that were candidates cannot have tiles in this run
         self._total = 0
-        self._units: list[BlocksUnit] = []
+        self._units: list[TilesUnit] = []
         self._scorer: Scorer | None = None
         self._on_device = False
         self._trainable: list[nn.Parameter] = []
@@ -257,11 +257,11 @@ class SparseMatrixMethod(Method):
 
     # -- about ---------------------------------------------------------------------------------------------------------
 
-    def about(self) -> dict[str, Any]:
+    def fingerprint(self) -> dict[str, Any]:
         tiles = _NOT_CHOSEN if self.choice is None else self.choice.digest()
         return {"sparse_matrix.form": self._form, "sparse_matrix.tiles": tiles}
 
-    def accepts(self, key: str, saved: Any) -> bool:
+    def accepts_fingerprint(self, key: str, saved: Any) -> bool:
         if key == "sparse_matrix.tiles" and saved == _NOT_CHOSEN and not self.observing:
             raise ValueError(
                 "the checkpoint was saved while sparse_matrix scored tiles and nothing was trained, but this engine "
@@ -348,7 +348,7 @@ class SparseMatrixMethod(Method):
         names = {tile.name for tile in choice.tiles}
         return [site for site in self._sites if site.name in names]
 
-    def _make_units(self, run: Run, choice: Choice) -> list[BlocksUnit]:
+    def _make_units(self, run: Run, choice: Choice) -> list[TilesUnit]:
         layer = layer_of(run.model, self._layers)
         group_of = {id(p): index for index, group in enumerate(run.groups) for p in group["params"]}
         # apart in every stage, although only stage 3 needs it: units of a checkpoint are the same in all
@@ -360,7 +360,7 @@ class SparseMatrixMethod(Method):
             sorted_in.items(), key=lambda item: (item[0][:3], str(item[0][3]))
         ):
             units.append(
-                BlocksUnit(
+                TilesUnit(
                     name=f"layer{at}.blocks{'' if tapped else '.stored'}.g{group}.{str(dtype).removeprefix('torch.')}",
                     layer=at,
                     params=[(site.name, site.weight) for site in found],
@@ -384,17 +384,17 @@ def _needs_gradient(site: Site, run: Run) -> bool:
     return run.weights.anchor is None or not site.tapped
 
 
-def _matrices(sites: list[Site], choice: Choice, device: torch.device) -> list[Blocks]:
+def _matrices(sites: list[Site], choice: Choice, device: torch.device) -> list[Tiles]:
     """Of these sites, one after another in a payload."""
     tiles: dict[str, dict[int | None, list[Rectangle]]] = defaultdict(lambda: defaultdict(list))
     for tile in choice.tiles:
         tiles[tile.name][tile.expert].append((tile.rows, tile.cols))
-    matrices: list[Blocks] = []
+    matrices: list[Tiles] = []
     offset = 0
     for index, site in enumerate(sites):
         for expert, rectangles in tiles[site.name].items():
             matrices.append(
-                Blocks(
+                Tiles(
                     param=index,
                     expert=expert,
                     tiles=rectangles,

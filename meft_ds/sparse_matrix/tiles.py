@@ -74,7 +74,7 @@ class Group:
         return inside, slice(a, b), slice(c, d)
 
 
-class Blocks:
+class Tiles:
     """Chosen tiles of one matrix.
 
     Args:
@@ -123,7 +123,7 @@ class Blocks:
             )
             self.numel += len(rows) * len(cols)
 
-    def to(self, device: torch.device) -> Blocks:
+    def to(self, device: torch.device) -> Tiles:
         """The same tiles of a weight that is on another device."""
         moved = copy.copy(self)
         moved.keep = None if self.keep is None else self.keep.to(device)

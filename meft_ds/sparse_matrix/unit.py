@@ -24,12 +24,12 @@ from meft_ds.offload.model.weights import WHOLE, Weights, shape_of
 from meft_ds.offload.ranks import Ranks
 from meft_ds.offload.unit import AdamHyper, Footprint
 from meft_ds.sparse_matrix.linear import correct
-from meft_ds.sparse_matrix.tiles import Blocks
+from meft_ds.sparse_matrix.tiles import Tiles
 
 Form = Literal["value", "delta"]
 
 
-class BlocksUnit(FlatUnit):
+class TilesUnit(FlatUnit):
     """The chosen tiles of one layer's weights of one dtype and one parameter group.
 
     Args:
@@ -49,7 +49,7 @@ class BlocksUnit(FlatUnit):
         name: str,
         layer: int,
         params: list[tuple[str, nn.Parameter]],
-        matrices: list[Blocks],
+        matrices: list[Tiles],
         modules: list[nn.Module | None],
         group: int,
         ranks: Ranks,
@@ -245,7 +245,7 @@ class BlocksUnit(FlatUnit):
                 tiles = blocks.read(blocks.matrix(value))[lo - blocks.offset : hi - blocks.offset]
                 own[lo - self._lo : hi - self._lo] = tiles.to(own)
 
-    def _owned(self, blocks: Blocks) -> tuple[int, int]:
+    def _owned(self, blocks: Tiles) -> tuple[int, int]:
         """What of a matrix's payload is this rank's, in the unit's."""
         return max(self._lo, blocks.offset), min(self._hi, blocks.offset + blocks.numel)
 
@@ -260,7 +260,7 @@ class BlocksUnit(FlatUnit):
             with self.weights.whole([p], change=True):
                 self._write(originals, self._of_param[index])
 
-    def _write(self, flat: Tensor, matrices: list[Blocks]) -> None:
+    def _write(self, flat: Tensor, matrices: list[Tiles]) -> None:
         for blocks in matrices:
             blocks.write(self._matrix(blocks), blocks.part(flat))
 
@@ -272,7 +272,7 @@ class BlocksUnit(FlatUnit):
                 blocks.write_slice(held, first - m * n * (blocks.expert or 0), (m, n), blocks.part(flat))
             self.weights.changed(p)
 
-    def _matrix(self, blocks: Blocks) -> Tensor:
+    def _matrix(self, blocks: Tiles) -> Tensor:
         # detached, not .data: a forward that read the old weights and has yet to run backward must fail, not be wrong
         return blocks.matrix(self.params[blocks.param][1].detach())
 

@@ -31,7 +31,7 @@ class SubspaceMethod(Method):
     """See `Method`."""
 
     name = "subspace"
-    knob = 'lower "subspace.dim"'
+    memory_hint = 'lower "subspace.dim"'
     freezes_base = False
 
     def __init__(self, config: SubspaceConfig) -> None:
@@ -118,7 +118,7 @@ class SubspaceMethod(Method):
                 site.weight.requires_grad_(True)
         self._anchored = []
 
-    def about(self) -> dict[str, Any]:
+    def fingerprint(self) -> dict[str, Any]:
         shaping = ("dim", "nonzeros", "projectors", "rounding", "seed")
         return {
             "subspace.matrices": sum(len(unit.matrices) for unit in self._units),

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from meft_ds.sparse_matrix.tiles import Blocks, Rectangle
+from meft_ds.sparse_matrix.tiles import Rectangle, Tiles
 from tests.toy import ds_config, make_engine, tiny_llama, train
 
 SCORED = {"density": 0.2, "block_size": 8, "warmup_steps": 2}
@@ -22,10 +22,10 @@ TILES: list[Rectangle] = [
 ]
 
 
-def blocks_on(device: torch.device, *, input_first: bool) -> Blocks:
+def blocks_on(device: torch.device, *, input_first: bool) -> Tiles:
     features = 300 if input_first else 200
     settings: dict[str, Any] = {"param": 0, "expert": None, "offset": 0, "device": device}
-    return Blocks(tiles=TILES, input_first=input_first, features=features, **settings)
+    return Tiles(tiles=TILES, input_first=input_first, features=features, **settings)
 
 
 @pytest.mark.parametrize("input_first", [False, True])

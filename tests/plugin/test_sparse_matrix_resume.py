@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from meft_ds.offload.model.capture import Tapped
+from meft_ds.offload.model.capture import TappedLinear
 from meft_ds.plugin.checkpoint.transaction import sealed
 from meft_ds.sparse_matrix.choice.choice import Choice
 from meft_ds.sparse_matrix.discover import find_sites
@@ -23,7 +23,7 @@ FORMS = ["value", "delta"]
 
 
 def tapped(model: nn.Module) -> list[str]:
-    return [name for name, module in model.named_modules() if isinstance(module.__dict__.get("forward"), Tapped)]
+    return [name for name, module in model.named_modules() if isinstance(module.__dict__.get("forward"), TappedLinear)]
 
 
 def scores(engine: Any) -> list[torch.Tensor]:

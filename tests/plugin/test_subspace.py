@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-from meft_ds.offload.model.capture import Tapped
+from meft_ds.offload.model.capture import TappedLinear
 from tests.sparse_adapter.tiny import tiny_model
 from tests.toy import ADAPTER, batch, ds_config, make_engine, state_of, tiny_llama, train
 
@@ -92,7 +92,7 @@ def test_both_sides_give_the_same_losses(name: str) -> None:
         engine = make_engine(made, tiny_model(name).train())
         torch.manual_seed(3)  # dropout
         losses.append(steps(engine, range(8)))
-        tapped = sum(isinstance(m.__dict__.get("forward"), Tapped) for m in engine.module.modules())
+        tapped = sum(isinstance(m.__dict__.get("forward"), TappedLinear) for m in engine.module.modules())
         assert (tapped > 0) == (side == "activation")
     torch.testing.assert_close(losses[0], losses[1], atol=1e-5, rtol=1e-5)
 
@@ -342,7 +342,7 @@ def test_a_destroyed_engine_leaves_the_models_forwards_as_they_were_and_another_
     model = tiny_llama()
     engine = make_engine(config(projectors="random"), model)
     steps(engine, [0])
-    assert isinstance(model.model.layers[0].mlp.up_proj.__dict__["forward"], Tapped)
+    assert isinstance(model.model.layers[0].mlp.up_proj.__dict__["forward"], TappedLinear)
     engine.destroy()
     assert not any("forward" in m.__dict__ for m in model.modules() if isinstance(m, nn.Linear))
     model(**batch(0)).loss.backward()

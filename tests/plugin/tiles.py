@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from meft_ds.sparse_matrix.method import SparseMatrixMethod
-from meft_ds.sparse_matrix.unit import BlocksUnit
+from meft_ds.sparse_matrix.unit import TilesUnit
 from tests.toy import batch, ds_config
 
 SCORED = 2
@@ -43,8 +43,8 @@ def method_of(engine: Any) -> SparseMatrixMethod:
     return next(method for method in engine._meft_methods if isinstance(method, SparseMatrixMethod))
 
 
-def tiles_units(engine: Any) -> list[BlocksUnit]:
-    return [unit for unit in engine.optimizer.pipeline.units if isinstance(unit, BlocksUnit)]
+def tiles_units(engine: Any) -> list[TilesUnit]:
+    return [unit for unit in engine.optimizer.pipeline.units if isinstance(unit, TilesUnit)]
 
 
 def everything(engine: Any) -> dict[str, Tensor]:

@@ -15,22 +15,22 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from meft_ds.offload.model.capture import tap
-from meft_ds.sparse_matrix.tiles import Blocks, Rectangle
+from meft_ds.sparse_matrix.tiles import Rectangle, Tiles
 from tests.sparse_matrix.grids import cuts
 
 CPU = torch.device("cpu")
 some = settings(max_examples=60, deadline=None)
 
 
-def blocks_of(tiles: list[Rectangle], features: int, *, input_first: bool = False, **more: Any) -> Blocks:
+def blocks_of(tiles: list[Rectangle], features: int, *, input_first: bool = False, **more: Any) -> Tiles:
     given = {"param": 0, "expert": None, "offset": 0, "device": CPU, **more}
-    return Blocks(tiles=tiles, input_first=input_first, features=features, **given)
+    return Tiles(tiles=tiles, input_first=input_first, features=features, **given)
 
 
 class Harvest:
     """Adds up the tiles' gradient as a unit does."""
 
-    def __init__(self, blocks: Blocks) -> None:
+    def __init__(self, blocks: Tiles) -> None:
         self.blocks, self.acc = blocks, torch.zeros(blocks.numel)
 
     def tapped(self, index: int, x: Tensor, dy: Tensor) -> None:

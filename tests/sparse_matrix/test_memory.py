@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from meft_ds.offload.model.capture import tap
 from meft_ds.sparse_matrix.choice import score as score_module
-from meft_ds.sparse_matrix.tiles import Blocks
+from meft_ds.sparse_matrix.tiles import Tiles
 from tests.sparse_matrix.hand import choice_of, pipeline_of, scorer_of
 from tests.subspace.hand import CPU
 
@@ -193,13 +193,13 @@ def test_a_tap_keeps_a_copy_of_the_features_it_needs_and_nothing_of_the_whole_in
     for p in linear.parameters():
         p.requires_grad_(p is linear.weight)
     tiles = [((0, SIDE), (16, 24)), ((SIDE, 2 * SIDE), (40, 44))]
-    blocks = Blocks(param=0, expert=None, tiles=tiles, input_first=False, features=WIDTH, offset=0, device=CPU)
+    blocks = Tiles(param=0, expert=None, tiles=tiles, input_first=False, features=WIDTH, offset=0, device=CPU)
 
-    class Receiver:
+    class ActivationSink:
         def tapped(self, index: int, x: Tensor, dy: Tensor) -> None:
             assert x.shape == (TOKENS, 12) and x.untyped_storage().nbytes() == 4 * TOKENS * 12
 
-    receiver = Receiver()
+    receiver = ActivationSink()
     tap(linear, receiver, 0, blocks.keep)
     saved: list[Tensor] = []
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from meft_ds.offload.model.capture import Tapped
+from meft_ds.offload.model.capture import TappedLinear
 from meft_ds.offload.ranks import Ranks
 from meft_ds.sparse_matrix.choice import score as score_module
 from meft_ds.sparse_matrix.choice.score import Scorer
@@ -95,7 +95,7 @@ def test_kinds_differ_where_they_should() -> None:
 def test_accumulation_of_micro_batches_is_a_sum_and_windows_are_averaged(kind: str) -> None:
     model = tiny_model("llama")
     (four, _), (two, sites) = scorer_of(copy.deepcopy(model), kind), scorer_of(model, kind)
-    assert all(isinstance(m.__dict__["forward"], Tapped) for m in (site.module for site in sites))
+    assert all(isinstance(m.__dict__["forward"], TappedLinear) for m in (site.module for site in sites))
     found = score(model, two, [[0, 1], [2, 3]])
     two.release()
     four, _ = scorer_of(model, kind)

@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from meft_ds.offload.pipeline import Pipeline
 from meft_ds.sparse_matrix.choice.choice import Choice
-from meft_ds.sparse_matrix.unit import BlocksUnit
+from meft_ds.sparse_matrix.unit import TilesUnit
 from tests.sparse_matrix.hand import choice_of, model_of, pipeline_of
 from tests.subspace.hand import HYPER, backward, differing, everything, inputs
 from tests.toy import batch, tiny_llama
@@ -64,7 +64,7 @@ def effective(model: nn.Module, pipeline: Pipeline) -> dict[str, Tensor]:
     pipeline.flush()
     found = {name: p.detach().clone() for name, p in model.named_parameters()}
     for unit in pipeline.units:
-        assert isinstance(unit, BlocksUnit)
+        assert isinstance(unit, TilesUnit)
         values = unit.values()
         for blocks in unit.matrices:
             name = unit.params[blocks.param][0]
@@ -233,7 +233,7 @@ def test_with_state_where_the_model_is_the_host_lane_reads_no_device_memory_for_
     for unit in pipeline.units:
         unit.collect()
         unit.reduce(pipeline.ranks)
-        assert isinstance(unit, BlocksUnit) and unit._payload is not None
+        assert isinstance(unit, TilesUnit) and unit._payload is not None
         squares = unit._payload.double().square().sum().item()
         unit.send(pipeline.bus)
         with Untouchable():

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 _linear = torch._C._nn.linear
 
 
-class Receiver(Protocol):
+class ActivationSink(Protocol):
     """Who gets the activations of a backward."""
 
     def tapped(self, index: int, x: Tensor, dy: Tensor) -> None:
@@ -29,7 +29,7 @@ class Receiver(Protocol):
 
 
 def tap(
-    module: nn.Module, receiver: Receiver, index: int, keep: Tensor | None = None, anchor: Tensor | None = None
+    module: nn.Module, receiver: ActivationSink, index: int, keep: Tensor | None = None, anchor: Tensor | None = None
 ) -> None:
     """Make an nn.Linear or Conv1D hand its activations to `receiver`, which is held weakly.
 
@@ -37,16 +37,16 @@ def tap(
     backward, a view would hold the whole input. `anchor`: a tensor that requires grad, in the place of a weight that
     must not, because its storage is swapped between forward and backward (ZeRO-3).
     """
-    module.forward = Tapped(module, weakref.ref(receiver), index, keep, anchor)  # type: ignore[assignment]
+    module.forward = TappedLinear(module, weakref.ref(receiver), index, keep, anchor)  # type: ignore[assignment]
 
 
-def untap(module: nn.Module, receiver: Receiver | None = None, *, keep: bool = False) -> bool:
+def untap(module: nn.Module, receiver: ActivationSink | None = None, *, keep: bool = False) -> bool:
     """Undo `tap`; with `receiver`, only if nobody else has tapped the module since. Returns whether it did.
 
     `keep`: the module keeps the function that its forward has, and hands nothing over.
     """
     forward = module.__dict__.get("forward")
-    if not isinstance(forward, Tapped):
+    if not isinstance(forward, TappedLinear):
         return False
     if receiver is not None and (forward.find is None or forward.find() is not receiver):
         return False
@@ -60,7 +60,7 @@ def untap(module: nn.Module, receiver: Receiver | None = None, *, keep: bool = F
 def is_tapped(module: nn.Module) -> bool:
     """Whether the module hands its activations to somebody."""
     forward = module.__dict__.get("forward")
-    return isinstance(forward, Tapped) and forward.find is not None and forward.find() is not None
+    return isinstance(forward, TappedLinear) and forward.find is not None and forward.find() is not None
 
 
 def can_tap(module: nn.Module) -> bool:
@@ -71,10 +71,10 @@ def can_tap(module: nn.Module) -> bool:
     """
     if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
         return False
-    return isinstance(module.__dict__.get("forward"), Tapped | type(None))
+    return isinstance(module.__dict__.get("forward"), TappedLinear | type(None))
 
 
-class Tapped:
+class TappedLinear:
     """A module's forward. Copies of the module (deepcopy, pickle) get one that hands nothing over."""
 
     def __init__(
@@ -115,20 +115,20 @@ class Tapped:
         flat = torch.addmm(bias, x.reshape(-1, x.shape[-1]), weight.detach())
         return self.product(receiver, flat, x).view(*x.shape[:-1], weight.shape[1])
 
-    def plain(self, receiver: Receiver | None, x: Tensor) -> Tensor:
+    def plain(self, receiver: ActivationSink | None, x: Tensor) -> Tensor:
         """The module's function where nothing is to be handed over."""
         return type(self.module).forward(self.module, x)  # type: ignore[call-arg]
 
-    def product(self, receiver: Receiver, y: Tensor, x: Tensor) -> Tensor:
+    def product(self, receiver: ActivationSink, y: Tensor, x: Tensor) -> Tensor:
         """The module's output, made of y [..., out] (or [tokens, out]), the product of x with the weight as it is."""
         anchor = self.module.weight if self.anchor is None else self.anchor
         return _Tap.apply(y, x, anchor, receiver, self.index, self.keep)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Tapped:
-        return Tapped(copy.deepcopy(self.module, memo))
+    def __deepcopy__(self, memo: dict[int, Any]) -> TappedLinear:
+        return TappedLinear(copy.deepcopy(self.module, memo))
 
     def __reduce__(self) -> Any:
-        return Tapped, (self.module,)
+        return TappedLinear, (self.module,)
 
 
 class _Product(torch.autograd.Function):
@@ -160,7 +160,7 @@ class _Tap(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, y: Tensor, x: Tensor, anchor: Tensor, receiver: Receiver, index: int, keep: Tensor | None
+        ctx: Any, y: Tensor, x: Tensor, anchor: Tensor, receiver: ActivationSink, index: int, keep: Tensor | None
     ) -> Tensor:
         ctx.mark_dirty(y)  # the same tensor, not a view of it: what follows may change it in place
         ctx.save_for_backward(x if keep is None else x.index_select(-1, keep))

@@ -44,7 +44,7 @@ class StepResult:
 
 
 @dataclass(eq=False)
-class Entry:
+class UnitProgress:
     """Where a unit is in the current window."""
 
     unit: Unit
@@ -77,9 +77,9 @@ class Entry:
 class Window:
     """What the current window has settled on."""
 
-    send_order: list[Entry]
+    send_order: list[UnitProgress]
     next_to_send: int = 0
-    update_order: list[Entry] = field(default_factory=list)
+    update_order: list[UnitProgress] = field(default_factory=list)
     next_to_update: int = 0
     settings: StepSettings | None = None
     begun: bool = False
@@ -99,7 +99,9 @@ def clip_factor(clip: float, grad_norm: float) -> float:
     return clip / (grad_norm + 1e-6) if clip > 0 and grad_norm > clip else 1.0
 
 
-def agree(entries: Sequence[Entry], tuner: Tuner, device: torch.device, ranks: Ranks) -> tuple[float, list[Entry]]:
+def agree(
+    entries: Sequence[UnitProgress], tuner: Tuner, device: torch.device, ranks: Ranks
+) -> tuple[float, list[UnitProgress]]:
     """The sum of squares over units and ranks, and the units that must be sent again, because on some rank a gradient
     came after they had been sent, or because what was sent has been forgotten. Collective.
 

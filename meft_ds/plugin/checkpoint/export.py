@@ -28,7 +28,7 @@ from meft_ds.sparse_adapter.base import remember
 from meft_ds.sparse_adapter.files import needed_from, write_adapter
 from meft_ds.sparse_matrix.files import collect_tiles, corrected, merge_tiles, write_tiles
 from meft_ds.sparse_matrix.method import SparseMatrixMethod
-from meft_ds.sparse_matrix.unit import BlocksUnit
+from meft_ds.sparse_matrix.unit import TilesUnit
 
 _logger = logging.getLogger("meft_ds")
 
@@ -131,7 +131,7 @@ def save_tiles(engine: Any, path: str | Path) -> None:
         )
     engine.meft_flush()
     ranks = engine._meft_run.ranks
-    units = [unit for unit in engine.optimizer.pipeline.units if isinstance(unit, BlocksUnit)]
+    units = [unit for unit in engine.optimizer.pipeline.units if isinstance(unit, TilesUnit)]
     originals = [unit.originals().cpu() for unit in units]
     values = [unit.values().cpu() for unit in units]  # here and not below: of partitioned weights it takes all ranks
     with first_writes(path, ranks):

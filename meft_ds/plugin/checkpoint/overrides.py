@@ -183,7 +183,7 @@ class SavingEngine(DeepSpeedEngine):
             self.optimizer.pipeline.units,
             self._meft_run.ranks,
             about=self._about(),
-            accepts=lambda key, saved: any(method.accepts(key, saved) for method in self._meft_methods),
+            accepts=lambda key, saved: any(method.accepts_fingerprint(key, saved) for method in self._meft_methods),
         )
         moments = load_optimizer_states and not load_module_only
         with pipeline.replaced(whole=moments):
@@ -338,7 +338,7 @@ class SavingEngine(DeepSpeedEngine):
             "param_groups": len(self.optimizer.param_groups),
         }
         for method in self._meft_methods:
-            about |= method.about()
+            about |= method.fingerprint()
         return about
 
 
