@@ -51,7 +51,7 @@ def test_every_setting_can_be_given() -> None:
 
 def test_every_setting_is_described_here_and_in_the_docs() -> None:
     assert all(field.description for field in SparseMatrixConfig.model_fields.values())
-    docs = (Path(__file__).parents[2] / "docs" / "configuration.md").read_text(encoding="utf-8")
+    docs = (Path(__file__).parents[2] / "docs" / "reference" / "configuration.md").read_text(encoding="utf-8")
     section = docs.split("## `sparse_matrix`")[1].split("\n## ")[0]
     for name in SparseMatrixConfig.model_fields:
         assert f"`{name}`" in section, name
