@@ -75,10 +75,6 @@ class DenseUnit(FlatUnit):
         for (_, p), offset in zip(self.params, self._offsets, strict=True):
             self.weights.write(p, reply[offset : offset + numel_of(p)])
 
-    def adopt(self) -> None:
-        for _, p in self.params:
-            self.adopt_one(p)
-
     @torch.no_grad()
     def adopt_one(self, p: Tensor) -> None:
         assert self._adam is not None

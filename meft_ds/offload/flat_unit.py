@@ -106,6 +106,11 @@ class FlatUnit(Unit):
     def unhold(self) -> None:
         unwatch(p for _, p in self.params)
 
+    def adopt(self) -> None:
+        for _, p in self.params:
+            with self.weights.whole([p]):
+                self.adopt_one(p)
+
     def adopt_one(self, p: Tensor) -> None:  # noqa: B027 - not all formats keep a copy of what the model holds
         """`adopt` of one parameter, which is whole now: partitioned ones are so only inside a gather."""
 

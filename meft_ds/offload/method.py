@@ -149,9 +149,6 @@ class Method(ABC):
         """
         return []
 
-    def weights_loaded(self, run: Run) -> None:  # noqa: B027 - most methods leave weights to their units
-        """The model's weights and all units' state are a checkpoint's now. Collective."""
-
     def accepts_fingerprint(self, key: str, saved: Any) -> bool:
         """Whether a checkpoint whose `about` has another value `saved` under `key` may be loaded all the same."""
         return False

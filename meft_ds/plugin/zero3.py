@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from meft_ds.offload.flat_unit import FlatUnit
-from meft_ds.offload.model.weights import Weights, shape_of
+from meft_ds.offload.model.weights import Piece, Weights, rectangles, shape_of
 from meft_ds.offload.pipeline import Pipeline
 
 
@@ -42,14 +42,18 @@ class PartitionedWeights(Weights):
         with deepspeed.zero.GatheredParameters(list(params), modifier_rank=0 if change else None):
             yield
 
-    def local(self, p: Tensor) -> tuple[Tensor, int]:
-        held, lo = self._slice(p)
-        if self._is_elsewhere(held):
+    def pieces(self, p: Tensor, expert: int | None = None, *, write_only: bool = False) -> Iterator[Piece]:
+        held, first = self._slice(p)
+        if self._is_elsewhere(held) and not write_only:
             # one copy until `changed`: a tensor of several matrices (experts) is asked for once for each of them
             if id(p) not in self._on_device:
                 self._on_device[id(p)] = held.to(self._device, copy=True)
             held = self._on_device[id(p)]
-        return held, lo
+        *_, m, n = shape_of(p)
+        first -= m * n * (expert or 0)  # counted from the matrix's first element
+        for lo, hi, rows, cols in rectangles(max(first, 0), min(first + held.numel(), m * n), n):
+            part = held[lo - first : hi - first].view(rows.stop - rows.start, cols.stop - cols.start)
+            yield Piece(part, rows, cols, lo)
 
     def changed(self, p: Tensor) -> None:
         held: Any = p

@@ -116,11 +116,6 @@ class SparseMatrixConfig(BaseModel):
         description="For fused layers that are not known: regular expression for whole names of modules (of "
         "parameters, for expert tensors) -> sizes of the parts along the output dimension. No tile spans two parts.",
     )
-    form: Literal["auto", "value", "delta"] = Field(
-        "auto",
-        description="value: tiles train in place and the model is exported as it is. delta: the weight stays as it "
-        "is and tiles are added in the forward. auto = value under ZeRO stages 0 to 2, delta under 3.",
-    )
     state_device: Literal["auto", "cpu", "accelerator"] = Field(
         "auto",
         description="Where masters and moments of the tiles live. auto = on the accelerator when they take at most a "

@@ -125,14 +125,10 @@ def find_sites(model: nn.Module, config: SparseMatrixConfig) -> tuple[list[Site]
     return sites, told
 
 
-def narrow(
-    sites: Sequence[Site], groups: Sequence[dict[str, Any]], *, tapped_only: bool
-) -> tuple[list[Site], dict[str, str]]:
-    """The sites that a run can train tiles of, and why it cannot of the others, by name.
+def narrow(sites: Sequence[Site], groups: Sequence[dict[str, Any]]) -> tuple[list[Site], dict[str, str]]:
+    """Return the sites that a run can train tiles of, and why it cannot of the others, by name.
 
-    Args:
-        groups: the optimizer's parameter groups.
-        tapped_only: whether only weights are wanted whose layer can add the product of what was learned.
+    `groups` are the optimizer's parameter groups.
     """
     grouped = {id(p) for group in groups for p in group["params"]}
     kept, elsewhere = [], {}
@@ -141,8 +137,6 @@ def narrow(
             elsewhere[site.name] = "trains whole (meft_offload.train)"
         elif id(site.weight) not in grouped:
             elsewhere[site.name] = "belongs to no parameter group of the optimizer"
-        elif tapped_only and not site.tapped:
-            elsewhere[site.name] = 'is no linear layer, and sparse_matrix.form "delta" trains nothing else'
         else:
             kept.append(site)
     return kept, elsewhere
@@ -157,7 +151,7 @@ def check_roles(sites: Sequence[Site], config: SparseMatrixConfig, left_out: Seq
     if not sites:
         raise ValueError(
             f"sparse_matrix has no weight left to choose tiles in: {listed(left_out)}. Remove patterns from "
-            'meft_offload.train, hand the base\'s weights to the optimizer, or set sparse_matrix.form to "value"'
+            "meft_offload.train, or hand the base's weights to the optimizer"
         )
     idle = set(config.roles or ()) - {role for site in sites for role in site.roles}
     if idle and isinstance(config.budget, dict):

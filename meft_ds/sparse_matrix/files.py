@@ -22,18 +22,14 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from meft_ds.files import check_file, checked_folder, parse_json, write_whole
-from meft_ds.offload.model.capture import TappedLinear
+from meft_ds.offload.model.capture import is_tapped
 from meft_ds.sparse_matrix.choice.choice import Choice, Range, misplaced, overlapping
-from meft_ds.sparse_matrix.linear import Corrected
 from meft_ds.sparse_matrix.unit import TilesUnit
 
 __all__ = [
     "SavedTiles",
     "apply_tiles",
     "collect_tiles",
-    "corrected",
-    "merge_base",
-    "merge_tiles",
     "read_tiles",
     "revert_tiles",
     "write_tiles",
@@ -113,38 +109,6 @@ def revert_tiles(model: nn.Module, path: str | Path) -> nn.Module:
         )
     _put(weights, saved.places, saved.originals)
     return model
-
-
-def merge_tiles(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """`state` as plain weights: where a layer in the delta form has the base's own values in it, as who reads
-    parameters finds them, what the layer adds is in a copy, on the host. All else is as it was given.
-
-    State dicts of the model have been merged already, and it is their values that tell: programs filter, copy and cast
-    them. Partitioned weights cannot be looked at here, and what is given for them is taken to be merged.
-    """
-    plain = dict(state)
-    for name, forward in corrected(model):
-        given, weight = plain.get(name), forward.module.weight
-        assert isinstance(weight, Tensor)
-        if given is not None and given.shape == weight.shape and not weight.is_meta and forward.holds_base(given):
-            plain[name] = forward.merged(given)
-    return plain
-
-
-@torch.no_grad()
-def merge_base(model: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Write what layers in the delta form add into `state`, which has the base's own whole weights."""
-    for name, forward in corrected(model):
-        if name in state:
-            forward.merge(state[name])
-
-
-def corrected(model: nn.Module) -> Iterator[tuple[str, Corrected]]:
-    """Layers in the delta form, by the name of their weight."""
-    for name, module in model.named_modules():
-        forward = module.__dict__.get("forward")
-        if isinstance(forward, Corrected):
-            yield f"{name}.weight" if name else "weight", forward
 
 
 def collect_tiles(
@@ -262,8 +226,7 @@ def _compact(about: Mapping[str, Any]) -> str:
 def _weights(model: nn.Module, saved: SavedTiles, path: str | Path) -> dict[str, Tensor]:
     """The weights that the tiles belong to, detached. Raises ValueError when some of them do not fit."""
     for name, module in model.named_modules():
-        forward = module.__dict__.get("forward")
-        if isinstance(forward, Corrected) or (isinstance(forward, TappedLinear) and forward.find and forward.find()):
+        if is_tapped(module):
             raise ValueError(
                 f"{name or type(model).__name__} is being trained by an engine, which goes on from values of its own; "
                 "call engine.destroy() first, or load the model anew"

@@ -34,7 +34,7 @@ from meft_ds.sparse_matrix.choice.select import (
 from meft_ds.sparse_matrix.config import SparseMatrixConfig
 from meft_ds.sparse_matrix.discover import Site, check_roles, elements_of_2d_weights, find_sites, narrow
 from meft_ds.sparse_matrix.tiles import Rectangle, Tiles
-from meft_ds.sparse_matrix.unit import Form, TilesUnit
+from meft_ds.sparse_matrix.unit import TilesUnit
 
 _logger = logging.getLogger("meft_ds")
 _NOT_CHOSEN = "not chosen yet"
@@ -63,7 +63,6 @@ class SparseMatrixMethod(Method):
         self._scorer: Scorer | None = None
         self._on_device = False
         self._trainable: list[nn.Parameter] = []
-        self._form: Form = "delta" if config.form == "delta" else "value"
         self.choice: Choice | None = None
         self._fed: list[Any] = []
         self._scored = False
@@ -93,8 +92,7 @@ class SparseMatrixMethod(Method):
         return {id(site.weight) for site in self._sites}
 
     def claim(self, run: Run) -> set[int]:
-        self._form = self._form_for(run)
-        self._sites, self._elsewhere = narrow(self._sites, run.groups, tapped_only=self._config.form == "delta")
+        self._sites, self._elsewhere = narrow(self._sites, run.groups)
         left_out = [*self._left_out, *(f"{name} {why}" for name, why in self._elsewhere.items())]
         if left_out and run.ranks.rank == 0:
             _logger.info("sparse_matrix leaves out: %s", listed(left_out))
@@ -206,10 +204,6 @@ class SparseMatrixMethod(Method):
             )
         return self._begin(run, choice)
 
-    def weights_loaded(self, run: Run) -> None:
-        for unit in self._units:
-            unit.take_back()
-
     def _begin(self, run: Run, choice: Choice) -> list[Unit]:
         """Scoring is over."""
         assert self._scorer is not None
@@ -259,7 +253,7 @@ class SparseMatrixMethod(Method):
 
     def fingerprint(self) -> dict[str, Any]:
         tiles = _NOT_CHOSEN if self.choice is None else self.choice.digest()
-        return {"sparse_matrix.form": self._form, "sparse_matrix.tiles": tiles}
+        return {"sparse_matrix.tiles": tiles}
 
     def accepts_fingerprint(self, key: str, saved: Any) -> bool:
         if key == "sparse_matrix.tiles" and saved == _NOT_CHOSEN and not self.observing:
@@ -267,8 +261,8 @@ class SparseMatrixMethod(Method):
                 "the checkpoint was saved while sparse_matrix scored tiles and nothing was trained, but this engine "
                 "has its tiles already; load it into a new engine without choice_file, or load a later checkpoint"
             )
-        # files are the same in both forms, and an engine that has not chosen yet takes the checkpoint's tiles
-        return key == "sparse_matrix.form" or (key == "sparse_matrix.tiles" and self.observing)
+        # an engine that has not chosen yet takes the checkpoint's tiles
+        return key == "sparse_matrix.tiles" and self.observing
 
     def summary(self) -> str:
         where = "accelerator" if self._on_device else "host"
@@ -281,8 +275,7 @@ class SparseMatrixMethod(Method):
         tiles = self.choice.tiles
         return (
             f"sparse_matrix on {len(tiles):,} tiles of {len({(t.name, t.expert) for t in tiles})} matrices "
-            f"({self.choice.elements:,} parameters, {self.choice.density:.2%} of all matrices; {self._form} form, "
-            f"state on the {where})"
+            f"({self.choice.elements:,} parameters, {self.choice.density:.2%} of all matrices; state on the {where})"
         )
 
     def _sides(self) -> str:
@@ -305,17 +298,6 @@ class SparseMatrixMethod(Method):
 
     # -- units ---------------------------------------------------------------------------------------------------------
 
-    def _form_for(self, run: Run) -> Form:
-        form = self._config.form
-        if run.weights.partitioned and form == "value":
-            raise ValueError(
-                'sparse_matrix.form: "value" writes tiles into whole weights, which ZeRO-3 does not have; use "delta" '
-                'or "auto"'
-            )
-        if form == "auto":
-            return "delta" if run.weights.partitioned else "value"
-        return form
-
     @property
     def _budget(self) -> int:
         """Most elements that may be chosen."""
@@ -335,7 +317,7 @@ class SparseMatrixMethod(Method):
         )
         several, on_host = run.ranks.world > 1, run.bus.device.type == "cpu"
         state = own * (4 + 2 * run.moments_dtype.itemsize + size)
-        device = n * (4 + 4 * several + size * (several or not on_host) + size * (self._form == "delta"))
+        device = n * (4 + 4 * several + size * (several or not on_host))
         scoring = Scorer.host_bytes(self._sites, self._config.score)
         if self._on_device:
             return Footprint(host_private=scoring, device=device + state)
@@ -371,7 +353,6 @@ class SparseMatrixMethod(Method):
                     wire_dtype=run.grad_dtype,
                     moments_dtype=run.moments_dtype,
                     on_device=self._on_device,
-                    form=self._form if tapped else "value",
                     weights=run.weights,
                     device=run.bus.device,
                 )

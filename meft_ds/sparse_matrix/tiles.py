@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The chosen tiles of one matrix: where they lie in it and in a flat payload, and the products over them.
+"""The chosen tiles of one matrix: where they lie in it and in a flat payload, and their gradients.
 
 Tiles that share their columns (or their rows, whichever gives fewer) form a *group*, a rectangle of scattered rows and
 columns. Each group is one GEMM, one read and one write, so nothing loops over tiles, and a matrix whose tiles are all
@@ -8,7 +8,6 @@ chosen is one group: its gradient costs what the dense one does.
 
 from __future__ import annotations
 
-import copy
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -16,7 +15,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from meft_ds.offload.model.weights import rectangles
+from meft_ds.offload.model.weights import Piece
 
 Range = tuple[int, int]
 Rectangle = tuple[Range, Range]
@@ -50,15 +49,17 @@ class Group:
         return _take(_take(weight, self.rows, 0), self.cols, 1)
 
     def write(self, weight: Tensor, values: Tensor) -> None:
-        """Put the group's values into a weight [m, n]."""
-        if isinstance(self.rows, slice) and isinstance(self.cols, slice):
-            weight[self.rows, self.cols].copy_(values)
-        elif isinstance(self.rows, slice):
-            weight[self.rows].index_copy_(1, self.cols, values)  # type: ignore[arg-type]
-        elif isinstance(self.cols, slice):
-            weight[:, self.cols].index_copy_(0, self.rows, values)
+        """Put the group's values into a weight [m, n], which may lie on another device (ZeRO-3's offload_param)."""
+        rows, cols = (at if isinstance(at, slice) else at.to(weight.device) for at in (self.rows, self.cols))
+        values = values.to(weight.device)
+        if isinstance(rows, slice) and isinstance(cols, slice):
+            weight[rows, cols].copy_(values)
+        elif isinstance(rows, slice):
+            weight[rows].index_copy_(1, cols, values)  # type: ignore[arg-type]
+        elif isinstance(cols, slice):
+            weight[:, cols].index_copy_(0, rows, values)
         else:
-            weight.index_put_((self.rows[:, None], self.cols[None, :]), values)
+            weight.index_put_((rows[:, None], cols[None, :]), values)
 
     def within(self, rows: slice, cols: slice) -> tuple[Group, slice, slice]:
         """What of the group lies in a rectangle of the weight, by places in that rectangle; and which rows and columns
@@ -123,16 +124,6 @@ class Tiles:
             )
             self.numel += len(rows) * len(cols)
 
-    def to(self, device: torch.device) -> Tiles:
-        """The same tiles of a weight that is on another device."""
-        moved = copy.copy(self)
-        moved.keep = None if self.keep is None else self.keep.to(device)
-        moved.groups = [
-            replace(g, rows=_moved(g.rows, device), cols=_moved(g.cols, device), inputs=_moved(g.inputs, device))
-            for g in self.groups
-        ]
-        return moved
-
     def part(self, flat: Tensor) -> Tensor:
         """The matrix's part of its unit's payload, a view."""
         return flat[self.offset : self.offset + self.numel]
@@ -165,20 +156,16 @@ class Tiles:
         """The tiles' values in a weight [m, n], flat [numel]."""
         return torch.cat([group.read(weight).reshape(-1) for group in self.groups])
 
-    def write(self, weight: Tensor, flat: Tensor) -> None:
-        """Put the tiles' values, flat [numel], into a weight [m, n]."""
+    def write(self, piece: Piece, flat: Tensor) -> None:
+        """Put the tiles' values, flat [numel], into a piece of the weight, as far as they lie in it."""
         for group in self.groups:
-            group.write(weight, group.of(flat))
-
-    def write_slice(self, held: Tensor, lo: int, shape: tuple[int, int], flat: Tensor) -> None:
-        """The same for elements [lo, lo + len(held)) of a flattened weight of this shape."""
-        m, n = shape
-        for first, end, rows, cols in rectangles(max(lo, 0), min(lo + held.numel(), m * n), n):
-            part = held[first - lo : end - lo].view(rows.stop - rows.start, cols.stop - cols.start)
-            for group in self.groups:
-                inside, its_rows, its_cols = group.within(rows, cols)
-                if min(inside.shape) > 0:
-                    inside.write(part, group.of(flat)[its_rows, its_cols])
+            values = group.of(flat)
+            if piece.first is None:
+                group.write(piece.weight, values)
+                continue
+            inside, rows, cols = group.within(piece.rows, piece.cols)
+            if min(inside.shape) > 0:
+                inside.write(piece.weight, values[rows, cols])
 
     def tiles(self, flat: Tensor) -> Iterator[tuple[Rectangle, Tensor]]:
         """Each tile of the payload with its values, a view."""
@@ -191,20 +178,6 @@ class Tiles:
                     yield (rows, cols), values[at:below, left:right]
                     left = right
                 at = below
-
-    def correct(self, y: Tensor, x: Tensor, delta: Tensor) -> None:
-        """y += x D^T in place, for the matrix of zeros and tiles D; x [tokens, in], y [tokens, out], delta [numel]."""
-        for group in self.groups:
-            d = group.of(delta)
-            given, to = (group.rows, group.cols) if self.input_first else (group.cols, group.rows)
-            _add_columns(y, to, _take(x, given, 1).to(d.dtype) @ (d if self.input_first else d.t()))
-
-    def correct_input(self, dx: Tensor, dy: Tensor, delta: Tensor) -> None:
-        """dX += dY D in place; shapes as in `correct`."""
-        for group in self.groups:
-            d = group.of(delta)
-            to, given = (group.rows, group.cols) if self.input_first else (group.cols, group.rows)
-            _add_columns(dx, to, _take(dy, given, 1).to(d.dtype) @ (d.t() if self.input_first else d))
 
 
 def _rectangles(tiles: list[Rectangle]) -> list[tuple[tuple[Range, ...], tuple[Range, ...]]]:
@@ -250,21 +223,10 @@ def _from(places: _Places, first: int, end: int, origin: int) -> _Places:
     return places[first:end] - origin
 
 
-def _moved(places: _Places, device: torch.device) -> _Places:
-    return places if isinstance(places, slice) else places.to(device)
-
-
 def _take(t: Tensor, places: _Places, dim: int) -> Tensor:
     if isinstance(places, slice):
         return t[:, places] if dim == 1 else t[places]
     return t.index_select(dim, places)
-
-
-def _add_columns(t: Tensor, places: _Places, values: Tensor) -> None:
-    if isinstance(places, slice):
-        t[:, places].add_(values)
-    else:
-        t.index_add_(1, places, values.to(t.dtype))  # places are unique: no two values meet
 
 
 def _add_mm(acc: Tensor, a: Tensor, b: Tensor) -> None:

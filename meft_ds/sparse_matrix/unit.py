@@ -1,18 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The `blocks` wire format: gradients of the chosen tiles go down, their new values (or what they add) come up.
+"""The `blocks` wire format: gradients of the chosen tiles go down, their new values come up and go into the weights.
 
 No whole gradient is ever made where a linear layer hands over its activations; a stacked expert tensor's is made by
-autograd, read and dropped at once.
-
-*Value form*: the weight holds the tiles' values, and each update writes them into it (a partitioned one: into this
-rank's slice). *Delta form*: the weight is never
-written; the layer adds x D^T for D = master - original.
+autograd, read and dropped at once. Of a partitioned weight (ZeRO-3) each rank writes the tiles in its own slice.
 """
 
 from __future__ import annotations
-
-from dataclasses import replace
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -20,13 +13,10 @@ from torch import Tensor, nn
 from meft_ds.offload.flat_unit import MOMENTS, FlatUnit
 from meft_ds.offload.host.adam import FlatAdam
 from meft_ds.offload.model.capture import tap, untap
-from meft_ds.offload.model.weights import WHOLE, Weights, shape_of
+from meft_ds.offload.model.weights import WHOLE, Weights
 from meft_ds.offload.ranks import Ranks
-from meft_ds.offload.unit import AdamHyper, Footprint
-from meft_ds.sparse_matrix.linear import correct
+from meft_ds.offload.unit import AdamHyper
 from meft_ds.sparse_matrix.tiles import Tiles
-
-Form = Literal["value", "delta"]
 
 
 class TilesUnit(FlatUnit):
@@ -38,7 +28,6 @@ class TilesUnit(FlatUnit):
         modules: by parameter: the linear layer whose activations give the gradient; None where autograd does.
         wire_dtype: dtype of the gradients on the bus.
         moments_dtype: float32 or bfloat16.
-        form: "value" or "delta".
     """
 
     wire = "blocks"
@@ -56,7 +45,6 @@ class TilesUnit(FlatUnit):
         wire_dtype: torch.dtype,
         moments_dtype: torch.dtype,
         on_device: bool,
-        form: Form,
         weights: Weights = WHOLE,
         device: torch.device | None = None,
     ) -> None:
@@ -74,11 +62,10 @@ class TilesUnit(FlatUnit):
             weights=weights,
             device=device,
         )
-        self.matrices, self._modules, self.form = matrices, modules, form
+        self.matrices, self._modules = matrices, modules
         self._of_param = [[m for m in matrices if m.param == index] for index in range(len(params))]
         self._moments_dtype = moments_dtype
         self._adam: FlatAdam | None = None
-        self._delta: Tensor | None = None
 
     def allocate(self) -> None:
         """Also take master, moments and the original values, and start listening to the modules."""
@@ -87,38 +74,21 @@ class TilesUnit(FlatUnit):
         self.original = self.values()[self._lo : self._hi].to(where, copy=True)
         self._adam = FlatAdam(
             self.original.float() if self._dtype != torch.float32 else self.original.clone(),
-            self._reply if self.form == "value" else None,
+            self._reply,
             self._moments_dtype,
         )
-        if self.form == "delta":
-            self._delta = torch.zeros(self.numel, dtype=self._dtype, device=self._device)
         self.after_load()
         for index, module in enumerate(self._modules):
-            if module is None:
-                continue
-            (blocks,) = self._of_param[index]
-            if self._delta is None:
+            if module is not None:
+                (blocks,) = self._of_param[index]
                 tap(module, self, index, blocks.keep, self.weights.anchor)
-            else:
-                correct(module, self, index, blocks, blocks.part(self._delta), self.weights.anchor)
 
     def release(self) -> None:
-        """Stop listening. The model stays what it is: in the delta form weights take on what was learned, and layers
-        with partitioned ones go on adding it, until another engine comes."""
+        """Stop listening to parameters and modules. The weights keep what was learned."""
         super().release()
-        # partitioned weights take all ranks to write, which an engine that is collected somewhere cannot call upon
-        keep = self.weights.partitioned
-        values = None if self._delta is None or keep else self.values()
-        for index, module in enumerate(self._modules):
-            # not where another engine has taken over, which an engine that is collected late must leave alone
-            if module is not None and untap(module, self, keep=keep) and values is not None:
-                self._write(values, self._of_param[index])
-        self._delta = None
-
-    def footprint(self) -> Footprint:
-        plain = super().footprint()
-        delta = self.numel * self._dtype.itemsize if self.form == "delta" else 0
-        return replace(plain, device=plain.device + delta)
+        for module in self._modules:
+            if module is not None:
+                untap(module, self)
 
     @property
     def state_bytes(self) -> int:
@@ -135,16 +105,7 @@ class TilesUnit(FlatUnit):
         self._received(index)
 
     def add_gradient(self, index: int, grad: Tensor) -> None:
-        """Autograd made a whole gradient: of a stacked expert tensor, or of a weight read outside its layer.
-
-        Raises:
-            RuntimeError: in the delta form, where who reads the weight itself does not get what was learned.
-        """
-        if self.form == "delta":
-            raise RuntimeError(
-                f"meft-ds: {self.params[index][0]} is read outside its layer's forward, where the delta form adds "
-                'nothing; set sparse_matrix.form to "value"'
-            )
+        """Autograd made a whole gradient: of a stacked expert tensor, or of a weight read outside its layer."""
         for blocks in self._of_param[index]:
             blocks.add_gradient(blocks.part(self._acc), blocks.matrix(grad))
 
@@ -153,28 +114,19 @@ class TilesUnit(FlatUnit):
     def update(self, grad: Tensor, reply: Tensor, hyper: AdamHyper, *, step: int, grad_scale: float) -> None:
         assert self._adam is not None
         self._adam.step(grad, hyper, step=step, grad_scale=grad_scale)
-        if self.form == "delta":
-            torch.sub(self._adam.master, self.original, out=reply)
 
     def change(self, reply: Tensor) -> None:
-        if self._delta is not None:
-            self._delta.copy_(reply)
-        elif self.weights.partitioned:
-            self._write_slices(reply)
-        else:
-            self._write(reply, self.matrices)
-
-    @torch.no_grad()
-    def adopt(self) -> None:
-        assert self._adam is not None
-        if self.form == "value":  # in the delta form the master is what is added to the weight, whatever that is
-            self._adam.adopt(self.values()[self._lo : self._hi].to(self._reply.device), self._reply)
+        for index, (_, p) in enumerate(self.params):
+            for blocks in self._of_param[index]:
+                for piece in self.weights.pieces(p, blocks.expert, write_only=True):
+                    blocks.write(piece, blocks.part(reply))
+            self.weights.changed(p)
 
     @torch.no_grad()
     def adopt_one(self, p: Tensor) -> None:
         assert self._adam is not None
         index = next(i for i, (_, q) in enumerate(self.params) if q is p)
-        for blocks in self._of_param[index] if self.form == "value" else ():
+        for blocks in self._of_param[index]:
             lo, hi = self._owned(blocks)
             if lo < hi:
                 now = blocks.read(self._matrix(blocks))[lo - blocks.offset : hi - blocks.offset]
@@ -184,7 +136,7 @@ class TilesUnit(FlatUnit):
 
     @torch.no_grad()
     def values(self) -> Tensor:
-        """What the tiles are in the model's function now, flat [numel] in the weights' dtype, on the device.
+        """Read the tiles from the weights: flat [numel] in their dtype, on the device.
 
         Collective where weights are partitioned.
         """
@@ -192,8 +144,7 @@ class TilesUnit(FlatUnit):
         for index, (_, p) in enumerate(self.params):
             with self.weights.whole([p]):
                 parts += [blocks.read(self._matrix(blocks)) for blocks in self._of_param[index]]
-        whole = torch.cat(parts)
-        return whole if self._delta is None else whole.float().add_(self._delta).to(self._dtype)
+        return torch.cat(parts)
 
     def originals(self) -> Tensor:
         """What the tiles were before training, flat [numel] in the weights' dtype, on the device. Collective."""
@@ -205,11 +156,6 @@ class TilesUnit(FlatUnit):
 
     @torch.no_grad()
     def set_full(self, index: int, value: Tensor) -> None:
-        if self.form == "delta":
-            raise ValueError(
-                f"meft-ds: {self.params[index][0]} trains in the delta form of sparse_matrix, which never writes the "
-                "weight; load a checkpoint or a state dict, or set the weights before the engine is made"
-            )
         super().set_full(index, value)
         self._take_tiles(self._adam_state()["master"], index, self._checked(index, value))
         self.after_load()
@@ -234,7 +180,8 @@ class TilesUnit(FlatUnit):
         """`whole` [m, n] with the tiles' values of a vector of which this rank has its slice. Collective."""
         flat = self.gathered(own).float()
         for blocks in self._of_param[index]:
-            blocks.write(blocks.matrix(whole), blocks.part(flat))
+            for piece in WHOLE.pieces(whole, blocks.expert):
+                blocks.write(piece, blocks.part(flat))
         return whole
 
     def _take_tiles(self, own: Tensor, index: int, value: Tensor) -> None:
@@ -249,31 +196,7 @@ class TilesUnit(FlatUnit):
         """What of a matrix's payload is this rank's, in the unit's."""
         return max(self._lo, blocks.offset), min(self._hi, blocks.offset + blocks.numel)
 
-    @torch.no_grad()
-    def take_back(self) -> None:
-        """In the delta form: give the weights' tiles their original values, because a file's weights have what was
-        learned in them. Collective."""
-        if self.form == "value":
-            return
-        originals = self.originals()
-        for index, (_, p) in enumerate(self.params):
-            with self.weights.whole([p], change=True):
-                self._write(originals, self._of_param[index])
-
-    def _write(self, flat: Tensor, matrices: list[Tiles]) -> None:
-        for blocks in matrices:
-            blocks.write(self._matrix(blocks), blocks.part(flat))
-
-    def _write_slices(self, flat: Tensor) -> None:
-        for index, (_, p) in enumerate(self.params):
-            held, first = self.weights.local(p)
-            *_, m, n = shape_of(p)
-            for blocks in self._of_param[index]:
-                blocks.write_slice(held, first - m * n * (blocks.expert or 0), (m, n), blocks.part(flat))
-            self.weights.changed(p)
-
     def _matrix(self, blocks: Tiles) -> Tensor:
-        # detached, not .data: a forward that read the old weights and has yet to run backward must fail, not be wrong
         return blocks.matrix(self.params[blocks.param][1].detach())
 
     # -- state ---------------------------------------------------------------------------------------------------------
@@ -284,7 +207,4 @@ class TilesUnit(FlatUnit):
 
     def after_load(self) -> None:
         assert self._adam is not None
-        if self.form == "delta":
-            torch.sub(self._adam.master, self.original, out=self._reply)
-        else:
-            self._reply.copy_(self._adam.master)
+        self._reply.copy_(self._adam.master)

@@ -7,8 +7,7 @@ Each rank holds the moments of its 1/N of the layer's S, flattened one after ano
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 from meft_ds import ops
 from meft_ds.offload.flat_unit import FlatUnit
 from meft_ds.offload.model.capture import tap, untap
-from meft_ds.offload.model.weights import WHOLE, Weights, numel_of, rectangles, shape_of
+from meft_ds.offload.model.weights import WHOLE, Weights, numel_of, shape_of
 from meft_ds.offload.ranks import Ranks
 from meft_ds.offload.unit import AdamHyper, Footprint
 from meft_ds.ops.projector import Projector, compress, seed_of
@@ -288,7 +287,9 @@ class SubspaceUnit(FlatUnit):
         hyper, step, _ = self._update
         for index, (_, p) in enumerate(self.params):
             for matrix in self._of_param[index]:
-                for piece in self._pieces(matrix, p):
+                for piece in self.weights.pieces(p, matrix.expert):
+                    # the parts of a partitioned matrix draw rounding bits of their own
+                    name = matrix.name if piece.first is None else f"{matrix.name}@{piece.first}"
                     residual = self._residuals[index] if self._residuals else None
                     ops.subspace_apply_(
                         piece.weight,
@@ -297,24 +298,11 @@ class SubspaceUnit(FlatUnit):
                         _sliced(matrix.right.projector, piece.cols),
                         alpha=-hyper.lr * (matrix.adam_scale() if self._scale == "adam" else float(self._scale)),
                         decay=1.0 - hyper.lr * hyper.weight_decay,
-                        key=seed_of(self._seed, piece.name),
+                        key=seed_of(self._seed, name),
                         step=step,
                         residual=residual if residual is None or matrix.expert is None else residual[matrix.expert],
                     )
             self.weights.changed(p)
-
-    def _pieces(self, matrix: Matrix, p: nn.Parameter) -> Iterator[_Piece]:
-        """The rectangles of a matrix that this rank writes: all of it, or what its slice of the flat weight has."""
-        m, n = matrix.left.projector.m, matrix.right.projector.m
-        if not self.weights.partitioned:
-            w = p.detach()
-            yield _Piece(matrix.name, w if matrix.expert is None else w[matrix.expert], slice(0, m), slice(0, n))
-            return
-        flat, first = self.weights.local(p)
-        first -= m * n * (matrix.expert or 0)  # of the matrix
-        for lo, hi, rows, cols in rectangles(max(first, 0), min(first + flat.numel(), m * n), n):
-            weight = flat[lo - first : hi - first].view(rows.stop - rows.start, cols.stop - cols.start)
-            yield _Piece(f"{matrix.name}@{lo}", weight, rows, cols)
 
     def settle(self, ranks: Ranks) -> None:
         """Carry the moments over to the projectors that this window switched to."""
@@ -403,16 +391,6 @@ class SubspaceUnit(FlatUnit):
     def after_load(self) -> None:
         self._update = None
         self._reply.zero_()
-
-
-@dataclass(frozen=True, eq=False)
-class _Piece:
-    """A part of a matrix: rows x cols; `name` gives its rounding bits of its own."""
-
-    name: str
-    weight: Tensor
-    rows: slice
-    cols: slice
 
 
 def _sliced(projector: Projector, rows: slice) -> tuple[Tensor, Tensor]:

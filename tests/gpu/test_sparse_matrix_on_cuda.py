@@ -54,12 +54,11 @@ def test_what_is_written_is_read_again_and_nothing_else_changes(cuda: torch.devi
 
 
 @pytest.mark.parametrize("state", ["cpu", "accelerator"])
-@pytest.mark.parametrize("form", ["value", "delta"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_training_is_bit_identical_from_run_to_run_and_lowers_the_loss(
-    cuda: torch.device, precision: str, form: str, state: str
+    cuda: torch.device, precision: str, state: str
 ) -> None:
-    block = {"sparse_matrix": {**SCORED, "form": form, "state_device": state}}
+    block = {"sparse_matrix": {**SCORED, "state_device": state}}
     first, second = (train(make_engine(ds_config(precision=precision, block=block)), 10, distinct=1) for _ in range(2))
     assert first == second and first[0] == first[1] == first[2]  # two steps score, and the third has yet to train
     assert first[-1] < first[0]

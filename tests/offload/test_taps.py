@@ -146,7 +146,7 @@ def test_nothing_is_handed_over_when(kind: str, why: str) -> None:
         recorder = Recorder()
         gc.collect()
     elif why == "untapped":
-        untap(module)
+        untap(module, recorder)
         assert module.__dict__.get("forward") is None
     with torch.set_grad_enabled(why != "no_grad"):
         y = module(torch.ones(2, 5))

@@ -125,36 +125,30 @@ def main() -> None:
     found["again"] = {"losses": train(again, rank, 2), **told(again)}
 
     for checkpointing in ("none", "reentrant", "nonreentrant"):
-        for form in ("value", "delta"):
-            options: dict[str, Any] = dict(gas=2, precision="bf16", form=form, checkpointing=checkpointing)
-            print(form, checkpointing, file=sys.stderr, flush=True)
-            for mode in ("serial", "exact") if checkpointing == "none" else ("exact",):
-                engine = engine_for(**here, **options, mode=mode)
-                train(engine, rank, 2)
-                found[f"{mode} {form} {checkpointing}"] = {**told(engine), "own": digest(own(engine))}
-    for form in ("value", "delta"):
-        for where in ("cpu", "accelerator"):
-            # float32 on the bus, as it is where nothing uses the bus
-            options = dict(gas=2, precision="bf16", form=form, state_device=where, others={"grad_dtype": "fp32"})
-            engine = engine_for(**here, **options)
+        for mode in ("serial", "exact") if checkpointing == "none" else ("exact",):
+            engine = engine_for(**here, gas=2, precision="bf16", checkpointing=checkpointing, mode=mode)
             train(engine, rank, 2)
-            found[f"state {form} {where}"] = {**told(engine), "own": digest(own(engine))}
+            found[f"{mode} {checkpointing}"] = {**told(engine), "own": digest(own(engine))}
+    for where in ("cpu", "accelerator"):
+        # float32 on the bus, as it is where nothing uses the bus
+        engine = engine_for(**here, gas=2, precision="bf16", state_device=where, others={"grad_dtype": "fp32"})
+        train(engine, rank, 2)
+        found[f"state {where}"] = {**told(engine), "own": digest(own(engine))}
     engine = engine_for(**here, gas=2, precision="bf16", stage=0)
     train(engine, rank, 2)
     found["stage 0"] = {**told(engine), "own": digest(own(engine))}
 
     # an overflow on one rank only: while scoring, then in training
-    for form in ("value", "delta"):
-        engine = engine_for(**here, precision="fp16", form=form)
-        windows: list[Any] = []
-        for step, bad in enumerate((False, True, False, False, True, False)):
-            before = told(engine)
-            loss = engine(**batch(step, MICRO)).loss
-            engine.backward(loss * (math.inf if bad and rank == 1 else 1.0))
-            engine.step()
-            scored = engine.meft_stats()["sparse_matrix"]["scored_steps"]
-            windows.append([scored, engine.optimizer.cur_scale, told(engine) == before])
-        found[f"overflow {form}"] = {"windows": windows, **told(engine)}
+    engine = engine_for(**here, precision="fp16")
+    windows: list[Any] = []
+    for step, bad in enumerate((False, True, False, False, True, False)):
+        before = told(engine)
+        loss = engine(**batch(step, MICRO)).loss
+        engine.backward(loss * (math.inf if bad and rank == 1 else 1.0))
+        engine.step()
+        scored = engine.meft_stats()["sparse_matrix"]["scored_steps"]
+        windows.append([scored, engine.optimizer.cur_scale, told(engine) == before])
+    found["overflow"] = {"windows": windows, **told(engine)}
 
     # resume: what one rank saved, and what one rank will load
     for at in (1, SCORED + 1):

@@ -13,8 +13,7 @@ from tests.toy import ADAPTER, ds_config, make_engine, tiny_llama, train
 BLOCKS: dict[str, dict[str, Any]] = {
     "sparse_adapter": {"sparse_adapter": dict(ADAPTER)},
     "subspace": {"subspace": {"nonzeros": 2, "fit_steps": 2, "refit_interval": 3}},
-    "value": {"sparse_matrix": {"density": 0.1, "block_size": 8, "warmup_steps": 2}},
-    "delta": {"sparse_matrix": {"density": 0.1, "block_size": 8, "warmup_steps": 2, "form": "delta"}},
+    "tiles": {"sparse_matrix": {"density": 0.1, "block_size": 8, "warmup_steps": 2}},
 }
 
 
@@ -23,8 +22,7 @@ BLOCKS: dict[str, dict[str, Any]] = {
     [
         pytest.param("sparse_adapter", marks=pytest.mark.long),
         pytest.param("subspace", marks=pytest.mark.slow),
-        pytest.param("value", marks=pytest.mark.slow),
-        pytest.param("delta", marks=pytest.mark.slow),
+        pytest.param("tiles", marks=pytest.mark.slow),
     ],
 )
 def test_a_compiled_engine_trains_as_an_eager_one(block: str) -> None:

@@ -16,7 +16,6 @@ METHODS: dict[str, dict[str, Any]] = {
     "adapter": {"sparse_adapter": dict(ADAPTER)},
     "subspace": {"subspace": {"nonzeros": 2, "fit_steps": 2}},
     "tiles": {"sparse_matrix": {"density": 0.1, "block_size": 8, "warmup_steps": 2}},
-    "delta": {"sparse_matrix": {"density": 0.1, "block_size": 8, "score": "magnitude", "form": "delta"}},
     "tiles and the head": {"sparse_matrix": {"density": 0.1, "block_size": 8, "warmup_steps": 2}, "train": ["lm_head"]},
 }
 
@@ -81,7 +80,6 @@ def losses(method: str, mode: str, *, inner: bool, tied: bool) -> tuple[list[flo
         ("subspace", "exact", True),
         ("tiles", "exact", False),
         ("tiles", "exact", True),
-        ("delta", "exact", False),
         ("tiles and the head", "exact", False),
         ("tiles and the head", "eager", False),
     ],

@@ -24,7 +24,6 @@ from tests.sparse_matrix.hand import brute_force
 from tests.toy import ADAPTER, batch, make_engine, state_of, tiny_llama, train
 
 KINDS = ["abs_mean", "l2", "mean_abs", "paper"]
-FORMS = ["value", "delta"]
 
 
 def weights(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -139,14 +138,13 @@ def test_training_learns_and_is_bit_identical_from_run_to_run(precision: str) ->
     assert first[:4] == first[SCORED * 2 - 4 : SCORED * 2] and sum(first[-4:]) < sum(first[:4]) - 1.0
 
 
-@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_unselected_elements_keep_their_bits_and_the_selected_change(form: str, precision: str) -> None:
+def test_unselected_elements_keep_their_bits_and_the_selected_change(precision: str) -> None:
     base = tiny_llama()
     for p in base.parameters():
         p.data = p.data.to(torch.float32 if precision == "fp32" else torch.bfloat16)
     logits = base.eval()(**batch(5)).logits
-    engine = make_engine(config(precision, form=form, score="random"))
+    engine = make_engine(config(precision, score="random"))
     engine.eval()
     assert torch.equal(engine(**batch(5)).logits, logits)
     with torch.no_grad():
@@ -163,9 +161,8 @@ def test_unselected_elements_keep_their_bits_and_the_selected_change(form: str, 
         assert (differs & mask).sum() >= (1.0 if precision == "fp32" else 0.8) * mask.sum(), name
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_all_tiles_is_dense_adamw_training_of_those_matrices(form: str) -> None:
-    made = config(gas=2, form=form, eps=1e-4, **EVERYTHING)
+def test_all_tiles_is_dense_adamw_training_of_those_matrices() -> None:
+    made = config(gas=2, eps=1e-4, **EVERYTHING)
     engine, twin = make_engine(made), tiny_llama().requires_grad_(False)
     names = [n for n, _ in twin.named_parameters() if "proj" in n]
     params = [twin.get_parameter(n).requires_grad_(True) for n in names]
@@ -223,17 +220,15 @@ def test_zero_stages_and_schedules_give_the_same_bits() -> None:
         assert differing(plain, run(stage=stage)) == []
     assert differing(plain, run(mode="serial")) == []
     assert differing(plain, run(state_device="accelerator")) == []
-    delta = run(form="delta")
-    assert differing(delta, run(form="delta", mode="serial", state_device="accelerator")) == []
+    assert differing(plain, run(mode="serial", state_device="accelerator")) == []
 
 
 @pytest.mark.parametrize("where", ["cpu", "accelerator"])
-@pytest.mark.parametrize("form", FORMS)
-def test_without_clipping_eager_equals_exact_bit_for_bit(form: str, where: str) -> None:
+def test_without_clipping_eager_equals_exact_bit_for_bit(where: str) -> None:
     """With clipping an early update knows only the window before's norm."""
 
     def run(mode: str) -> tuple[list[float], dict[str, torch.Tensor]]:
-        made = config("bf16", gas=2, others={"schedule": {"mode": mode}}, form=form, state_device=where)
+        made = config("bf16", gas=2, others={"schedule": {"mode": mode}}, state_device=where)
         made["gradient_clipping"] = 0.0
         engine = make_engine(made)
         before = SCORED + MEASURED_WINDOWS + 1  # until then nothing is known of the order of updates
@@ -253,9 +248,8 @@ def test_without_clipping_eager_equals_exact_bit_for_bit(form: str, where: str) 
     assert losses == again and differing(exact, eager) == []
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_fp16_overflow_in_training_leaves_everything_as_it_was(form: str) -> None:
-    engine, twin = (make_engine(config("fp16", gas=2, form=form)) for _ in range(2))
+def test_fp16_overflow_in_training_leaves_everything_as_it_was() -> None:
+    engine, twin = (make_engine(config("fp16", gas=2)) for _ in range(2))
     for each in (engine, twin):
         steps(each, range(3))
     for step in range(3, 5):
@@ -271,15 +265,13 @@ def test_fp16_overflow_in_training_leaves_everything_as_it_was(form: str) -> Non
         assert differing(everything(engine), everything(twin)) == []
 
 
-@pytest.mark.parametrize(
-    ("what", "form"), [("eval", "delta"), ("no_sync", "value"), ("reentrant", "value"), ("nonreentrant", "delta")]
-)
-def test_it_changes_nothing_to_train_with(what: str, form: str) -> None:
+@pytest.mark.parametrize("what", ["eval", "no_sync", "reentrant", "nonreentrant"])
+def test_it_changes_nothing_to_train_with(what: str) -> None:
     def run(what: str) -> dict[str, Any]:
         model = tiny_llama()
         if "reentrant" in what:
             model.gradient_checkpointing_enable({"use_reentrant": what == "reentrant"})
-        engine = make_engine(config("bf16", gas=2, form=form), model)
+        engine = make_engine(config("bf16", gas=2), model)
         engine.train()
         for step in range(SCORED + 3):
             for micro in range(2):
@@ -357,9 +349,8 @@ def test_tied_embeddings_stay_as_they_are() -> None:
     assert {n for n, p in model.named_parameters() if not torch.equal(p, base[n])} == {n for n in base if "proj" in n}
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_a_copy_of_a_training_model_is_a_model_of_its_own(form: str) -> None:
-    engine = make_engine(config(form=form))
+def test_a_copy_of_a_training_model_is_a_model_of_its_own() -> None:
+    engine = make_engine(config())
     assert list(engine.module.state_dict()) == list(tiny_llama().state_dict())
     for phase in ("scoring", "training"):
         steps(engine, range(SCORED + 1) if phase == "training" else [])

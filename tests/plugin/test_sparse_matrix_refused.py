@@ -12,7 +12,6 @@ import torch
 from torch import nn
 
 from tests.plugin.tiles import SCORED, config, differing, everything, method_of, steps
-from tests.sparse_adapter.tiny import tiny_model
 from tests.toy import batch, make_engine, tiny_llama
 
 
@@ -92,20 +91,6 @@ def test_weights_that_the_optimizer_does_not_hold_have_no_tiles() -> None:
     optimizer = torch.optim.AdamW(model.model.norm.parameters(), lr=1e-2)
     with pytest.raises(ValueError, match="no weight left .* belongs to no parameter group of the optimizer"):
         make_engine(made, model, optimizer=optimizer)
-
-
-def test_the_delta_form_says_that_it_leaves_expert_tensors_out(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    path = tmp_path / "tiles.json"
-    make_engine(config(score="random", choice_out=str(path)), tiny_model("mixtral").train())
-    caplog.clear()
-    engine = make_engine(config(form="delta", score="random"), tiny_model("mixtral").train())
-    assert not any("experts" in name for name in method_of(engine).choice.shapes)
-    (line,) = [r.getMessage() for r in caplog.records if "leaves out" in r.getMessage()]
-    assert "experts" in line and 'is no linear layer, and sparse_matrix.form "delta"' in line
-    with pytest.raises(ValueError, match=r"does not fit .*experts.*: is no linear layer, and sparse_m"):
-        make_engine(config(form="delta", choice_file=str(path)), tiny_model("mixtral").train())
 
 
 def test_tiles_that_no_gradient_reached_are_named(caplog: pytest.LogCaptureFixture) -> None:

@@ -36,8 +36,9 @@ METHODS: dict[str, dict[str, Any]] = {
     "adapter and norms": {"sparse_adapter": dict(ADAPTER), "train": ["norm", "embed"]},
     "subspace learned": {"subspace": {"nonzeros": 2, **LEARNED}},
     "subspace random": {"subspace": {"nonzeros": 2, "projectors": "random"}},
-    "tiles": {"sparse_matrix": {"density": 0.1, "block_size": 8, "warmup_steps": 2, "form": "delta"}},
+    "tiles": {"sparse_matrix": {"density": 0.1, "block_size": 8, "warmup_steps": 2}},
 }
+TILES_AT_ONCE = {"sparse_matrix": {"density": 0.3, "block_size": 8, "score": "magnitude"}}
 ONE_OF_EACH = ("adapter and norms", "subspace learned", "tiles")
 
 
@@ -56,7 +57,7 @@ def engine_for(
 ) -> Any:
     # every parameter is partitioned and gathered again, unless a case wants it otherwise
     settings = {"stage3_param_persistence_threshold": 0, **(zero or {})} if stage == 3 else {}
-    block = {**METHODS[method], "schedule": {"mode": mode}}
+    block = {**METHODS.get(method, TILES_AT_ONCE), "schedule": {"mode": mode}}
     micro = ROWS // int(os.environ["WORLD_SIZE"])
     config = ds_config(block=block, micro=micro, gas=gas, zero_optimization={"stage": stage, **settings}, **extra)
     # with a tiny eps AdamW turns rounding differences of near-zero gradients into whole steps
@@ -270,7 +271,7 @@ def overflow(folder: Path) -> dict[str, Any]:
 def pending(folder: Path) -> dict[str, Any]:
     """What each module's forward reads while every update takes long, and which weights were gathered ahead of it."""
     found: dict[str, Any] = {}
-    for method in ("adapter and norms", "subspace learned"):
+    for method in ("adapter and norms", "subspace learned", "tiles at once"):
         read: dict[str, list[dict[str, str]]] = {}
         for name in ("serial", "slow"):
             mode = "serial" if name == "serial" else "exact"

@@ -20,8 +20,7 @@ from meft_ds.sparse_matrix.choice.select import Choice, Tile
 from meft_ds.sparse_matrix.config import SparseMatrixConfig
 from meft_ds.sparse_matrix.discover import Site, find_sites
 from meft_ds.sparse_matrix.method import SparseMatrixMethod
-from tests.subspace.hand import CPU, HYPER, Block, run_of
-from tests.subspace.hand import model_of as larger_model
+from tests.subspace.hand import CPU, HYPER, run_of
 
 Backward = Callable[[nn.Module, int], None]
 
@@ -81,23 +80,6 @@ def choice_of(model: nn.Module, block_size: int = 4, keep: Callable[[int], bool]
     kept = tuple(tile for i, tile in enumerate(tiles) if keep(i))
     shapes = {site.name: tuple(site.weight.shape) for site in sites if any(t.name == site.name for t in kept)}
     return Choice(kept, shapes, sum(p.numel() for p in model.parameters()), {})
-
-
-class Inside(Block):
-    """No weight is read outside its layer's forward."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.attn(x)
-        x = x + self.proj(torch.tanh(self.fc(x)))
-        return torch.tanh(self.outside(x + self.twice(torch.tanh(self.twice(x)))))
-
-
-def model_of(form: str, experts: bool = True) -> nn.Module:
-    """Everything that the form can do: the delta form has no expert tensors, and no weights read by others."""
-    model = larger_model(experts=experts and form == "value")
-    for block in model.layers if form == "delta" else ():
-        block.__class__ = Inside
-    return model
 
 
 def pipeline_of(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tiles of one matrix: their gradients, their places, and what they add in the delta form."""
+"""Tiles of one matrix: their gradients and their places."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from meft_ds.offload.model.capture import tap
+from meft_ds.offload.model.weights import WHOLE, Piece, rectangles
 from meft_ds.sparse_matrix.tiles import Rectangle, Tiles
 from tests.sparse_matrix.grids import cuts
 
@@ -25,6 +26,11 @@ some = settings(max_examples=60, deadline=None)
 def blocks_of(tiles: list[Rectangle], features: int, *, input_first: bool = False, **more: Any) -> Tiles:
     given = {"param": 0, "expert": None, "offset": 0, "device": CPU, **more}
     return Tiles(tiles=tiles, input_first=input_first, features=features, **given)
+
+
+def write(blocks: Tiles, weight: Tensor, flat: Tensor) -> None:
+    for piece in WHOLE.pieces(weight):
+        blocks.write(piece, flat)
 
 
 class Harvest:
@@ -148,10 +154,10 @@ def test_what_is_written_is_read_again_and_nothing_else_changes(choice: Any) -> 
         expected[slice(*rows), slice(*cols)] = values
     before = blocks.read(weight)
     changed = weight.clone()
-    blocks.write(changed, flat)
+    write(blocks, changed, flat)
     assert torch.equal(changed, expected) and torch.equal(blocks.read(changed), flat)
     assert len(flat.unique()) == int((changed != weight).sum()) == sum((b - a) * (d - c) for (a, b), (c, d) in tiles)
-    blocks.write(changed, before)
+    write(blocks, changed, before)
     assert torch.equal(changed, weight)
 
 
@@ -163,30 +169,14 @@ def test_slices_of_a_flattened_weight_are_written_one_by_one_as_the_whole(choice
     blocks = blocks_of(tiles, n)
     flat = torch.arange(1.0, blocks.numel + 1)
     expected = weight.clone()
-    blocks.write(expected, flat)
+    write(blocks, expected, flat)
     cut = sorted({-7, m * n + 7, *(edge for edge in edges if -7 < edge < m * n + 7)})  # what is around is others'
     around = torch.cat([torch.zeros(7), weight.reshape(-1), torch.zeros(7)])
     for lo, hi in itertools.pairwise(cut):
-        blocks.write_slice(around[lo + 7 : hi + 7], lo, (m, n), flat)
+        for first, end, rows, cols in rectangles(max(lo, 0), min(hi, m * n), n):
+            part = around[first + 7 : end + 7].view(rows.stop - rows.start, cols.stop - cols.start)
+            blocks.write(Piece(part, rows, cols, first), flat)
     assert torch.equal(around[7:-7].view(m, n), expected) and not around[:7].any() and not around[-7:].any()
-
-
-@some
-@given(choice=choices(), input_first=st.booleans())
-def test_what_tiles_add_is_the_product_with_a_matrix_that_is_zero_elsewhere(choice: Any, input_first: bool) -> None:
-    m, n, tiles = choice
-    blocks = blocks_of(tiles, m if input_first else n, input_first=input_first)
-    delta = torch.randn(blocks.numel, generator=torch.Generator().manual_seed(2))
-    dense = torch.zeros(m, n)
-    blocks.write(dense, delta)
-    product = dense if input_first else dense.t()  # [in, out]
-    x, dy = inputs(product.shape[0], 5), inputs(product.shape[1], 5, seed=1)
-    y, dx = inputs(product.shape[1], 5, seed=2), inputs(product.shape[0], 5, seed=3)
-    expected, expected_dx = y + x @ product, dx + dy @ product.t()
-    blocks.correct(y, x, delta)
-    blocks.correct_input(dx, dy, delta)
-    torch.testing.assert_close(y, expected, **FP32)
-    torch.testing.assert_close(dx, expected_dx, **FP32)
 
 
 def test_tiles_that_fill_a_rectangle_are_one_product_over_views() -> None:

@@ -40,7 +40,7 @@ def test_every_setting_can_be_given() -> None:
     given = {
         **{"density": 0.5, "budget": "per_module", "preset": "paper", "score": "l2", "normalize": True},
         **{"block_size": 64, "warmup_steps": 3, "target_modules": [".*q_proj"], "segments": {".*qkv": [4, 2, 2]}},
-        **{"form": "delta", "state_device": "cpu", "choice_out": "tiles.json", "seed": 5},
+        **{"state_device": "cpu", "choice_out": "tiles.json", "seed": 5},
     }
     config = parsed(**given)
     assert {**given, "target_modules": (".*q_proj",)}.items() <= config.model_dump().items()
@@ -105,7 +105,7 @@ def test_the_size_of_tiles_follows_a_matrixs_share_unless_it_is_given(
         ({"segments": {"(": [1]}}, "segments: '(' is not a regular expression"),
         ({"segments": {"a": []}}, "segments: a: expected a list of the parts' sizes"),
         ({"segments": {"a": [1, 0]}}, "segments: expected a whole number of at least 1, got 0"),
-        ({"form": "lora"}, "sparse_matrix.form"),
+        ({"form": "delta"}, "sparse_matrix.form: unknown key"),
         ({"state_device": "gpu"}, "sparse_matrix.state_device"),
         ({"choice_file": 1}, "sparse_matrix.choice_file"),
         ({"choice_out": 1}, "sparse_matrix.choice_out"),
@@ -136,7 +136,7 @@ def test_a_choice_file_refuses_what_would_have_no_effect_and_nothing_else() -> N
             choice_file="tiles.json", **{name: value}
         )
     assert ", ".join(sorted(makes)) in fault(choice_file="tiles.json", **makes)
-    kept = parsed(choice_file="tiles.json", form="delta", state_device="cpu", segments={"a": [1]})
+    kept = parsed(choice_file="tiles.json", state_device="cpu", segments={"a": [1]})
     assert kept.choice_file == "tiles.json" and kept.windows == 0
 
 

@@ -146,15 +146,14 @@ def test_without_checkpointing_scoring_keeps_the_layers_inputs_and_they_are_repo
     assert scorer.close_window()
 
 
-@pytest.mark.parametrize("form", ["value", "delta"])
 @pytest.mark.parametrize("how", ["none", "reentrant", "nonreentrant"])
 def test_training_takes_16_bytes_per_trained_element_and_the_features_its_tiles_read(
-    tmp_path: Path, form: str, how: str, record_property: Any
+    tmp_path: Path, how: str, record_property: Any
 ) -> None:
     base, model = frozen(how), Model(how, torch.float32)
     choice = choice_of(model, SIDE, lambda i: i % 6 == 0)
     choice.save(tmp_path / "tiles.json")
-    pipeline = pipeline_of(model, tmp_path / "tiles.json", form=form)
+    pipeline = pipeline_of(model, tmp_path / "tiles.json")
     peak = peak_of(model)
     matrices = [(blocks, unit.params[blocks.param][1]) for unit in pipeline.units for blocks in unit.matrices]
     features = sum(b.keep.numel() if b.keep is not None else p.shape[1] for b, p in matrices)
@@ -162,16 +161,15 @@ def test_training_takes_16_bytes_per_trained_element_and_the_features_its_tiles_
     kept = 4 * TOKENS * at_once
     slices = 4 * TOKENS * 2 * INNER  # of x and dY, while one product is computed
     record_property("bytes beyond the frozen model", peak - base)
-    print(f"{form}, {how}: frozen {base}, training adds {peak - base}, of that kept features {kept}")
-    assert peak - base <= kept + slices + (4 * TOKENS * INNER if form == "delta" else 0)
+    print(f"{how}: frozen {base}, training adds {peak - base}, of that kept features {kept}")
+    assert peak - base <= kept + slices
     state = sum(held_by(unit, unit._adam) for unit in pipeline.units)
-    own = 24 if form == "value" else 28  # with originals, what goes up, and the delta form's copy of it
     record_property("state, gradient and buffers per element", state / choice.elements)
-    assert state <= 1.01 * own * choice.elements
+    assert state <= 1.01 * 24 * choice.elements  # with originals and what goes up
     assert choice.elements < LAYERS * 2 * WIDTH * INNER / 5
 
 
-@pytest.mark.parametrize("phase", ["scoring", "value", "delta"])
+@pytest.mark.parametrize("phase", ["scoring", "training"])
 @pytest.mark.parametrize("how", ["reentrant", "nonreentrant"])
 def test_checkpointing_saves_what_it_saves_a_frozen_model(tmp_path: Path, phase: str, how: str) -> None:
     def peak(how: str) -> int:
@@ -180,7 +178,7 @@ def test_checkpointing_saves_what_it_saves_a_frozen_model(tmp_path: Path, phase:
             keep: Any = scorer_of(model, "mean_abs", block_size=SIDE)
         else:
             choice_of(model, SIDE, lambda i: i % 6 == 0).save(tmp_path / "tiles.json")
-            keep = pipeline_of(model, tmp_path / "tiles.json", form=phase)
+            keep = pipeline_of(model, tmp_path / "tiles.json")
         found = peak_of(model)
         assert keep is not None
         return found

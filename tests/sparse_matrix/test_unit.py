@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Training of chosen tiles without DeepSpeed, in both forms, against dense training by torch."""
+"""Training of chosen tiles without DeepSpeed, against dense training by torch."""
 
 from __future__ import annotations
 
@@ -20,11 +20,10 @@ from torch.utils.checkpoint import checkpoint
 from meft_ds.offload.pipeline import Pipeline
 from meft_ds.sparse_matrix.choice.choice import Choice
 from meft_ds.sparse_matrix.unit import TilesUnit
-from tests.sparse_matrix.hand import choice_of, model_of, pipeline_of
-from tests.subspace.hand import HYPER, backward, differing, everything, inputs
+from tests.sparse_matrix.hand import choice_of, pipeline_of
+from tests.subspace.hand import HYPER, backward, differing, everything, inputs, model_of
 from tests.toy import batch, tiny_llama
 
-FORMS = ["value", "delta"]
 Chosen = Callable[[int], bool]
 
 
@@ -37,12 +36,12 @@ def some(i: int) -> bool:
 
 
 def build(
-    tmp_path: Path, form: str, keep: Chosen = some, dtype: torch.dtype = torch.float32, **more: Any
+    tmp_path: Path, keep: Chosen = some, dtype: torch.dtype = torch.float32, **more: Any
 ) -> tuple[nn.Module, Pipeline, Choice]:
-    model = model_of(form).to(dtype)
+    model = model_of().to(dtype)
     choice = choice_of(model, keep=keep)
-    choice.save(tmp_path / f"{form}.json")
-    return model, pipeline_of(model, tmp_path / f"{form}.json", form=form, **more), choice
+    choice.save(tmp_path / "tiles.json")
+    return model, pipeline_of(model, tmp_path / "tiles.json", **more), choice
 
 
 def functions(model: nn.Module, x: Tensor) -> Tensor:
@@ -59,31 +58,23 @@ def mask_of(choice: Choice, model: nn.Module) -> dict[str, Tensor]:
     return masks
 
 
-def effective(model: nn.Module, pipeline: Pipeline) -> dict[str, Tensor]:
-    """The weights of the model's function."""
+def weights_of(model: nn.Module, pipeline: Pipeline) -> dict[str, Tensor]:
+    """The weights after all updates."""
     pipeline.flush()
-    found = {name: p.detach().clone() for name, p in model.named_parameters()}
-    for unit in pipeline.units:
-        assert isinstance(unit, TilesUnit)
-        values = unit.values()
-        for blocks in unit.matrices:
-            name = unit.params[blocks.param][0]
-            blocks.write(blocks.matrix(found[name]), blocks.part(values))
-    return found
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
 
 
 # What it computes
 
 
-@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("clip", [0.0, 0.05])
-def test_training_all_tiles_is_adamw_on_those_matrices(tmp_path: Path, form: str, clip: float) -> None:
+def test_training_all_tiles_is_adamw_on_those_matrices(tmp_path: Path, clip: float) -> None:
     """With linear layers and Conv1D, one called twice, one read outside its forward, experts; two micro-batches."""
     hyper = dataclasses.replace(HYPER, eps=1e-3)  # clipped gradients are about as large: Adam does not undo clipping
-    model, pipeline, choice = build(tmp_path, form, every, clip=clip, hyper=hyper)
-    twin = model_of(form).requires_grad_(False)
+    model, pipeline, choice = build(tmp_path, every, clip=clip, hyper=hyper)
+    twin = model_of().requires_grad_(False)
     weights = {name: twin.get_parameter(name).requires_grad_(True) for name in choice.shapes}
-    assert len(weights) == (18 if form == "value" else 16)
+    assert len(weights) == 18
     optimizer = torch.optim.AdamW(
         weights.values(), lr=hyper.lr, betas=(hyper.beta1, hyper.beta2), eps=hyper.eps, weight_decay=hyper.weight_decay
     )
@@ -97,32 +88,15 @@ def test_training_all_tiles_is_adamw_on_those_matrices(tmp_path: Path, form: str
         result = pipeline.step()
         assert result.grad_norm == pytest.approx(float(norm), rel=3e-4)
         assert clip == 0.0 or result.grad_norm > clip
-    found = effective(model, pipeline)
+    found = weights_of(model, pipeline)
     for name, p in twin.named_parameters():
         torch.testing.assert_close(found[name], p.detach(), rtol=1e-4, atol=2e-5, msg=name)
 
 
-def test_both_forms_train_alike(tmp_path: Path) -> None:
-    found = []
-    for form in FORMS:
-        model = model_of("delta")
-        choice_of(model, keep=some).save(tmp_path / "tiles.json")
-        pipeline = pipeline_of(model, tmp_path / "tiles.json", form=form, hyper=dataclasses.replace(HYPER, eps=1e-3))
-        for step in range(4):
-            backward(model, step)
-            pipeline.step()
-        found.append((effective(model, pipeline), functions(model, inputs(99))))
-    (values, out), (deltas, out2) = found
-    torch.testing.assert_close(out, out2, rtol=1e-4, atol=1e-4)
-    for name, t in values.items():
-        torch.testing.assert_close(t, deltas[name], rtol=1e-4, atol=1e-5, msg=name)
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("form", FORMS)
-def test_conversion_leaves_outputs_unchanged_bit_for_bit(tmp_path: Path, form: str, dtype: torch.dtype) -> None:
-    plain = model_of(form).to(dtype)
-    model, pipeline, _ = build(tmp_path, form, dtype=dtype)
+def test_conversion_leaves_outputs_unchanged_bit_for_bit(tmp_path: Path, dtype: torch.dtype) -> None:
+    plain = model_of().to(dtype)
+    model, pipeline, _ = build(tmp_path, dtype=dtype)
     x = inputs(3).to(dtype)
     assert torch.equal(functions(model, x), functions(plain, x))
     assert torch.equal(model(x), plain(x)), "with gradients it is another path"
@@ -131,15 +105,12 @@ def test_conversion_leaves_outputs_unchanged_bit_for_bit(tmp_path: Path, form: s
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("form", FORMS)
-def test_only_chosen_elements_change_and_all_of_them_do(tmp_path: Path, form: str, dtype: torch.dtype) -> None:
-    base = model_of(form).to(dtype)
-    model, pipeline, choice = build(tmp_path, form, dtype=dtype)
+def test_only_chosen_elements_change_and_all_of_them_do(tmp_path: Path, dtype: torch.dtype) -> None:
+    base = model_of().to(dtype)
+    model, pipeline, choice = build(tmp_path, dtype=dtype)
     for step in range(4):
         backward(model, step)
         assert not pipeline.step().overflow
-    if form == "delta":
-        assert all(torch.equal(p, base.get_parameter(name)) for name, p in model.named_parameters())
     pipeline.close()
     for name, mask in mask_of(choice, model).items():
         changed = model.get_parameter(name) != base.get_parameter(name)
@@ -148,26 +119,24 @@ def test_only_chosen_elements_change_and_all_of_them_do(tmp_path: Path, form: st
         assert bool(changed[mask].all()) if dtype == torch.float32 else changed[mask].sum() >= 0.9 * mask.sum(), name
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_steps_too_small_for_bfloat16_add_up(tmp_path: Path, form: str) -> None:
+def test_steps_too_small_for_bfloat16_add_up(tmp_path: Path) -> None:
     hyper = dataclasses.replace(HYPER, lr=1e-4, weight_decay=0.0)
-    model, pipeline, choice = build(tmp_path, form, dtype=torch.bfloat16, hyper=hyper)
-    start = effective(model, pipeline)
+    model, pipeline, choice = build(tmp_path, dtype=torch.bfloat16, hyper=hyper)
+    start = weights_of(model, pipeline)
     for _ in range(60):
         backward(model, 0)
         pipeline.step()
-    found, masks = effective(model, pipeline), mask_of(choice, model)
+    found, masks = weights_of(model, pipeline), mask_of(choice, model)
     large = {name: mask & (start[name].abs() > 0.25) for name, mask in masks.items()}  # a step is 1/10 of a round there
     count = sum(int(mask.sum()) for mask in large.values())
     moved = sum(int((found[name] != start[name])[mask].sum()) for name, mask in large.items())
     assert count > 100 and moved > 0.5 * count
 
 
-@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("bad", [math.inf, math.nan])
-def test_an_overflow_changes_nothing(tmp_path: Path, form: str, bad: float) -> None:
-    model, pipeline, _ = build(tmp_path, form)
-    _, twin_pipeline, _ = twin = build(tmp_path, form)
+def test_an_overflow_changes_nothing(tmp_path: Path, bad: float) -> None:
+    model, pipeline, _ = build(tmp_path)
+    _, twin_pipeline, _ = twin = build(tmp_path)
     for step in range(3):
         for each, pipe in ((model, pipeline), twin[:2]):
             backward(each, step)
@@ -180,11 +149,10 @@ def test_an_overflow_changes_nothing(tmp_path: Path, form: str, bad: float) -> N
     assert differing(everything(pipeline, model), everything(twin_pipeline, twin[0])) == []
 
 
-@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("how", ["reentrant", "nonreentrant"])
-def test_checkpointed_layers_train_to_the_same_bits(tmp_path: Path, form: str, how: str) -> None:
+def test_checkpointed_layers_train_to_the_same_bits(tmp_path: Path, how: str) -> None:
     def run(how: str) -> dict[str, Any]:
-        model, pipeline, _ = build(tmp_path, form)
+        model, pipeline, _ = build(tmp_path)
         for step in range(3):
             x = inputs(step).requires_grad_(True)
             for block in model.layers:
@@ -196,10 +164,9 @@ def test_checkpointed_layers_train_to_the_same_bits(tmp_path: Path, form: str, h
     assert differing(run("none"), run(how)) == []
 
 
-@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("settings", [{}, {"moments": torch.bfloat16}])
 def test_state_where_the_model_is_gives_the_same_bits(
-    tmp_path: Path, form: str, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if settings:
         from tests.sparse_matrix import hand
@@ -208,7 +175,7 @@ def test_state_where_the_model_is_gives_the_same_bits(
         monkeypatch.setattr(hand, "run_of", lambda m: dataclasses.replace(run_of(m), moments_dtype=torch.bfloat16))
     found = []
     for where in ("cpu", "accelerator"):
-        model, pipeline, _ = build(tmp_path, form, state_device=where, dtype=torch.bfloat16)
+        model, pipeline, _ = build(tmp_path, state_device=where, dtype=torch.bfloat16)
         for step in range(4):
             backward(model, step)
             pipeline.step()
@@ -228,7 +195,7 @@ class Untouchable(TorchDispatchMode):
 
 def test_with_state_where_the_model_is_the_host_lane_reads_no_device_memory_for_the_norm(tmp_path: Path) -> None:
     """It would wait for the backward that is queued by then, and `eager` updates with it."""
-    model, pipeline, _ = build(tmp_path, "value", state_device="accelerator")
+    model, pipeline, _ = build(tmp_path, state_device="accelerator")
     backward(model, 0)
     for unit in pipeline.units:
         unit.collect()
@@ -244,9 +211,8 @@ def test_with_state_where_the_model_is_the_host_lane_reads_no_device_memory_for_
 # What requires grad
 
 
-@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("how", ["none", "nonreentrant", "reentrant"])
-def test_backward_ends_at_the_lowest_layer_with_tiles(tmp_path: Path, form: str, how: str) -> None:
+def test_backward_ends_at_the_lowest_layer_with_tiles(tmp_path: Path, how: str) -> None:
     """Reentrant checkpoints cannot end there, but train the same."""
 
     def run(how: str) -> tuple[dict[str, Tensor], list[str]]:
@@ -258,7 +224,7 @@ def test_backward_ends_at_the_lowest_layer_with_tiles(tmp_path: Path, form: str,
         kept = tuple(t for t in tiles.tiles if t.layer == 1 and t.role in ("o", "up") and t.rows[0] == 4)
         shapes = {name: shape for name, shape in tiles.shapes.items() if name in {t.name for t in kept}}
         dataclasses.replace(tiles, tiles=kept, shapes=shapes).save(tmp_path / "tiles.json")
-        pipeline = pipeline_of(model, tmp_path / "tiles.json", form=form)
+        pipeline = pipeline_of(model, tmp_path / "tiles.json")
         assert {name for name, p in model.named_parameters() if p.requires_grad} == set(shapes)
         reached: list[str] = []
 
@@ -288,17 +254,8 @@ def test_backward_ends_at_the_lowest_layer_with_tiles(tmp_path: Path, form: str,
         assert any("layers.0" in name for name in reached) == (how == "reentrant")
 
 
-def test_the_delta_form_refuses_a_weight_that_is_read_outside_its_layer(tmp_path: Path) -> None:
-    model = model_of("value", experts=False)
-    choice_of(model, keep=some).save(tmp_path / "tiles.json")
-    pipeline_of(model, tmp_path / "tiles.json", form="delta")
-    with pytest.raises(RuntimeError, match=r'outside.weight is read outside .* set sparse_matrix.form to "value"'):
-        backward(model, 0)
-
-
-@pytest.mark.parametrize("form", FORMS)
-def test_a_backward_through_weights_that_were_updated_since_its_forward_fails(tmp_path: Path, form: str) -> None:
-    model, pipeline, _ = build(tmp_path, form, every)
+def test_a_backward_through_weights_that_were_updated_since_its_forward_fails(tmp_path: Path) -> None:
+    model, pipeline, _ = build(tmp_path, every)
     stale = model(inputs(0)).square().mean()
     backward(model, 1)
     pipeline.step()
@@ -309,13 +266,12 @@ def test_a_backward_through_weights_that_were_updated_since_its_forward_fails(tm
 # The model beside its units
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_a_closed_pipeline_leaves_an_ordinary_model_with_what_was_learned(tmp_path: Path, form: str) -> None:
-    model, pipeline, _ = build(tmp_path, form)
+def test_a_closed_pipeline_leaves_an_ordinary_model_with_what_was_learned(tmp_path: Path) -> None:
+    model, pipeline, _ = build(tmp_path)
     for step in range(3):
         backward(model, step)
         pipeline.step()
-    learned, out = effective(model, pipeline), functions(model, inputs(9))
+    learned, out = weights_of(model, pipeline), functions(model, inputs(9))
     pipeline.close()
     assert not any("forward" in m.__dict__ for m in model.modules())
     assert all(torch.equal(p, learned[name]) for name, p in model.named_parameters())
@@ -335,18 +291,17 @@ def copied(model: nn.Module, how: str) -> nn.Module:
     return torch.load(file, weights_only=False)
 
 
-@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("how", ["deepcopy", "pickle"])
-def test_a_copy_computes_what_the_model_does_and_is_a_model_of_its_own(tmp_path: Path, form: str, how: str) -> None:
-    model, pipeline, _ = build(tmp_path, form)
-    assert list(model.state_dict()) == list(model_of(form).state_dict())
+def test_a_copy_computes_what_the_model_does_and_is_a_model_of_its_own(tmp_path: Path, how: str) -> None:
+    model, pipeline, _ = build(tmp_path)
+    assert list(model.state_dict()) == list(model_of().state_dict())
     backward(model, 0)
     pipeline.step()
     twin = copied(model, how)
     out = functions(model, inputs(5))
     assert torch.equal(functions(twin, inputs(5)), out)
-    plain = model_of(form)
-    plain.load_state_dict(effective(model, pipeline))
+    plain = model_of()
+    plain.load_state_dict(weights_of(model, pipeline))
     before = everything(pipeline, model)
     for each in (twin, plain):
         backward(each, 5)
@@ -359,50 +314,15 @@ def test_a_copy_computes_what_the_model_does_and_is_a_model_of_its_own(tmp_path:
     assert set(differing(before, everything(pipeline, model))) and torch.equal(functions(twin, inputs(5)), out)
 
 
-@pytest.mark.parametrize("how", ["deepcopy", "pickle"])
-def test_what_a_copy_in_the_delta_form_adds_goes_where_the_copy_goes(tmp_path: Path, how: str) -> None:
-    model, pipeline, _ = build(tmp_path, "delta")
-    backward(model, 0)
-    pipeline.step()
-    twin = copied(model, how)
-    forwards = [m.__dict__["forward"] for m in twin.modules() if "forward" in m.__dict__]
-    out = functions(model, inputs(5))
-    away = twin.to("meta")
-    there = away(inputs(5).to("meta"))
-    assert there.is_meta and there.shape == out.shape
-    there.sum().backward()
-    for forward in forwards:
-        places = [t for g in forward.blocks.groups for t in (g.rows, g.cols, g.inputs) if isinstance(t, Tensor)]
-        assert all(
-            t.is_meta for t in (forward.delta, *places, *[forward.blocks.keep] * (forward.blocks.keep is not None))
-        )
-    assert any(isinstance(g.rows, Tensor) for forward in forwards for g in forward.blocks.groups)
-    assert torch.equal(functions(model, inputs(5)), out), "the model itself stays where it is"
-    backward(model, 1)
-    pipeline.step()
-
-
-def test_what_a_model_in_training_adds_is_not_copied_for_good_when_it_is_elsewhere(tmp_path: Path) -> None:
-    model, pipeline, _ = build(tmp_path, "delta")
-    backward(model, 0)
-    pipeline.step()
-    forward = next(m.__dict__["forward"] for m in model.modules() if "forward" in m.__dict__)
-    delta, blocks = forward._on(torch.device("meta"))
-    assert delta.is_meta and forward.delta.device.type == "cpu" and forward.blocks is not blocks
-
-
-@pytest.mark.parametrize("form", FORMS)
-def test_state_and_gradients_take_16_bytes_for_each_trained_element(
-    tmp_path: Path, form: str, record_property: Any
-) -> None:
+def test_state_and_gradients_take_16_bytes_for_each_trained_element(tmp_path: Path, record_property: Any) -> None:
     for dtype in (torch.float32, torch.bfloat16):
-        _, pipeline, choice = build(tmp_path, form, dtype=dtype)
+        _, pipeline, choice = build(tmp_path, dtype=dtype)
         state = [t for unit in pipeline.units for name, t in unit.state_tensors().items() if name != "original"]
         total = sum(t.untyped_storage().nbytes() for t in [*state, *(unit._acc for unit in pipeline.units)])
         assert total == pytest.approx(16 * choice.elements, rel=0.01)
-        rest = [t for unit in pipeline.units for t in (unit.original, unit._reply, unit._delta) if t is not None]
+        rest = [t for unit in pipeline.units for t in (unit.original, unit._reply)]
         beside = sum(t.untyped_storage().nbytes() for t in rest) / choice.elements
         record_property(f"{dtype} bytes per element beside those", beside)
-        assert beside <= dtype.itemsize * (3 if form == "delta" else 2)
+        assert beside <= dtype.itemsize * 2
         stats = pipeline.method.stats()  # type: ignore[attr-defined]
         assert stats["state_bytes"] + stats["gradient_bytes"] == 16 * choice.elements

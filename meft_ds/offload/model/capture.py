@@ -40,21 +40,11 @@ def tap(
     module.forward = TappedLinear(module, weakref.ref(receiver), index, keep, anchor)  # type: ignore[assignment]
 
 
-def untap(module: nn.Module, receiver: ActivationSink | None = None, *, keep: bool = False) -> bool:
-    """Undo `tap`; with `receiver`, only if nobody else has tapped the module since. Returns whether it did.
-
-    `keep`: the module keeps the function that its forward has, and hands nothing over.
-    """
+def untap(module: nn.Module, receiver: ActivationSink) -> None:
+    """Undo `tap`, unless somebody else has tapped the module since."""
     forward = module.__dict__.get("forward")
-    if not isinstance(forward, TappedLinear):
-        return False
-    if receiver is not None and (forward.find is None or forward.find() is not receiver):
-        return False
-    if keep:
-        forward.find = None
-    else:
+    if isinstance(forward, TappedLinear) and forward.find is not None and forward.find() is receiver:
         del module.forward
-    return True
 
 
 def is_tapped(module: nn.Module) -> bool:
@@ -97,32 +87,24 @@ class TappedLinear:
         assert isinstance(weight, Tensor)
         trains = weight.requires_grad or self.anchor is not None
         if receiver is None or not (torch.is_grad_enabled() and trains):
-            return self.plain(receiver, x)
+            return type(module).forward(module, x)  # type: ignore[arg-type]
         bias = module.bias
         assert isinstance(bias, Tensor | None)
         transposed = not isinstance(module, nn.Linear)
+        tapped = x, (weight if self.anchor is None else self.anchor), receiver, self.index, self.keep
         if self.anchor is not None:
-            return self.product(receiver, _Product.apply(x, weight, bias, transposed), x)
+            return _Tap.apply(_Product.apply(x, weight, bias, transposed), *tapped)
         if not transposed:
             y = _linear(x, weight.detach(), bias)
             if not y._is_view():
-                return self.product(receiver, y, x)
+                return _Tap.apply(y, *tapped)
             # with a bias torch gives a view of a product [tokens, out]; a view that a function changes in place costs
             # two copies of its gradient
             assert y._base is not None and y._base.numel() == y.numel()
-            return self.product(receiver, y._base, x).view(y.shape)
+            return _Tap.apply(y._base, *tapped).view(y.shape)
         assert bias is not None
         flat = torch.addmm(bias, x.reshape(-1, x.shape[-1]), weight.detach())
-        return self.product(receiver, flat, x).view(*x.shape[:-1], weight.shape[1])
-
-    def plain(self, receiver: ActivationSink | None, x: Tensor) -> Tensor:
-        """The module's function where nothing is to be handed over."""
-        return type(self.module).forward(self.module, x)  # type: ignore[call-arg]
-
-    def product(self, receiver: ActivationSink, y: Tensor, x: Tensor) -> Tensor:
-        """The module's output, made of y [..., out] (or [tokens, out]), the product of x with the weight as it is."""
-        anchor = self.module.weight if self.anchor is None else self.anchor
-        return _Tap.apply(y, x, anchor, receiver, self.index, self.keep)
+        return _Tap.apply(flat, *tapped).view(*x.shape[:-1], weight.shape[1])
 
     def __deepcopy__(self, memo: dict[int, Any]) -> TappedLinear:
         return TappedLinear(copy.deepcopy(self.module, memo))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -22,6 +23,22 @@ def shape_of(p: Tensor) -> torch.Size:
 def numel_of(p: Tensor) -> int:
     """Elements of the whole parameter."""
     return shape_of(p).numel()
+
+
+@dataclass(frozen=True, eq=False)
+class Piece:
+    """A rectangle of a matrix [m, n] that this rank writes.
+
+    Attributes:
+        weight: [rows, cols], a view of what the rank holds.
+        rows, cols: where the rectangle lies in the matrix.
+        first: number of its first element in the matrix, row by row; None where the piece is the whole matrix.
+    """
+
+    weight: Tensor
+    rows: slice
+    cols: slice
+    first: int | None = None
 
 
 class Weights:
@@ -41,15 +58,18 @@ class Weights:
         """Inside, `params` can be read whole; with `change` also written, the same on every rank. Collective."""
         yield
 
-    def local(self, p: Tensor) -> tuple[Tensor, int]:
-        """This rank's slice of the flattened parameter where the model computes, and where it begins.
+    def pieces(self, p: Tensor, expert: int | None = None, *, write_only: bool = False) -> Iterator[Piece]:
+        """Yield the rectangles of `p` [m, n], or of matrix `expert` of `p` [experts, m, n], that this rank writes.
 
-        It may be written in place, and then `changed` is to be called.
+        The caller writes them in place under `no_grad` and calls `changed` after the last one. With `write_only` it
+        does not read them, so they may lie on another device than the model.
         """
-        return p.detach().view(-1), 0
+        # detached, not .data: a forward that read the old weights and has yet to run backward must fail, not be wrong
+        whole = p.detach() if expert is None else p.detach()[expert]
+        yield Piece(whole, slice(0, whole.shape[0]), slice(0, whole.shape[1]))
 
     def changed(self, p: Tensor) -> None:
-        """`local` was written; nobody reads the parameter now."""
+        """Say that pieces of `p` were written; nobody reads the parameter now."""
 
     def write(self, p: Tensor, flat: Tensor) -> None:
         """Give a parameter all new values, flat [numel]; under no_grad."""

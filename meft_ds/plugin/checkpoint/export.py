@@ -11,22 +11,19 @@ from types import MethodType
 from typing import Any
 
 import deepspeed
-import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from meft_ds.offload import update_gates
 from meft_ds.offload.dense_unit import DenseUnit
 from meft_ds.offload.method import Method
-from meft_ds.offload.model.capture import untap
-from meft_ds.offload.model.weights import Weights, shape_of
 from meft_ds.offload.ranks import Ranks, first_decides
 from meft_ds.offload.unit import Unit
 from meft_ds.plugin.checkpoint.folder import tell_of_adapter
 from meft_ds.sparse_adapter.attach import ADAPTER_NAME, find_adapters
 from meft_ds.sparse_adapter.base import remember
 from meft_ds.sparse_adapter.files import needed_from, write_adapter
-from meft_ds.sparse_matrix.files import collect_tiles, corrected, merge_tiles, write_tiles
+from meft_ds.sparse_matrix.files import collect_tiles, write_tiles
 from meft_ds.sparse_matrix.method import SparseMatrixMethod
 from meft_ds.sparse_matrix.unit import TilesUnit
 
@@ -147,8 +144,8 @@ def remember_trained(model: nn.Module, units: Sequence[Unit], methods: Sequence[
 
 
 def save_plain_weights(model: nn.Module) -> None:
-    """Make the model's `save_pretrained` write plain weights of the base: no tensors of ours, tiles of the delta form
-    merged in, and an adapter beside them."""
+    """Make the model's `save_pretrained` write the base's weights without tensors of ours, and an adapter beside
+    them."""
     if hasattr(model, "save_pretrained"):
         # a method, so that copies of the model save themselves
         model.save_pretrained = MethodType(_save_pretrained, model)  # type: ignore[assignment]
@@ -159,7 +156,7 @@ def _save_pretrained(model: Any, directory: Any, *args: Any, **kwargs: Any) -> A
     if state is None:
         _refuse_partitioned(model)
         state = model.state_dict()
-    kwargs["state_dict"] = plain_weights(model, state)
+    kwargs["state_dict"] = plain_weights(state)
     result = type(model).save_pretrained(model, directory, *args, **kwargs)
     if kwargs.get("is_main_process", True) and find_adapters(model):
         missing = [name for name in needed_from(model) if name not in state]
@@ -173,37 +170,9 @@ def _save_pretrained(model: Any, directory: Any, *args: Any, **kwargs: Any) -> A
     return result
 
 
-def plain_weights(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Of a state dict of `model` with whole weights: the base's own tensors, tiles of the delta form merged in."""
-    return merge_tiles(model, {k: t for k, t in state.items() if ADAPTER_NAME not in k.split(".")})
-
-
-@torch.no_grad()
-def keep_what_was_learned(model: nn.Module, weights: Weights) -> None:
-    """Let partitioned weights take on what an engine before this one left to their layers to add. Collective."""
-    for _, forward in list(corrected(model)):
-        w = forward.module.weight
-        assert isinstance(w, Tensor)
-        with weights.whole([w], change=True):
-            forward.merge(w.detach())
-        untap(forward.module)
-
-
-def unmerged(model: nn.Module, state: Mapping[str, Tensor], weights: Weights) -> dict[str, Tensor]:
-    """What partitioned weights must be loaded with, so that layers in the delta form do not add to what `state`, which
-    is merged, has in it. Collective.
-
-    Raises:
-        ValueError: on every rank, when `state` has other values in tiles than they have now.
-    """
-    plain = dict(state)
-    for name, forward in corrected(model):
-        w = forward.module.weight
-        assert isinstance(w, Tensor)
-        if name in plain and plain[name].shape == shape_of(w):
-            with weights.whole([w]):
-                plain[name] = forward.accept(plain[name])
-    return plain
+def plain_weights(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the base's own tensors of a state dict."""
+    return {key: t for key, t in state.items() if ADAPTER_NAME not in key.split(".")}
 
 
 def is_partitioned(p: Tensor) -> bool:

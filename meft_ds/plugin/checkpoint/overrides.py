@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What `MeftEngine` overrides for ZeRO-3 and for files, each with the reason in a line.
 
-Stage 3 is DeepSpeed's own partitioning and gathering without its optimizer. Files are the same in every stage: complete
-weights, with what the delta form of sparse matrix tuning learned in them, so a checkpoint loads in any stage with any
-number of ranks.
+Stage 3 is DeepSpeed's own partitioning and gathering without its optimizer. Files are the same in every stage: whole
+weights, so a checkpoint loads in any stage with any number of ranks.
 """
 
 from __future__ import annotations
@@ -29,7 +28,6 @@ from meft_ds.plugin.checkpoint import export, recovery, state
 from meft_ds.plugin.checkpoint.ds_files import mapped
 from meft_ds.plugin.checkpoint.transaction import Saving
 from meft_ds.plugin.optimizer import MeftOptimizer
-from meft_ds.sparse_matrix.files import merge_base
 
 logger = logging.getLogger("meft_ds")
 
@@ -92,9 +90,7 @@ class SavingEngine(DeepSpeedEngine):
             self._meft_zero3 = super()._configure_zero_optimizer(optimizer=None)
         finally:
             self._meft_stage = 0
-        weights = zero3.PartitionedWeights(torch.device(device), self.seq_data_parallel_group)
-        export.keep_what_was_learned(self.module, weights)
-        return weights
+        return zero3.PartitionedWeights(torch.device(device), self.seq_data_parallel_group)
 
     @contextlib.contextmanager
     def _as_whole(self, *, read: bool = False) -> Iterator[None]:
@@ -200,8 +196,6 @@ class SavingEngine(DeepSpeedEngine):
                 )
             if path is not None:
                 state.load(folder, manifest, pipeline.units, moments=moments)
-                for method in self._meft_methods:
-                    method.weights_loaded(self._meft_run)
                 pipeline.publish()
                 if moments:
                     self.optimizer.load_counters(manifest["counters"])
@@ -216,7 +210,7 @@ class SavingEngine(DeepSpeedEngine):
             super()._configure_checkpointing()
 
     def module_state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """In files: whole weights, with what the delta form learned in them, on the first rank."""
+        """In files: whole weights, on the first rank."""
         if not (self._meft_plain or self._meft_whole is not None):
             return super().module_state_dict(*args, **kwargs)
         if self.global_rank > 0:
@@ -225,17 +219,19 @@ class SavingEngine(DeepSpeedEngine):
             state = self._of_whole(self._meft_whole or {}, kwargs.get("exclude_frozen_parameters", False))
         else:
             state = super().module_state_dict(*args, **kwargs)
-        return export.plain_weights(self.module, state) if self._meft_plain else state
+        return export.plain_weights(state) if self._meft_plain else state
 
     def load_module_state_dict(self, checkpoint: Any, strict: bool = True, *args: Any, **kwargs: Any) -> None:
         """In stage 3 every rank takes its slices from the whole weights of the file, and nothing is gathered."""
         if not self._meft_stage3 or kwargs.get("custom_load_fn") is not None:
             super().load_module_state_dict(checkpoint, strict, *args, **kwargs)
             return
-        state = checkpoint["module"]
-        if self._meft_whole is None:  # in load_checkpoint what layers add comes after it
-            state = export.unmerged(self.module, state, self._meft_run.weights)
-        zero3.load_consolidated(self.module, state, self._meft_run.weights, strict=strict)
+        alone = self._meft_whole is None  # load_checkpoint brings the masters itself
+        if alone:
+            self.meft_flush()
+        zero3.load_consolidated(self.module, checkpoint["module"], self._meft_run.weights, strict=strict)
+        for unit in self.optimizer.pipeline.units if alone else ():
+            unit.adopt()  # as the other stages do when weights have changed
 
     # -- plain weights -------------------------------------------------------------------------------------------------
 
@@ -257,8 +253,7 @@ class SavingEngine(DeepSpeedEngine):
         return saved
 
     def _zero3_consolidated_16bit_state_dict(self, exclude_frozen_parameters: bool = False) -> Any:
-        """Nothing may be under way, tapped weights train although they do not require grad, and the delta form's must
-        be merged, as they are in `module.state_dict()` of the other stages: programs write files from either."""
+        """Nothing may be under way, and tapped weights train although they do not require grad."""
         if not self._meft_stage3:
             raise ValueError("this function requires ZeRO-3 mode")
         self.meft_flush()
@@ -266,15 +261,12 @@ class SavingEngine(DeepSpeedEngine):
         if whole is None:
             return None
         state = self._of_whole(whole, exclude_frozen_parameters)
-        return export.plain_weights(self.module, state) if self._meft_plain else state
+        return export.plain_weights(state) if self._meft_plain else state
 
     def _consolidated(self) -> dict[str, torch.Tensor] | None:
-        """Whole weights, with what the delta form learned in them, on the first rank. Collective."""
+        """Gather whole weights on the first rank. Collective."""
         self._meft_zero3.partition_all_parameters()  # a forward or backward that an exception ended holds its own
-        whole = zero3.consolidated(self.module)
-        if whole is not None:
-            merge_base(self.module, whole)
-        return whole
+        return zero3.consolidated(self.module)
 
     def _of_whole(self, whole: Mapping[str, torch.Tensor], exclude_frozen: bool) -> dict[str, torch.Tensor]:
         left_out: set[str] = set()
