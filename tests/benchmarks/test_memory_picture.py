@@ -20,7 +20,7 @@ from benchmarks.memory_picture import (
     sparse_matrix,
     subspace,
 )
-from meft_ds.offload.sizes import in_units
+from meft_ds.offload.host.memory import in_units
 from tests.toy import ds_config, make_engine
 
 TINY = Llama(name="tiny", hidden=64, intermediate=192, layers=2, kv=32, vocab=128)
