@@ -13,4 +13,4 @@ test:
 slow:
 	pytest -n 2 --dist loadfile -m "slow and not long"
 docs:
-	mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 mkdocs build --strict

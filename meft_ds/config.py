@@ -44,7 +44,13 @@ def _object(value: Any) -> Any:
 
 
 class MeftConfig(BaseModel):
-    """The whole block. A block that names no method means: the sparse adapter with its defaults."""
+    """Hold the whole block. A block that names no method means the sparse adapter with its defaults.
+
+    `parse_config` checks a block and gives the better errors.
+
+    Example:
+        meft_ds.MeftConfig.model_json_schema()["properties"]  # every key with its description
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
@@ -104,6 +110,10 @@ def parse_config(block: Any, extra_faults: list[str] | None = None) -> MeftConfi
 
     Raises:
         ValueError: one message that lists all faults, each with the key's path, what was expected and what to do.
+
+    Example:
+        config = meft_ds.parse_config({"subspace": {"dim": 0.25}})
+        config.subspace.dim  # 0.25
     """
     faults = list(extra_faults or [])
     config = None

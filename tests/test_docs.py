@@ -121,18 +121,22 @@ def test_every_public_name_stands_in_the_page_with_an_example() -> None:
     assert "`meft_ds.__version__`" in page
 
 
-@pytest.mark.parametrize("name", [name for name in meft_ds.__all__ if name != "__version__"])
+DOCUMENTED: dict[str, Any] = {name: getattr(meft_ds, name) for name in meft_ds.__all__ if name != "__version__"}
+DOCUMENTED |= {name: getattr(MeftEngine, name) for name in ("meft_stats", "meft_flush")}
+
+
+@pytest.mark.parametrize("name", DOCUMENTED)
 def test_every_public_name_has_a_docstring_with_an_example(name: str) -> None:
-    text = inspect.getdoc(getattr(meft_ds, name)) or ""
-    assert re.search(r"^Example:\n((?:    .*\n?|\n)+)", text, re.MULTILINE), text
-    example = inspect.cleandoc("\n" + re.search(r"^Example:\n((?:    .*\n?|\n)+)", text, re.MULTILINE)[1])  # type: ignore[index]
+    text = inspect.getdoc(DOCUMENTED[name]) or ""
+    found = re.search(r"^Example:\n((?:    .*\n?|\n)+)", text, re.MULTILINE)
+    assert found, text
+    example = inspect.cleandoc("\n" + found[1])
     ast.parse(example)
     assert name in example
 
 
-@pytest.mark.parametrize("name", ["meft_stats", "meft_flush"])
-def test_the_engines_own_methods_are_documented(name: str) -> None:
-    assert inspect.getdoc(getattr(MeftEngine, name))
+def test_the_version_is_the_same_everywhere() -> None:
+    assert f"\nversion: {meft_ds.__version__}\n" in (ROOT / "CITATION.cff").read_text(encoding="utf-8")
 
 
 # -- examples ----------------------------------------------------------------------------------------------------------

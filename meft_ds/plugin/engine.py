@@ -199,13 +199,24 @@ class MeftEngine(SavingEngine):
     # -- for users ---------------------------------------------------------------------------------------------------
 
     def meft_stats(self) -> dict[str, Any]:
-        """Counters of the last accumulation window, and what is held where (docs/reference/statistics.md)."""
+        """Return plain numbers of the last accumulation window, and what is held where (docs/reference/statistics.md).
+
+        Example:
+            stats = engine.meft_stats()
+            print(stats["bytes_down_per_step"], stats["device_bytes"], stats["host_bytes"])
+        """
         return self._meft_stats.report()
 
     def meft_flush(self) -> None:
-        """Apply the updates that are still under way after a step, before a program reads weights by itself.
+        """Apply the updates that are still pending after a step, before your program reads weights by itself.
 
         Forwards, evaluation, `state_dict`, saving and `meft_stats` do it without being asked.
+
+        Example:
+            kept = model.lm_head.weight.data  # shares the weight's memory
+            engine.step()
+            engine.meft_flush()
+            print(kept.norm())
         """
         self.optimizer.pipeline.flush()
         self._meft_monitor.write(self.global_samples)

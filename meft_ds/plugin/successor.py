@@ -15,12 +15,17 @@ _logger = logging.getLogger("meft_ds")
 
 
 def detach(model_or_engine: nn.Module) -> None:
-    """Remove sparse adapters from a model: it computes what its base does, and trains what the program had left
-    trainable. Tensors of the base keep what they have learned. An engine that trains the model is destroyed first.
+    """Remove sparse adapters from a model, which then computes what its base does.
+
+    The model trains again what the program had left trainable. Tensors of the base keep what they have learned. An
+    engine that trains the model is destroyed first. A model without adapters stays as it is.
 
     Args:
-        model_or_engine: the model, or the engine that `deepspeed.initialize` returned. Without adapters in it nothing
-            happens.
+        model_or_engine: the model, or the engine that `deepspeed.initialize` returned.
+
+    Example:
+        meft_ds.save_adapter(engine, "adapter")
+        meft_ds.detach(engine)  # `model` is the base again, ready for another engine
     """
     model = getattr(model_or_engine, "module", model_or_engine)
     make_way(model)

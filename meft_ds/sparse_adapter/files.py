@@ -155,12 +155,22 @@ def read_adapter(directory: str | Path) -> SavedAdapter:
 
 
 def load_adapter(model: nn.Module, directory: str | Path) -> nn.Module:
-    """Puts a saved adapter into a plain model, for inference on the model's device and in its dtype; returns the model.
+    """Put a saved adapter into a plain model, for inference on its device and in its dtype, and return the model.
 
-    Tensors of the base that were trained with it (heads, LoRA, what "train" named) get the values that they had. An
-    engine on the model goes on training what was loaded.
+    Tensors of the base that were trained with the adapter (heads, LoRA, what "train" named) get their trained values.
+    A new engine on the model goes on training what was loaded.
 
-    Raises ValueError, and leaves the model as it was, when the files are damaged or belong to another architecture.
+    Args:
+        model: of the class that the adapter was trained in, without adapters.
+        directory: that `save_adapter`, `save_pretrained` or Trainer's `save_model` wrote.
+
+    Raises:
+        ValueError: when the files are damaged or belong to another architecture. The model is then as it was.
+
+    Example:
+        model = AutoModelForCausalLM.from_pretrained("base", dtype=torch.bfloat16)
+        model = meft_ds.load_adapter(model, "adapter")
+        model.generate(**tokenizer("Hello", return_tensors="pt"))
     """
     saved = read_adapter(directory)
     if find_adapters(model):

@@ -61,16 +61,19 @@ class SavedTiles:
 
 
 def apply_tiles(model: nn.Module, path: str | Path) -> nn.Module:
-    """Write the tiles that `save_tiles` wrote into a plain model; returns the model.
+    """Write the tiles that `save_tiles` wrote into a plain model, and return the model.
 
     Args:
-        model: the base that they were trained on, in the dtype it was trained in.
-        path: the file.
+        model: the base that the tiles were trained on, in the dtype it was trained in.
+        path: of the file.
 
     Raises:
-        ValueError: when the file is damaged or has values that are not finite, or when the model's weights have other
-        shapes or another dtype, or do not hold bit for bit what these tiles were trained from. The model is then as it
-        was.
+        ValueError: when the file is damaged or holds values that are not finite. When a weight has another shape or
+        dtype, or does not hold, bit for bit, what its tiles were trained from. The model is then as it was.
+
+    Example:
+        model = AutoModelForCausalLM.from_pretrained("base", dtype=torch.bfloat16)
+        meft_ds.apply_tiles(model, "tiles.safetensors")
     """
     saved = read_tiles(path)
     weights = _weights(model, saved, path)
@@ -92,10 +95,19 @@ def apply_tiles(model: nn.Module, path: str | Path) -> nn.Module:
 
 
 def revert_tiles(model: nn.Module, path: str | Path) -> nn.Module:
-    """Undo `apply_tiles`, or the training itself: the tiles get back what they were, bit for bit; returns the model.
+    """Undo `apply_tiles`, or the training itself, and return the model. The tiles get back what they were, bit for bit.
+
+    Args:
+        model: a model that holds the values of the file's tiles.
+        path: of the file.
 
     Raises:
-        ValueError: as `apply_tiles`; the tiles must hold the file's values.
+        ValueError: as `apply_tiles`, and when the model's tiles do not hold the file's values.
+
+    Example:
+        meft_ds.apply_tiles(model, "first.safetensors")
+        meft_ds.revert_tiles(model, "first.safetensors")
+        meft_ds.apply_tiles(model, "second.safetensors")
     """
     saved = read_tiles(path)
     weights = _weights(model, saved, path)

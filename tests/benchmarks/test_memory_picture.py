@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from benchmarks.memory_picture import (
     sparse_adapter,
     sparse_matrix,
     subspace,
+    table,
 )
 from meft_ds.offload.host.memory import in_units
 from tests.toy import ds_config, make_engine
@@ -81,5 +83,7 @@ def test_an_engine_plans_what_the_arithmetic_says(name: str, caplog: pytest.LogC
     assert abs(planned - need.host) <= 0.001 * need.host
 
 
-def test_the_committed_picture_is_what_the_script_draws() -> None:
+def test_the_committed_picture_and_table_are_what_the_script_gives() -> None:
     assert PICTURE.read_text(encoding="utf-8") == picture(rows())
+    page = Path(__file__).resolve().parents[2] / "docs" / "how-to" / "choose-a-method.md"
+    assert table(rows()) in page.read_text(encoding="utf-8")

@@ -31,20 +31,27 @@ _logger = logging.getLogger("meft_ds")
 
 
 def save_adapter(model_or_engine: nn.Module, directory: str | Path) -> None:
-    """Write the adapter (float32 master rows, routers, settings, and the base's tensors that were trained beside it) to
-    `directory`, for `load_adapter`. What `subspace` or tiles train of the base is not in it.
+    """Write the adapter of an engine or model to `directory`, for `load_adapter`.
+
+    That is fp32 master rows [r, 2 d] and routers [N, d] of each layer, settings, and the base's tensors that were
+    trained beside them. What `subspace` or tiles train of the base is not in it.
+
+    Any one rank may call it, because a node's ranks share the master rows. Under ZeRO-3 all ranks call it, because
+    routers are partitioned, and the first rank writes.
 
     Args:
         model_or_engine: the engine that `deepspeed.initialize` returned, or the model inside it.
-        directory: made when missing; existing adapter files in it are replaced atomically.
+        directory: made when missing. Adapter files in it are replaced atomically.
 
     Raises:
         ValueError: when the model has no adapter.
         OSError: when the files cannot be written; under ZeRO-3 on every rank.
         RuntimeError: in the middle of a step, where a signal handler may have called it.
 
-    May be called on any one rank: a node's ranks share the master rows. Under ZeRO-3 collective, because routers are
-    partitioned: all ranks call it, and the first one writes.
+    Example:
+        engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config="meft.json")
+        ...  # train
+        meft_ds.save_adapter(engine, "adapter")
     """
     model = getattr(model_or_engine, "module", model_or_engine)
     adapters = find_adapters(model)
@@ -103,9 +110,10 @@ def first_writes(path: str | Path, ranks: Ranks) -> Iterator[None]:
 
 def save_tiles(engine: Any, path: str | Path) -> None:
     """Write the tiles that sparse matrix tuning trains, and what they were before, for `apply_tiles` and
-    `revert_tiles`. Collective: all ranks call it, and the file is complete when it returns.
+    `revert_tiles`.
 
-    Base weights that the block's "train" names are no tiles and are not in the file.
+    Collective: all ranks call it, and the file is complete when it returns. Base weights that the block's "train" names
+    are no tiles and are not in the file.
 
     Args:
         engine: what `deepspeed.initialize` returned (with HF's Trainer: `trainer.deepspeed`).
@@ -114,6 +122,10 @@ def save_tiles(engine: Any, path: str | Path) -> None:
     Raises:
         ValueError: when the engine trains no tiles, or still scores them.
         OSError: when the file cannot be written.
+
+    Example:
+        trainer.train()
+        meft_ds.save_tiles(trainer.deepspeed, "tiles.safetensors")
     """
     method = next((m for m in getattr(engine, "_meft_methods", ()) if isinstance(m, SparseMatrixMethod)), None)
     if method is None:
