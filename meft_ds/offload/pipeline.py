@@ -29,7 +29,7 @@ from torch.autograd import Variable
 
 from meft_ds.offload.broken_windows import Windows
 from meft_ds.offload.host.transfer import Bus
-from meft_ds.offload.ranks import LaneRanks, Ranks, all_reduce_sum
+from meft_ds.offload.ranks import LaneRanks, Ranks
 from meft_ds.offload.schedule.eager import Mode, Tuner
 from meft_ds.offload.schedule.lanes import Lanes, Progress, call_at_exit
 from meft_ds.offload.schedule.timing import Timeline, WindowTimes
@@ -345,7 +345,7 @@ class Pipeline(Windows):
         with self.timeline.span("host", "norm", entry.unit.name):
             entry.sq_norm = entry.unit.sq_norm()
         if entry.early:
-            (total,) = all_reduce_sum([entry.sq_norm], self.bus.device, self._ranks_of.host)
+            (total,) = self._ranks_of.host.sum([entry.sq_norm], self.bus.device)
             entry.finite, entry.decided = math.isfinite(total), True
             self._update_early()  # before the step may hand over any other update: the order must be every rank's
         self._progress.tell(entry, "measured")

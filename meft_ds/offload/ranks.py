@@ -31,10 +31,58 @@ class Ranks:
     node: Ranks | None = None
     across: Ranks | None = None
 
+    @classmethod
+    def everyone(cls) -> Ranks:
+        """All processes of the run; this one alone where torch.distributed is not in use."""
+        return cls(rank=dist.get_rank(), world=dist.get_world_size()) if dist.is_initialized() else cls()
+
     @property
     def here(self) -> Ranks:
         """The ranks of this node."""
         return self if self.node is None else self.node
+
+    @property
+    def first(self) -> int:
+        """Global rank of the first of these ranks, as torch.distributed wants a source."""
+        return 0 if self.group is None else dist.get_global_rank(self.group, 0)
+
+    def from_first(self, make: Callable[[], T]) -> T:
+        """Call `make` on the first rank only, and return on every rank what it returned there. Collective.
+
+        The object is pickled on its way. A ValueError of `make` is raised on every rank.
+        """
+        if self.world == 1:
+            return make()
+        told: list[Any] = [None, None]
+        if self.rank == 0:
+            try:
+                told[0] = make()
+            except ValueError as fault:
+                told[1] = str(fault)  # raised below: the other ranks already wait in the broadcast
+        dist.broadcast_object_list(told, src=self.first, group=self.group)
+        if told[1] is not None:
+            raise ValueError(told[1])
+        return told[0]
+
+    def gather(self, item: T) -> list[T]:
+        """Return every rank's `item` in the order of the ranks, on every rank. The items are pickled. Collective."""
+        if self.world == 1:
+            return [item]
+        items: list[Any] = [None] * self.world
+        dist.all_gather_object(items, item, group=self.group)
+        return items
+
+    def sum(self, values: list[float], device: torch.device) -> list[float]:
+        """Sum a few float64 numbers over ranks; every rank gets bit-identical results. Collective.
+
+        `device` is where the numbers travel when the ranks have no group for the host.
+        """
+        if self.world == 1:
+            return values
+        on_host = self.host_group is not None
+        t = torch.tensor(values, dtype=torch.float64, device="cpu" if on_host else device)
+        dist.all_reduce(t, group=self.host_group if on_host else self.group)
+        return t.tolist()
 
     def barrier(self) -> None:
         """Return once every rank is here."""
@@ -115,16 +163,6 @@ def boundary(n: int, rank: int, world: int) -> int:
     return n * rank // world
 
 
-def all_reduce_sum(values: list[float], device: torch.device, ranks: Ranks) -> list[float]:
-    """Sum a few float64 numbers over ranks; every rank gets bit-identical results."""
-    if ranks.world == 1:
-        return values
-    on_host = ranks.host_group is not None
-    t = torch.tensor(values, dtype=torch.float64, device="cpu" if on_host else device)
-    dist.all_reduce(t, group=ranks.host_group if on_host else ranks.group)
-    return t.tolist()
-
-
 def reduce_rows_to_owners(ids: Tensor, rows: Tensor, n: int, ranks: Ranks) -> tuple[Tensor, Tensor]:
     """Sum sparse rows over ranks and give each rank the rows it owns.
 
@@ -197,22 +235,3 @@ def _summed(ids: Tensor, rows: Tensor, splits: list[int]) -> tuple[Tensor, Tenso
         total.index_add_(0, where[start : start + count], rows[start : start + count].float())
         start += count
     return union.cpu(), total
-
-
-def first_decides(make: Callable[[], T], ranks: Ranks) -> T:
-    """What `make` gives on the first rank, on every rank; so is its ValueError. Collective.
-
-    `make` runs on the first rank only; what it gives is pickled.
-    """
-    if ranks.world == 1:
-        return make()
-    told: list[Any] = [None, None]
-    if ranks.rank == 0:
-        try:
-            told[0] = make()
-        except ValueError as fault:
-            told[1] = str(fault)
-    dist.broadcast_object_list(told, src=dist.get_global_rank(ranks.group, 0) if ranks.group else 0, group=ranks.group)
-    if told[1] is not None:
-        raise ValueError(told[1])
-    return told[0]

@@ -33,7 +33,7 @@ from meft_ds.offload.method import Method, Run, base_lr
 from meft_ds.offload.model.discover import layer_of
 from meft_ds.offload.model.weights import Weights
 from meft_ds.offload.pipeline import Pipeline
-from meft_ds.offload.ranks import LaneRanks, Ranks, all_reduce_sum
+from meft_ds.offload.ranks import LaneRanks, Ranks
 from meft_ds.offload.schedule.config import ScheduleConfig
 from meft_ds.offload.schedule.host_threads import HostThreads, host_threads
 from meft_ds.offload.schedule.host_threads import enter as enter_threads
@@ -63,10 +63,9 @@ def find_ranks(group: dist.ProcessGroup | None, world: int, device: torch.device
     """
     if world == 1:
         return Ranks()
-    nodes: list[str] = [""] * world
-    dist.all_gather_object(nodes, _this_node(), group=group)
+    ranks = Ranks(rank=dist.get_rank(group), world=world, group=group)
     members = dist.get_process_group_ranks(group) if group is not None else list(range(world))
-    return Ranks(rank=dist.get_rank(group), world=world, group=group).on_nodes(by_node(members, nodes), device)
+    return ranks.on_nodes(by_node(members, ranks.gather(_this_node())), device)
 
 
 def by_node(members: Sequence[int], nodes: Sequence[str]) -> list[list[int]]:
@@ -124,13 +123,11 @@ def refuse_what_cannot_fit(model: nn.Module, methods: list[Method], config: Meft
     Raises:
         ValueError: the same on every rank.
     """
-    needed, free = sum(method.least_host_bytes(model) for method in methods), [free_host_bytes()]
-    if dist.is_initialized() and dist.get_world_size() > 1:
-        free *= dist.get_world_size()
-        dist.all_gather_object(free, free[0])
+    needed = sum(method.least_host_bytes(model) for method in methods)
+    free = min(Ranks.everyone().gather(free_host_bytes()))
     limit = None if config.host_memory_gb == "auto" else config.host_memory_gb
     knobs = [method.memory_hint for method in methods]
-    check_host_memory(needed, min(free), limit_gb=limit, detail="before moments and buffers", knobs=knobs)
+    check_host_memory(needed, free, limit_gb=limit, detail="before moments and buffers", knobs=knobs)
 
 
 def preflight(run: Run, methods: list[Method], footprints: list[Footprint], specs: Specs, config: MeftConfig) -> int:
@@ -139,22 +136,21 @@ def preflight(run: Run, methods: list[Method], footprints: list[Footprint], spec
     Raises:
         ValueError: the same on every rank.
     """
-    bus, ranks, shared = run.bus, run.ranks, arena_bytes(specs)
+    ranks, shared = run.ranks, arena_bytes(specs)
     limit = None if config.host_memory_gb == "auto" else config.host_memory_gb
     several = ranks.here.world > 1
     mine = [sum(f.host_private for f in footprints), free_host_bytes(), free_shared_bytes() if several else 0]
-    # what one rank sees as free is what all must decide by, or some would wait for the others for ever
-    told = [float(x) if k == ranks.rank else 0.0 for k in range(ranks.world) for x in mine]
-    told = all_reduce_sum(told, bus.device, ranks)
+    # all ranks decide by what all of them see as free, or one would raise while the others wait for it
+    told = ranks.gather(mine)
     needed = 0
     for members in _places(ranks):
-        private, free_host, free_shared = ([told[3 * k + i] for k in members] for i in range(3))
-        needed = shared + int(sum(private))
+        private, free_host, free_shared = zip(*(told[k] for k in members), strict=True)
+        needed = shared + sum(private)
         detail = f"{in_units(shared)} shared, {in_units(sum(private))} moments and buffers"
-        free, knobs = int(min(free_host)), [method.memory_hint for method in methods]
+        free, knobs = min(free_host), [method.memory_hint for method in methods]
         check_host_memory(needed, free, limit_gb=limit, detail=detail, knobs=knobs)
         if several:
-            check_shared_memory(shared, int(min(free_shared)), knobs=knobs)
+            check_shared_memory(shared, min(free_shared), knobs=knobs)
     return needed
 
 

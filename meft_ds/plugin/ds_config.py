@@ -15,6 +15,7 @@ from packaging.version import Version
 from torch import nn
 
 from meft_ds.offload.model.discover import listed
+from meft_ds.offload.ranks import Ranks
 from meft_ds.options import is_number, is_whole, shown
 
 _logger = logging.getLogger("meft_ds")
@@ -123,12 +124,10 @@ def tell_of_broken_weights(model: nn.Module) -> None:
         if held.numel() and not held.is_meta and held.dtype in floats:
             names.append(name)
             finite.append(torch.isfinite(torch.stack(torch.aminmax(held))).all().cpu())
-    broken = [name for name, fine in zip(names, finite, strict=True) if not fine]
-    if dist.is_initialized() and dist.get_world_size() > 1:
-        of_ranks: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(of_ranks, broken)
-        broken = list(dict.fromkeys(name for found in of_ranks for name in found))
-    if broken and (not dist.is_initialized() or dist.get_rank() == 0):
+    ranks = Ranks.everyone()
+    here = [name for name, fine in zip(names, finite, strict=True) if not fine]
+    broken = list(dict.fromkeys(name for found in ranks.gather(here) for name in found))
+    if broken and ranks.rank == 0:
         _logger.warning(
             "%s %s NaN or infinite values before the first step; if the loss becomes NaN, no step trains anything: "
             "load the model from a good checkpoint",

@@ -13,7 +13,6 @@ import weakref
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from deepspeed.runtime.activation_checkpointing.checkpointing import CheckpointFunction
 from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import nn
@@ -25,6 +24,7 @@ from meft_ds.offload.host.transfer import Bus
 from meft_ds.offload.method import Method, Run
 from meft_ds.offload.model.gradient_checkpointing import feed_too
 from meft_ds.offload.model.weights import WHOLE
+from meft_ds.offload.ranks import Ranks
 from meft_ds.offload.schedule.lanes import call_at_exit
 from meft_ds.offload.schedule.trace import Trace
 from meft_ds.offload.schedule.window import StepResult
@@ -55,7 +55,7 @@ class MeftEngine(SavingEngine):
 
         ds_config = ds_config_of(args, kwargs)
         show_log()
-        if not dist.is_initialized() or dist.get_rank() == 0:
+        if Ranks.everyone().rank == 0:
             checks.tell(ds_config)
         self._meft_config = parse_config(ds_config[BLOCK], checks.conflicts(ds_config))
         if kwargs.get("mpu") is not None:

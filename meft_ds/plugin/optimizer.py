@@ -9,12 +9,12 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from deepspeed.runtime.base_optimizer import ZeROOptimizer
 from deepspeed.runtime.fp16.loss_scaler import CreateLossScaler
 from torch import Tensor, nn
 
 from meft_ds.offload.pipeline import Pipeline
+from meft_ds.offload.ranks import Ranks
 from meft_ds.offload.schedule.window import StepResult, StepSettings
 from meft_ds.plugin.hyper import READ, check_groups, hyper_of
 
@@ -230,7 +230,7 @@ def adamw_from_config(
 ) -> torch.optim.AdamW:
     """The ds_config's "optimizer.params" as an AdamW that only serves as the holder of parameter groups."""
     for key in settings:
-        if key not in READ and key not in _IGNORABLE and (not dist.is_initialized() or dist.get_rank() == 0):
+        if key not in READ and key not in _IGNORABLE and Ranks.everyone().rank == 0:
             logger.warning("optimizer.params.%s is skipped: the host AdamW has no such setting", key)
         if key in READ and settings[key] == "auto":
             raise ValueError(f'optimizer.params.{key}: expected a number, got "auto", which nobody has filled in')

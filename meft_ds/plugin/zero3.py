@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from meft_ds.offload.flat_unit import FlatUnit
 from meft_ds.offload.model.weights import Piece, Weights, rectangles, shape_of
 from meft_ds.offload.pipeline import Pipeline
+from meft_ds.offload.ranks import Ranks
 
 
 class PartitionedWeights(Weights):
@@ -202,7 +203,7 @@ def consolidated(model: nn.Module) -> dict[str, Tensor] | None:
 
     One module's parameters are gathered at a time.
     """
-    first = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
+    first = Ranks.everyone().rank == 0
     found: dict[str, Tensor] = {}
     seen: dict[int, str] = {}
     for prefix, module in model.named_modules(remove_duplicate=False):

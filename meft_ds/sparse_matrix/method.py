@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from meft_ds.files import check_writable
@@ -20,7 +19,7 @@ from meft_ds.offload.method import Method, Run
 from meft_ds.offload.model.capture import is_tapped
 from meft_ds.offload.model.discover import count_layers, layer_of, listed
 from meft_ds.offload.model.gradient_checkpointing import feed_checkpoints
-from meft_ds.offload.ranks import Ranks, first_decides
+from meft_ds.offload.ranks import Ranks
 from meft_ds.offload.unit import Footprint, Unit
 from meft_ds.sparse_matrix.choice.choice import Choice, check_choice
 from meft_ds.sparse_matrix.choice.score import Scorer, tile_elements
@@ -108,7 +107,7 @@ class SparseMatrixMethod(Method):
         else:
             self._check_budget()
             if config.choice_out is not None:
-                first_decides(self._check_choice_out, run.ranks)
+                run.ranks.from_first(self._check_choice_out)
         sites = self._sites if self.choice is None else self._chosen_sites(self.choice)
         for site in sites:
             site.weight.requires_grad_(_needs_gradient(site, run))
@@ -390,13 +389,8 @@ def _matrices(sites: list[Site], choice: Choice, device: torch.device) -> list[T
 
 
 def _agreed(make: Callable[[], Choice], ranks: Ranks) -> Choice:
-    """The first rank's choice; all ranks compare its hash. Collective."""
-    choice = Choice.from_json(first_decides(lambda: make().to_json(), ranks))
-    if ranks.world > 1:
-        digests: list[Any] = [None] * ranks.world
-        dist.all_gather_object(digests, choice.digest(), group=ranks.group)
-        assert len(set(digests)) == 1, f"ranks chose different tiles: {digests}"
-    return choice
+    """Return what `make` gives on the first rank. Collective."""
+    return Choice.from_json(ranks.from_first(lambda: make().to_json()))
 
 
 def _unwritable(path: str | Path, fault: Exception) -> ValueError:

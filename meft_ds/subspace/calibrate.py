@@ -15,7 +15,6 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
@@ -214,12 +213,8 @@ class Refit:
         """Rank 0's verdict and values become everybody's. Positions are drawn by each rank itself."""
         if self._ranks.world == 1:
             return
-        group = self._ranks.group
-        source = dist.get_global_rank(group, 0) if group is not None else 0
-        message: list[object] = [(verdict, matrix.bias, self._overflow)]
-        dist.broadcast_object_list(message, src=source, group=group)
-        changed: tuple[bool, bool]
-        changed, matrix.bias, self._overflow = message[0]  # type: ignore[misc]
+        changed, matrix.bias, self._overflow = self._ranks.from_first(lambda: (verdict, matrix.bias, self._overflow))
+        assert changed is not None, "the first rank has decided"
         for side, did in zip((matrix.left, matrix.right), changed, strict=True):
             if not did:
                 continue
@@ -228,15 +223,13 @@ class Refit:
             else:
                 drawn = self._redrawn(side)
                 value = torch.empty_like(drawn.row_value)
-            dist.broadcast(value.view(torch.uint8), src=source, group=group)
+            dist.broadcast(value.view(torch.uint8), src=self._ranks.first, group=self._ranks.group)
             if self._ranks.rank != 0:
                 _switch(side, drawn.holding(value))
 
     def _compare(self, unit: SubspaceUnit) -> None:
         mine = [side.projector.digest() for side in unit.sides]
-        everyone: list[Sequence[str]] = [[] for _ in range(self._ranks.world)]
-        dist.all_gather_object(everyone, mine, group=self._ranks.group)
-        if any(theirs != mine for theirs in everyone):
+        if any(theirs != mine for theirs in self._ranks.gather(mine)):
             raise RuntimeError(f"meft-ds: ranks disagree on the projectors of {unit.name}; resume from a checkpoint")
 
 

@@ -219,7 +219,7 @@ from meft_ds.offload.ranks import Ranks
 def hang(*a, **k):
     print("made", flush=True)
     time.sleep(60)
-shared_memory._from_first = hang
+Ranks.from_first = hang
 shared_memory._map(4096, Ranks(rank=0, world=2), Path(sys.argv[1]), shared_memory._make_named)
 """
     with subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True) as process:

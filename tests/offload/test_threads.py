@@ -120,8 +120,7 @@ def test_a_launchers_omp_num_threads_is_warned_of_with_the_figure_and_the_knob(
     monkeypatch.setenv("OMP_NUM_THREADS", omp)
     monkeypatch.setattr(threads, "allowed_cpus", lambda: EIGHT)
     monkeypatch.setattr(threads, "cpu_quota", lambda membership, root: None)
-    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-    monkeypatch.setattr(torch.distributed, "get_rank", lambda: rank)
+    monkeypatch.setattr(Ranks, "everyone", lambda: Ranks(rank=rank, world=2))
     threads._warn_once.cache_clear()
     for _ in range(2):
         host_threads(knob, Ranks(rank=0, world=1))

@@ -18,10 +18,8 @@ import secrets
 import weakref
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from meft_ds.offload.host.memory import SHM_DIR, in_units, no_shared_memory
@@ -123,7 +121,7 @@ def _map(nbytes: int, ranks: Ranks, directory: Path, make: Callable[[Path], tupl
                 fault = no_shared_memory(nbytes, directory, e) if fd >= 0 or not _unsupported(e) else ""
             except Exception as e:  # the other ranks wait for what this one says
                 fault = no_shared_memory(nbytes, directory, OSError(f"{type(e).__name__}: {e}"))
-        path, place, fault = _from_first((path, place, fault), ranks)
+        path, place, fault = ranks.from_first(lambda: (path, place, fault))
         _raise_if(fault)
         if path and ranks.rank != 0:
             with contextlib.suppress(OSError):  # where process ids mean other processes it may be anything: do not wait
@@ -134,7 +132,7 @@ def _map(nbytes: int, ranks: Ranks, directory: Path, make: Callable[[Path], tupl
                 memory = mmap.mmap(fd, nbytes)
             except (OSError, OverflowError, ValueError) as e:
                 fault = no_shared_memory(nbytes, directory, OSError(str(e)))
-        states = _all_gather((opened, fault), ranks)
+        states = ranks.gather((opened, fault))
         _raise_if(next((fault for _, fault in states if fault), ""))
         return memory if all(there for there, _ in states) else None
     finally:
@@ -170,18 +168,6 @@ def _raise_if(fault: str) -> None:
         raise ValueError(fault)
 
 
-def _from_first(item: Any, ranks: Ranks) -> Any:
-    items = [item]
-    dist.broadcast_object_list(items, src=dist.get_global_rank(ranks.group, 0) if ranks.group else 0, group=ranks.group)
-    return items[0]
-
-
-def _all_gather(item: Any, ranks: Ranks) -> list[Any]:
-    items: list[Any] = [None] * ranks.world
-    dist.all_gather_object(items, item, group=ranks.group)
-    return items
-
-
 def _lock_pages(view: memoryview, memory: mmap.mmap, tensors: list[Tensor], ranks: Ranks) -> None:
     """Page-lock tensors in `memory` until nobody refers to `view` any more. Collective.
 
@@ -203,7 +189,7 @@ def _lock_pages(view: memoryview, memory: mmap.mmap, tensors: list[Tensor], rank
     # that it refers to the memory keeps it mapped until its pages are unlocked
     release = weakref.finalize(view, _unlock_pages, memory, locked, torch.cuda.current_device())
     release.atexit = False  # tensors may be in use until the process ends, and that unlocks them too
-    fault = next((fault for fault in _all_gather(fault, ranks) if fault), "")
+    fault = next((fault for fault in ranks.gather(fault) if fault), "")
     if fault:
         release()
     _raise_if(fault)

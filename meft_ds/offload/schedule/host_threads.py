@@ -14,7 +14,6 @@ from pathlib import Path, PurePosixPath
 from typing import Literal
 
 import torch
-import torch.distributed as dist
 
 from meft_ds.offload.ranks import Ranks, owned_range
 
@@ -31,15 +30,11 @@ class HostThreads:
 
 def host_threads(knob: int | Literal["auto"], ranks: Ranks) -> HostThreads:
     """The plan for this rank. Every rank must call it together, on its main thread: affinity belongs to a thread."""
-    mine = allowed_cpus()
-    all_allowed = [mine]
-    if ranks.world > 1:
-        all_allowed = [()] * ranks.world
-        dist.all_gather_object(all_allowed, mine, group=ranks.group)
+    all_allowed = ranks.gather(allowed_cpus())
     quota = cpu_quota(Path("/proc/self/cgroup"), Path("/sys/fs/cgroup"))
     omp = os.environ.get("OMP_NUM_THREADS")
     plan = choose(knob, all_allowed, ranks.rank, omp=omp, quota=quota)
-    if knob == "auto" and _first_number(omp) == 1 and (not dist.is_initialized() or dist.get_rank() == 0):
+    if knob == "auto" and _first_number(omp) == 1 and Ranks.everyone().rank == 0:
         free = choose(knob, all_allowed, ranks.rank, omp=None, quota=quota).threads
         if free > 1:
             _warn_once(

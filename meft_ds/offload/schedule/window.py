@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from meft_ds.offload.ranks import Ranks, all_reduce_sum
+from meft_ds.offload.ranks import Ranks
 from meft_ds.offload.schedule.eager import Tuner
 from meft_ds.offload.schedule.timing import WindowTimes
 from meft_ds.offload.unit import AdamHyper, Unit
@@ -115,7 +115,7 @@ def agree(
     values += [float(learning and not entry.ready) for entry in entries]
     values += [float(entry.again) for entry in entries]
     values += tuner.report()
-    values = all_reduce_sum(values, device, ranks)
+    values = ranks.sum(values, device)
     late = [entry for entry, flag in zip(entries, values[n : 2 * n], strict=True) if flag]
     unfinished = [entry for entry, flag in zip(entries, values[2 * n : 3 * n], strict=True) if flag]
     again = [entry for entry, flag in zip(entries, values[3 * n : 4 * n], strict=True) if flag and entry not in late]

@@ -11,13 +11,12 @@ from types import MethodType
 from typing import Any
 
 import deepspeed
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from meft_ds.offload import update_gates
 from meft_ds.offload.dense_unit import DenseUnit
 from meft_ds.offload.method import Method
-from meft_ds.offload.ranks import Ranks, first_decides
+from meft_ds.offload.ranks import Ranks
 from meft_ds.offload.unit import Unit
 from meft_ds.plugin.checkpoint.folder import tell_of_adapter
 from meft_ds.sparse_adapter.attach import ADAPTER_NAME, find_adapters
@@ -65,7 +64,7 @@ def save_adapter(model_or_engine: nn.Module, directory: str | Path) -> None:
         refuse("save_adapter")
     update_gates.flush(model)  # rows wait for their update by themselves, routers do not
     if any(map(is_partitioned, needed_from(model).values())):
-        write_adapter_together(directory, model, Ranks(rank=dist.get_rank(), world=dist.get_world_size()))
+        write_adapter_together(directory, model, Ranks.everyone())
     else:
         write_adapter(Path(directory), model)
 
@@ -101,7 +100,7 @@ def first_writes(path: str | Path, ranks: Ranks) -> Iterator[None]:
         yield
     except Exception as e:
         fault = e
-    told = first_decides(lambda: None if fault is None else f"{type(fault).__name__}: {fault}", ranks)
+    told = ranks.from_first(lambda: None if fault is None else f"{type(fault).__name__}: {fault}")
     if fault is not None:
         raise fault
     if told is not None:

@@ -19,7 +19,7 @@ from torch import Tensor
 from meft_ds import files
 from meft_ds.offload.ranks import Ranks
 from meft_ds.offload.unit import Unit
-from meft_ds.plugin.checkpoint.transaction import FOLDER, MANIFEST, Saving, all_gather, finish, read_sealed
+from meft_ds.plugin.checkpoint.transaction import FOLDER, MANIFEST, Saving, finish, read_sealed
 
 FORMAT = 1
 
@@ -116,7 +116,7 @@ def verify(
         problem = problem or str(e)
     except (AttributeError, KeyError, TypeError, RecursionError) as e:  # a whole manifest that we did not write
         problem = problem or f"{folder / MANIFEST} is damaged ({e!r}); load an earlier checkpoint"
-    problems = [p for p in all_gather(problem, ranks) if p is not None]
+    problems = [p for p in ranks.gather(problem) if p is not None]
     if problems:
         raise ValueError(problems[0])
     return manifest

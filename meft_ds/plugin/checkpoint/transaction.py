@@ -20,7 +20,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
 from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
 
 from meft_ds import files
@@ -80,7 +79,7 @@ class Saving:
         Raises:
             RuntimeError: else, on every rank, naming the file; files of this save are removed before.
         """
-        gathered = all_gather((self._problem, self._complete, item), self.ranks)
+        gathered = self.ranks.gather((self._problem, self._complete, item))
         problems = [problem for problem, _, _ in gathered if problem is not None]
         if not problems:
             return [item for _, _, item in gathered]
@@ -224,15 +223,6 @@ def read_sealed(path: Path) -> dict[str, Any]:
     if _seal({k: v for k, v in manifest.items() if k != "sha256"}) != manifest["sha256"]:
         raise ValueError("its content is not what its checksum was made of")
     return manifest
-
-
-def all_gather(item: Any, ranks: Ranks) -> list[Any]:
-    """Every rank's item, in their order. Collective."""
-    if ranks.world == 1:
-        return [item]
-    gathered: list[Any] = [None] * ranks.world
-    dist.all_gather_object(gathered, item, group=ranks.group)
-    return gathered
 
 
 def _seal(plain: dict[str, Any]) -> str:

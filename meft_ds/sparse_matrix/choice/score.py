@@ -27,7 +27,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from meft_ds.offload.model.capture import hand_over, tap, untap
-from meft_ds.offload.ranks import Ranks, all_reduce_sum
+from meft_ds.offload.ranks import Ranks
 from meft_ds.sparse_matrix.discover import Site
 
 _STRIPE = 1 << 21  # most elements of a stripe, unless one row of tiles has more
@@ -147,7 +147,7 @@ class Scorer:
         """End a window: keep its scores if every rank's are finite, else drop them. Collective."""
         seen = [*self._window, *self._open_sums]
         local = float(sum(not bool(part.isfinite().all()) for part in seen))
-        (bad,) = all_reduce_sum([local], self._device, self._ranks)
+        (bad,) = self._ranks.sum([local], self._device)
         if not bad:
             self.windows += 1
             for total, part in zip([*self._total, *self._sums], seen, strict=True):
