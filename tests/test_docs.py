@@ -110,6 +110,18 @@ def test_commands_name_programs_and_files_that_are_there(page: Path) -> None:
                     assert option in known or re.search(rf"\b{name}:", known), (option, command)
 
 
+def test_pages_that_code_names_are_there() -> None:
+    folders = ("meft_ds", "tests", "benchmarks", "examples")
+    sources = [path for folder in folders for path in (ROOT / folder).rglob("*.py")]
+    missing = {
+        f"{path.relative_to(ROOT)}: {page}"
+        for path in sources
+        for page in re.findall(r"\b(?:docs|benchmarks|examples)/[\w/.-]*\.md", path.read_text(encoding="utf-8"))
+        if not (ROOT / page).exists()
+    }
+    assert missing == set()
+
+
 def test_every_public_name_stands_in_the_page_with_an_example() -> None:
     page = API.read_text(encoding="utf-8")
     names = [name for name in meft_ds.__all__ if name != "__version__"]
