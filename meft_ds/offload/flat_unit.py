@@ -118,17 +118,15 @@ class FlatUnit(Unit):
         return () if self.weights.partitioned else tuple(p._version for _, p in self.params)
 
     def footprint(self) -> Footprint:
-        own, size, wire = self._hi - self._lo, self._dtype.itemsize, self._wire_dtype.itemsize
-        several = self._ranks.world > 1
-        device = self.numel * (4 + (4 if several else 0) + (size if several or not self._on_host else 0))
-        if self.on_device:
-            return Footprint(device=device + own * self._state_bytes)
-        return Footprint(
-            host_private=own * (self._state_bytes + size + wire),
-            payload=own * wire,
-            device=device,
-            down=own * wire,
-            up=own * size,
+        return flat_footprint(
+            self.numel,
+            self._hi - self._lo,
+            dtype=self._dtype,
+            wire_dtype=self._wire_dtype,
+            state_bytes=self._state_bytes,
+            several=self._ranks.world > 1,
+            on_host=self._on_host,
+            on_device=self.on_device,
         )
 
     # -- gradients -----------------------------------------------------------------------------------------------------
@@ -308,3 +306,38 @@ class FlatUnit(Unit):
     def _slices(self) -> list[tuple[int, int]]:
         world = self._ranks.world
         return [owned_range(self.numel, Ranks(rank=k, world=world)) for k in range(world)]
+
+
+def flat_footprint(
+    numel: int,
+    own: int,
+    *,
+    dtype: torch.dtype,
+    wire_dtype: torch.dtype,
+    state_bytes: int,
+    several: bool,
+    on_host: bool,
+    on_device: bool,
+) -> Footprint:
+    """Return what a `FlatUnit` of `numel` elements takes and moves, of which this rank owns `own`.
+
+    Args:
+        dtype: of the parameters, and so of what comes up.
+        wire_dtype: of what goes down.
+        state_bytes: bytes of state per owned element.
+        several: whether there is more than one rank.
+        on_host: whether the model is on the host.
+        on_device: whether the state is where the model is.
+    """
+    size, wire = dtype.itemsize, wire_dtype.itemsize
+    # a float32 sum of gradients, its sum over ranks, and the replies of all ranks
+    device = numel * (4 + 4 * several + size * (several or not on_host))
+    if on_device:
+        return Footprint(device=device + own * state_bytes)
+    return Footprint(
+        host_private=own * (state_bytes + size + wire),
+        payload=own * wire,
+        device=device,
+        down=own * wire,
+        up=own * size,
+    )

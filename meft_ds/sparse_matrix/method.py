@@ -3,49 +3,35 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from collections import defaultdict
-from collections.abc import Callable, Mapping
-from pathlib import Path
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from meft_ds.files import check_writable
 from meft_ds.offload.host.memory import state_on_device
 from meft_ds.offload.method import Method, Run
 from meft_ds.offload.model.capture import is_tapped
-from meft_ds.offload.model.discover import count_layers, layer_of, listed
+from meft_ds.offload.model.discover import count_layers, layer_of
 from meft_ds.offload.model.gradient_checkpointing import feed_checkpoints
-from meft_ds.offload.ranks import Ranks
 from meft_ds.offload.unit import Footprint, Unit
 from meft_ds.sparse_matrix.choice.choice import Choice, check_choice
-from meft_ds.sparse_matrix.choice.score import Scorer, tile_elements
-from meft_ds.sparse_matrix.choice.select import (
-    choose,
-    most_elements,
-    tell_of_matrices_without_tiles,
-    warn_of_unreached,
-    weight_scores,
-)
+from meft_ds.sparse_matrix.choice.score import Scorer
 from meft_ds.sparse_matrix.config import SparseMatrixConfig
-from meft_ds.sparse_matrix.discover import Site, check_roles, elements_of_2d_weights, find_sites, narrow
+from meft_ds.sparse_matrix.discover import Site, elements_of_2d_weights, find_sites
+from meft_ds.sparse_matrix.plan import Plan, make_plan
 from meft_ds.sparse_matrix.tiles import Rectangle, Tiles
 from meft_ds.sparse_matrix.unit import TilesUnit
 
-_logger = logging.getLogger("meft_ds")
 _NOT_CHOSEN = "not chosen yet"
 _TILE_BYTES = 300  # of a chosen tile as a Python object, at least
 
 
 class SparseMatrixMethod(Method):
-    """See `Method`.
-
-    Attributes:
-        choice: the tiles that train; None while they are being scored.
-    """
+    """See `Method`."""
 
     name = "sparse_matrix"
     memory_hint = 'lower "sparse_matrix.density", raise "sparse_matrix.block_size"'
@@ -56,15 +42,19 @@ class SparseMatrixMethod(Method):
         self._layers = 1
         self._sites: list[Site] = []
         self._left_out: list[str] = []
-        self._elsewhere: dict[str, str] = {}  # why weights that were candidates cannot have tiles in this run
         self._total = 0
         self._units: list[TilesUnit] = []
         self._scorer: Scorer | None = None
         self._on_device = False
         self._trainable: list[nn.Parameter] = []
-        self.choice: Choice | None = None
+        self._plan: Plan  # made by `claim`
         self._fed: list[Any] = []
         self._scored = False
+
+    @property
+    def choice(self) -> Choice | None:
+        """The tiles that train; None while they are being scored."""
+        return self._plan.choice
 
     def least_host_bytes(self, model: nn.Module) -> int:
         config = self._config
@@ -91,39 +81,21 @@ class SparseMatrixMethod(Method):
         return {id(site.weight) for site in self._sites}
 
     def claim(self, run: Run) -> set[int]:
-        self._sites, self._elsewhere = narrow(self._sites, run.groups)
-        left_out = [*self._left_out, *(f"{name} {why}" for name, why in self._elsewhere.items())]
-        if left_out and run.ranks.rank == 0:
-            _logger.info("sparse_matrix leaves out: %s", listed(left_out))
-        check_roles(self._sites, self._config, left_out)
-        config = self._config
-        if config.choice_file is not None:
-            self.choice = _agreed(lambda: Choice.load(str(config.choice_file)), run.ranks)
-            check_choice(self.choice, self._sites, self._elsewhere)
-        elif config.windows == 0:
-            # on every rank, although one decides: reading partitioned weights takes all
-            scores = weight_scores(self._sites, config, run.weights)
-            self.choice = self._decide(run, lambda: scores)
-        else:
-            self._check_budget()
-            if config.choice_out is not None:
-                run.ranks.from_first(self._check_choice_out)
-        sites = self._sites if self.choice is None else self._chosen_sites(self.choice)
-        for site in sites:
-            site.weight.requires_grad_(_needs_gradient(site, run))
-        self._on_device = state_on_device(config.state_device, run.bus.device, self._state_bytes(run))
-        if self.choice is not None:
-            self._units = self._make_units(run, self.choice)
-        return {id(site.weight) for site in sites}
+        plan = self._plan = make_plan(run, self._config, self._sites, self._left_out, self._total)
+        self._on_device = state_on_device(self._config.state_device, run.bus.device, plan.state_bytes(run))
+        self._train_only(plan.chosen_sites, run)
+        if plan.choice is not None:
+            self._units = self._make_units(run, plan)
+        return {id(site.weight) for site in plan.chosen_sites}
 
     def footprints(self, run: Run) -> list[Footprint]:
-        if self.choice is not None:
-            return [unit.footprint() for unit in self._units]
-        return [self._planned(run)]
+        if self.choice is None:
+            return [self._plan.footprint(run, on_device=self._on_device)]
+        return [unit.footprint() for unit in self._units]
 
     def build(self, run: Run, memory: Mapping[str, Tensor]) -> list[Unit]:
         if self.choice is None:
-            self._scorer = Scorer(self._sites, self._config.score, run.ranks, run.bus.device, run.weights.anchor)
+            self._scorer = Scorer(self._plan.sites, self._config.score, run.ranks, run.bus.device, run.weights.anchor)
         for unit in self._units:
             unit.allocate()
         return list(self._units)
@@ -168,7 +140,7 @@ class SparseMatrixMethod(Method):
         if scorer.windows < self._config.windows:
             return None
         scores, self._scored = scorer.scores(), True
-        return self._begin(run, self._decide(run, lambda: scores, windows=scorer.windows, world=run.ranks.world))
+        return self._begin(run, self._plan.decide(run, scores, windows=scorer.windows, world=run.ranks.world))
 
     def forget_window(self) -> None:
         if self._scorer is not None:
@@ -194,59 +166,36 @@ class SparseMatrixMethod(Method):
             self._scorer.load_state(tensors, int(state["windows"]))
             return []
         choice = Choice.from_json(state["choice"])
-        check_choice(choice, self._sites, self._elsewhere)
-        here = {unit.name: unit.numel for unit in self._make_units(run, choice)}
+        check_choice(choice, self._plan.sites, self._plan.elsewhere)
+        plan = replace(self._plan, choice=choice)
+        here = {unit.name: unit.numel for unit in self._make_units(run, plan)}
         if here != state["units"]:
             raise ValueError(
                 f"the checkpoint's tiles are kept as {state['units']}, this run would keep them as {here}; make the "
                 "precision and the optimizer's parameter groups those of the run that saved it"
             )
-        return self._begin(run, choice)
+        return self._begin(run, plan)
 
-    def _begin(self, run: Run, choice: Choice) -> list[Unit]:
-        """Scoring is over."""
+    def _begin(self, run: Run, plan: Plan) -> list[Unit]:
+        """End scoring and train the plan's choice."""
         assert self._scorer is not None
         self._scorer.release()
-        self._scorer, self.choice = None, choice
-        chosen = {id(site.weight) for site in self._chosen_sites(choice)}
-        for site in self._sites:
-            site.weight.requires_grad_(id(site.weight) in chosen and _needs_gradient(site, run))
-        self._units = self._make_units(run, choice)
+        self._scorer, self._plan = None, plan
+        self._train_only(plan.chosen_sites, run)
+        self._units = self._make_units(run, plan)
         for unit in self._units:
             unit.allocate()
         return list(self._units)
 
-    def _decide(self, run: Run, scores: Any, **made_by: Any) -> Choice:
-        """The first rank decides, the others follow."""
-        config = self._config
+    def _train_only(self, sites: list[Site], run: Run) -> None:
+        """Let the weights of `sites` require grad, and those of the plan's other sites not.
 
-        def decide() -> Choice:
-            found = scores()
-            choice = choose(self._sites, found, config, self._total, made_by)
-            warn_of_unreached(choice, found)
-            tell_of_matrices_without_tiles(choice, self._sites, config)
-            if config.choice_out is not None:
-                try:
-                    choice.save(config.choice_out)
-                except (OSError, ValueError) as fault:
-                    raise _unwritable(config.choice_out, fault) from None
-            return choice
-
-        return _agreed(decide, run.ranks)
-
-    def _check_budget(self) -> None:
-        """Refuse a budget too small for any tile now, not after scoring: here the smallest tiles are the best."""
-        sizes = {site.name: tile_elements(site).reciprocal().expand(site.grid) for site in self._sites}
-        choose(self._sites, sizes, self._config.model_copy(update={"normalize": False}), self._total)
-
-    def _check_choice_out(self) -> None:
-        """Refuse a file that cannot be written now, not after scoring."""
-        path = Path(str(self._config.choice_out))
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            check_writable(path)
-        except (OSError, ValueError) as fault:
-            raise _unwritable(path, fault) from None
+        Under ZeRO-3 a tapped layer's weight requires none either: its layer is tapped by an anchor.
+        """
+        chosen = {id(site) for site in sites}
+        for site in self._plan.sites:
+            needs = run.weights.anchor is None or not site.tapped
+            site.weight.requires_grad_(needs and id(site) in chosen)
 
     # -- about ---------------------------------------------------------------------------------------------------------
 
@@ -267,9 +216,9 @@ class SparseMatrixMethod(Method):
         where = "accelerator" if self._on_device else "host"
         if self.choice is None:
             return (
-                f"sparse_matrix scores {len(self._sites)} matrices ({self._config.score}) for "
+                f"sparse_matrix scores {len(self._plan.sites)} matrices ({self._config.score}) for "
                 f"{self._config.warmup_steps} steps that train nothing, then trains tiles of {self._sides()} "
-                f"with at most {self._budget:,} parameters (state on the {where})"
+                f"with at most {self._plan.elements:,} parameters (state on the {where})"
             )
         tiles = self.choice.tiles
         return (
@@ -278,7 +227,7 @@ class SparseMatrixMethod(Method):
         )
 
     def _sides(self) -> str:
-        sides = {site.side for site in self._sites}
+        sides = {site.side for site in self._plan.sites}
         return " to ".join(f"{side} x {side}" for side in sorted({min(sides), max(sides)}))
 
     def stats(self) -> dict[str, Any]:
@@ -297,44 +246,13 @@ class SparseMatrixMethod(Method):
 
     # -- units ---------------------------------------------------------------------------------------------------------
 
-    @property
-    def _budget(self) -> int:
-        """Most elements that may be chosen."""
-        return most_elements(self._sites, self._config, self._total)
-
-    def _state_bytes(self, run: Run) -> int:
-        elements = self._budget if self.choice is None else self.choice.elements
-        return elements * (4 + 2 * run.moments_dtype.itemsize) // run.ranks.world
-
-    def _planned(self, run: Run) -> Footprint:
-        """Of the units to come, and of the scorer."""
-        n, own, size, wire = (
-            self._budget,
-            self._budget // run.ranks.world + 1,
-            run.dtype.itemsize,
-            run.grad_dtype.itemsize,
-        )
-        several, on_host = run.ranks.world > 1, run.bus.device.type == "cpu"
-        state = own * (4 + 2 * run.moments_dtype.itemsize + size)
-        device = n * (4 + 4 * several + size * (several or not on_host))
-        scoring = Scorer.host_bytes(self._sites, self._config.score)
-        if self._on_device:
-            return Footprint(host_private=scoring, device=device + state)
-        moved = own * (size + wire)
-        return Footprint(
-            host_private=scoring + state + moved, payload=own * wire, device=device, down=own * wire, up=own * size
-        )
-
-    def _chosen_sites(self, choice: Choice) -> list[Site]:
-        names = {tile.name for tile in choice.tiles}
-        return [site for site in self._sites if site.name in names]
-
-    def _make_units(self, run: Run, choice: Choice) -> list[TilesUnit]:
+    def _make_units(self, run: Run, plan: Plan) -> list[TilesUnit]:
+        assert plan.choice is not None
         layer = layer_of(run.model, self._layers)
         group_of = {id(p): index for index, group in enumerate(run.groups) for p in group["params"]}
         # apart in every stage, although only stage 3 needs it: units of a checkpoint are the same in all
         sorted_in: dict[tuple[int, bool, int, torch.dtype], list[Site]] = defaultdict(list)
-        for site in self._chosen_sites(choice):
+        for site in plan.chosen_sites:
             sorted_in[layer[site.name], site.tapped, group_of[id(site.weight)], site.weight.dtype].append(site)
         units = []
         for (at, tapped, group, dtype), found in sorted(
@@ -345,7 +263,7 @@ class SparseMatrixMethod(Method):
                     name=f"layer{at}.blocks{'' if tapped else '.stored'}.g{group}.{str(dtype).removeprefix('torch.')}",
                     layer=at,
                     params=[(site.name, site.weight) for site in found],
-                    matrices=_matrices(found, choice, run.bus.device),
+                    matrices=_matrices(found, plan.choice, run.bus.device),
                     modules=[site.module if site.tapped else None for site in found],
                     group=group,
                     ranks=run.ranks,
@@ -357,11 +275,6 @@ class SparseMatrixMethod(Method):
                 )
             )
         return units
-
-
-def _needs_gradient(site: Site, run: Run) -> bool:
-    """Whether the weight itself must require grad: not where its layer is tapped by an anchor."""
-    return run.weights.anchor is None or not site.tapped
 
 
 def _matrices(sites: list[Site], choice: Choice, device: torch.device) -> list[Tiles]:
@@ -386,12 +299,3 @@ def _matrices(sites: list[Site], choice: Choice, device: torch.device) -> list[T
             )
             offset += matrices[-1].numel
     return matrices
-
-
-def _agreed(make: Callable[[], Choice], ranks: Ranks) -> Choice:
-    """Return what `make` gives on the first rank. Collective."""
-    return Choice.from_json(ranks.from_first(lambda: make().to_json()))
-
-
-def _unwritable(path: str | Path, fault: Exception) -> ValueError:
-    return ValueError(f"sparse_matrix.choice_out: cannot write {path}: {fault}; name a file that can be written")
