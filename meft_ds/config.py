@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import (
@@ -101,12 +101,17 @@ class MeftConfig(BaseModel):
         return self
 
 
-def parse_config(block: Any, extra_faults: list[str] | None = None) -> MeftConfig:
+def parse_config(
+    block: Any,
+    extra_faults: list[str] | None = None,
+    conflicts: Callable[[MeftConfig], list[str]] = lambda config: [],
+) -> MeftConfig:
     """Check the block and return it.
 
     Args:
         block: value of the top-level key "meft_offload".
         extra_faults: faults found elsewhere in the ds_config, to be listed in the same error.
+        conflicts: gives faults of a block whose keys are right by themselves, to be listed too.
 
     Raises:
         ValueError: one message that lists all faults, each with the key's path, what was expected and what to do.
@@ -125,6 +130,7 @@ def parse_config(block: Any, extra_faults: list[str] | None = None) -> MeftConfi
     else:
         config, found = _validate(dict(block))
         faults += found
+        faults += [] if config is None else conflicts(config)
     if faults:
         lines = "\n".join(f"  {n}. {fault}" for n, fault in enumerate(faults[:_MOST_LISTED], 1))
         if len(faults) > _MOST_LISTED:
@@ -136,12 +142,15 @@ def parse_config(block: Any, extra_faults: list[str] | None = None) -> MeftConfi
 
 
 def _validate(block: dict[str, Any]) -> tuple[MeftConfig | None, list[str]]:
-    """Faults of a block. Checks across keys run only on keys that are right, so drop wrong ones and look again."""
+    """Return the block's settings without its wrong keys, None if nothing is left of it, and its faults.
+
+    Checks across keys run only on keys that are right, so wrong ones are dropped and the rest is checked again.
+    """
     faults: dict[str, None] = {}  # in order, each once
     while True:
         try:
             config = MeftConfig.model_validate(block)
-            return (None if faults else config), list(faults)
+            return config, list(faults)
         except ValidationError as e:
             before, errors = len(faults), e.errors(include_url=False)
             faults |= dict.fromkeys(map(_describe, errors))

@@ -60,6 +60,13 @@ class Method(ABC):
     memory_hint: str  # how a user makes it take less host memory
     freezes_base: bool  # whether the base trains only where the block's "train" says so
 
+    def conflicts(self, ds_config: Mapping[str, Any]) -> list[str]:
+        """Return which settings elsewhere in the ds_config the method's own do not go with, each with the fix.
+
+        Asked before there is an engine; the lines stand in the error that lists all faults of the block.
+        """
+        return []
+
     def least_host_bytes(self, model: nn.Module) -> int:
         """Host memory that the settings take on every node at least, before `prepare` and before anything is allocated.
 

@@ -57,7 +57,11 @@ class MeftEngine(SavingEngine):
         show_log()
         if Ranks.everyone().rank == 0:
             checks.tell(ds_config)
-        self._meft_config = parse_config(ds_config[BLOCK], checks.conflicts(ds_config))
+        self._meft_config = parse_config(
+            ds_config[BLOCK],
+            checks.conflicts(ds_config),
+            lambda config: [fault for method in registry.chosen(config) for fault in method.conflicts(ds_config)],
+        )
         if kwargs.get("mpu") is not None:
             raise ValueError(
                 "meft_offload does not go with model parallelism (mpu); call deepspeed.initialize without it"

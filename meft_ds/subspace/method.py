@@ -44,6 +44,15 @@ class SubspaceMethod(Method):
         self._told: int | None = None  # matrices of which the log last said that they wait for a gradient
         self._tells = False
 
+    def conflicts(self, ds_config: Mapping[str, Any]) -> list[str]:
+        zero = ds_config.get("zero_optimization")
+        if self._config.rounding != "residual" or not isinstance(zero, Mapping) or zero.get("stage") != 3:
+            return []
+        return [
+            'meft_offload.subspace.rounding: "residual" keeps what rounding loses of whole weights, which ZeRO-3 does '
+            'not have; use "stochastic"'
+        ]
+
     def prepare(self, model: nn.Module) -> None:
         find_matrices(model, self._config)
         self._layers = count_layers(model)
@@ -65,11 +74,6 @@ class SubspaceMethod(Method):
         elif excluded and run.ranks.rank == 0:
             _logger.info("subspace leaves uncompressed: %s", listed(excluded))
         if run.weights.partitioned:
-            if self._config.rounding == "residual":
-                raise ValueError(
-                    'subspace.rounding: "residual" keeps what rounding loses of whole weights, which ZeRO-3 does not '
-                    'have; use "stochastic"'
-                )
             # a tapped layer needs no gradient of autograd's, and must not get one where weights are swapped
             self._anchored = [site for site in sites if site.tapped]
             for site in self._anchored:

@@ -3,6 +3,7 @@ import pytest
 
 from meft_ds.config import parse_config
 from meft_ds.plugin.ds_config import conflicts, skipped
+from tests.toy import ds_config, make_engine
 
 
 def fault(block: object) -> str:
@@ -123,6 +124,16 @@ def test_conflicts_elsewhere_in_the_ds_config_are_listed_with_the_fix() -> None:
         conflicts({"zero_optimization": {"stage": 2}, "optimizer": {"type": "AdamW", "params": {"lr": "auto"}}}) == []
     )
     assert conflicts({"hybrid_engine": {"enabled": False}}) == []
+
+
+def test_what_a_methods_own_settings_conflict_with_stands_in_the_one_error() -> None:
+    made = ds_config(block={"subspace": {"rounding": "residual", "dmi": 3}}, zero_optimization={"stage": 3})
+    made["compression_training"] = {"enabled": True}
+    with pytest.raises(ValueError) as e:
+        make_engine(made)
+    assert "3 faults" in str(e.value)
+    for part in ("compression_training", "subspace.dmi: unknown key", 'subspace.rounding: "residual" keeps'):
+        assert part in str(e.value), part
 
 
 def test_settings_without_effect_are_warned_of() -> None:
