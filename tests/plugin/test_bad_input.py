@@ -11,7 +11,7 @@ from torch import nn
 from meft_ds.plugin import build
 from meft_ds.plugin.ds_config import conflicts
 from meft_ds.sparse_adapter import attach
-from meft_ds.sparse_matrix import method
+from meft_ds.sparse_matrix import plan
 from tests.toy import ADAPTER, ds_config, make_engine, single_rank, tiny_llama
 
 
@@ -188,7 +188,7 @@ def test_learning_rates_of_a_program_that_no_update_can_have_are_named(lr: Any) 
 
 
 def test_tiles_too_small_for_the_host_are_refused_before_they_are_made(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(method, "choose", lambda *args: pytest.fail("tiles were chosen before the check"))
+    monkeypatch.setattr(plan, "choose", lambda *args: pytest.fail("tiles were chosen before the check"))
     block = {"sparse_matrix": {"block_size": 1, "score": "random", "density": 0.5}}
     monkeypatch.setattr(build, "free_host_bytes", lambda: 500_000)  # 5,120 values, each a tile, half of them chosen
     told = refused(ds_config(block=block))

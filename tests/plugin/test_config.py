@@ -128,11 +128,11 @@ def test_conflicts_elsewhere_in_the_ds_config_are_listed_with_the_fix() -> None:
 
 def test_what_a_methods_own_settings_conflict_with_stands_in_the_one_error() -> None:
     made = ds_config(block={"subspace": {"rounding": "residual", "dmi": 3}}, zero_optimization={"stage": 3})
-    made["compression_training"] = {"enabled": True}
+    made["gradient_clipping"] = -1.0
     with pytest.raises(ValueError) as e:
         make_engine(made)
     assert "3 faults" in str(e.value)
-    for part in ("compression_training", "subspace.dmi: unknown key", 'subspace.rounding: "residual" keeps'):
+    for part in ("gradient_clipping", "subspace.dmi: unknown key", 'subspace.rounding: "residual" keeps'):
         assert part in str(e.value), part
 
 
