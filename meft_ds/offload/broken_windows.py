@@ -12,8 +12,7 @@ import contextlib
 from abc import abstractmethod
 from collections.abc import Iterator
 
-import torch
-
+from meft_ds.offload.model.gradient_checkpointing import inside_backward
 from meft_ds.offload.ranks import Ranks
 from meft_ds.offload.schedule.eager import Mode, Tuner
 from meft_ds.offload.schedule.window import Forgotten, UnitProgress, Window
@@ -106,7 +105,7 @@ class Windows(Updates):
     def is_broken(self) -> bool:
         """Whether the open window holds half a backward, or a step that ended before it had handed anything over."""
         # a backward that ended well has taken its mark back
-        amid = self._window.in_backward and torch._C._current_graph_task_id() == -1
+        amid = self._window.in_backward and not inside_backward()
         return amid or self._broken is not None
 
     def check_whole(self) -> None:

@@ -29,6 +29,7 @@ from torch.autograd import Variable
 
 from meft_ds.offload.broken_windows import Windows
 from meft_ds.offload.host.transfer import Bus
+from meft_ds.offload.model.gradient_checkpointing import inside_backward
 from meft_ds.offload.ranks import LaneRanks, Ranks
 from meft_ds.offload.schedule.eager import Mode, Tuner
 from meft_ds.offload.schedule.lanes import Lanes, Progress, call_at_exit
@@ -117,7 +118,7 @@ class Pipeline(Windows):
             )
         entry.late = entry.late or (entry.sent and not entry.again)
         self._window.collected = self._window.touched = True
-        if not self._window.in_backward and torch._C._current_graph_task_id() != -1:
+        if not self._window.in_backward and inside_backward():
             self._window.in_backward = True
             Variable._execution_engine.queue_callback(self._backward_ended)
 

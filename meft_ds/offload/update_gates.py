@@ -22,6 +22,8 @@ import torch
 from torch import nn
 
 from meft_ds.offload.flat_unit import FlatUnit
+from meft_ds.offload.model.gradient_checkpointing import inside_backward
+from meft_ds.offload.model.hooks import ModelHook
 from meft_ds.offload.pipeline import Pipeline
 
 _CALL = nn.Module._wrapped_call_impl.__code__
@@ -97,13 +99,9 @@ class _Gates:
         return any(module._compiled_call_impl is not None for module in self._modules)
 
 
-class _Hook:
-    def __init__(self, gates: _Gates) -> None:
-        self.gates = gates
-
-    def __reduce__(self) -> Any:
-        # a copy of the model is not trained by this engine: its hooks find nobody
-        return type(self), (_Gates(None, ()),)
+class _Hook(ModelHook):
+    def __init__(self, gates: _Gates | None = None) -> None:
+        self.gates = _Gates(None, ()) if gates is None else gates
 
 
 class _BeforeModelForward(_Hook):
@@ -113,7 +111,7 @@ class _BeforeModelForward(_Hook):
     def __call__(self, module: nn.Module, args: Any) -> None:
         gates = self.gates
         pipeline = gates.find()
-        if pipeline is None or _recomputing():
+        if pipeline is None or inside_backward():
             return
         # not module.training: models that `from_pretrained` leaves in eval mode train too
         training = torch.is_grad_enabled()
@@ -131,7 +129,7 @@ class _AfterModelForward(_Hook):
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
         gates = self.gates
         pipeline = gates.find()
-        if gates.outermost is not module or pipeline is None or _recomputing():
+        if gates.outermost is not module or pipeline is None or inside_backward():
             return
         gates.outermost = None
         if torch.is_grad_enabled():
@@ -147,7 +145,7 @@ class _BeforeStateDict(_Hook):
 class _BeforeBlockForward(_Hook):
     """Gate of units by their index."""
 
-    def __init__(self, gates: _Gates, units: Iterable[int] = ()) -> None:
+    def __init__(self, gates: _Gates | None = None, units: Iterable[int] = ()) -> None:
         super().__init__(gates)
         self.units = sorted(units)
 
@@ -156,7 +154,7 @@ class _BeforeBlockForward(_Hook):
         pipeline = self.gates.find()
         if pipeline is None:
             return
-        if not pipeline.window_begun and torch.is_grad_enabled() and not _recomputing():
+        if not pipeline.window_begun and torch.is_grad_enabled() and not inside_backward():
             pipeline.begin_forward(
                 training=True
             )  # the program called a part that no `_BeforeModelForward` stands before
@@ -166,11 +164,6 @@ class _BeforeBlockForward(_Hook):
 
 def _nobody() -> None:
     return None
-
-
-def _recomputing() -> bool:
-    """A forward inside backward repeats one for gradient checkpointing."""
-    return torch._C._current_graph_task_id() != -1
 
 
 def _holders(model: nn.Module) -> dict[int, list[nn.Module]]:

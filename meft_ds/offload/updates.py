@@ -11,6 +11,7 @@ from functools import partial
 import torch
 
 from meft_ds.offload.host.transfer import Bus
+from meft_ds.offload.model.gradient_checkpointing import inside_backward
 from meft_ds.offload.ranks import LaneRanks
 from meft_ds.offload.schedule.eager import Tuner
 from meft_ds.offload.schedule.lanes import Lanes, Progress
@@ -55,7 +56,7 @@ class Updates:
         Does nothing when backward runs a forward again (gradient checkpointing): that must see what the first saw.
         """
         entry = self._of[id(unit)]
-        if entry.pending and torch._C._current_graph_task_id() == -1:
+        if entry.pending and not inside_backward():
             self._apply(entry)
 
     def touched(self, unit: Unit) -> None:

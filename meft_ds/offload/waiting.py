@@ -20,6 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from meft_ds.offload.model.gradient_checkpointing import inside_backward
+
 _PROPERTIES = (
     "shape dtype device layout ndim itemsize nbytes requires_grad grad is_leaf grad_fn output_nr retains_grad "
     "is_cuda is_cpu is_meta is_sparse is_sparse_csr is_quantized is_nested is_xpu is_mps "
@@ -66,7 +68,7 @@ class _Waiting:
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func not in _METADATA and torch._C._current_graph_task_id() == -1:
+        if func not in _METADATA and not inside_backward():
             for p in _waiting((args, tuple(kwargs.values()))):
                 p.__dict__["_meft_apply"]()
             if not any(True for _ in _waiting((args, tuple(kwargs.values())))):

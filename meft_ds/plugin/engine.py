@@ -22,7 +22,7 @@ from meft_ds.config import BLOCK, MeftConfig, parse_config
 from meft_ds.offload.host.memory import in_units
 from meft_ds.offload.host.transfer import Bus
 from meft_ds.offload.method import Method, Run
-from meft_ds.offload.model.gradient_checkpointing import feed_too
+from meft_ds.offload.model.gradient_checkpointing import feed_checkpoints, feed_too
 from meft_ds.offload.model.weights import WHOLE
 from meft_ds.offload.ranks import Ranks
 from meft_ds.offload.schedule.lanes import call_at_exit
@@ -85,7 +85,9 @@ class MeftEngine(SavingEngine):
         for p in model.parameters():
             # of a backward before the engine: hooks would take it for the first batch's, and what gets frozen keeps it
             p.grad = None
+        # frozen embeddings would keep a reentrant checkpoint out of backward, with all that trains inside
         feed_too(CheckpointFunction)
+        self._meft_fed = feed_checkpoints(model)
         self._meft_methods = registry.chosen(self._meft_config)
         build.refuse_what_cannot_fit(model, self._meft_methods, self._meft_config)
         for method in self._meft_methods:
@@ -331,6 +333,7 @@ class MeftEngine(SavingEngine):
             "module_forward_post_hook",
             "first_dataloader_check",
             "_meft_export_hook",
+            "_meft_fed",
         ):
             if (handle := here.get(name)) is not None:
                 handle.remove()

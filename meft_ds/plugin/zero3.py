@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from meft_ds.offload.flat_unit import FlatUnit
+from meft_ds.offload.model.gradient_checkpointing import inside_backward
+from meft_ds.offload.model.hooks import ModelHook
 from meft_ds.offload.model.weights import Piece, Weights, rectangles, shape_of
 from meft_ds.offload.pipeline import Pipeline
 from meft_ds.offload.ranks import Ranks
@@ -146,18 +148,15 @@ def guard_gathers(
     return [*guards, model.register_forward_pre_hook(_Enter(streams), prepend=True)]
 
 
-class _Enter:
-    """A hook before the model's forward; copies of the model get one that tells nobody."""
+class _Enter(ModelHook):
+    """Before the model's forward: note the stream that trains."""
 
     def __init__(self, streams: Streams | None = None) -> None:
         self._streams = streams
 
     def __call__(self, module: nn.Module, args: Any) -> None:
-        if self._streams is not None and torch._C._current_graph_task_id() == -1:
+        if self._streams is not None and not inside_backward():
             self._streams.enter()
-
-    def __reduce__(self) -> Any:
-        return _Enter, ()
 
 
 class _Guard:

@@ -17,6 +17,8 @@ from typing import Any, Literal
 
 from torch import nn
 
+from meft_ds.offload.model.hooks import ModelHook
+
 Call = Literal["engine", "optimizer", "module"]
 
 
@@ -27,7 +29,7 @@ def forgets(call: Call, stage: int, *, closing: bool) -> bool:
     return closing if stage == 2 else True
 
 
-class ModuleZeroGrad:
+class ModuleZeroGrad(ModelHook):
     """A model's own `zero_grad`, which an engine learns of. Copies of the model get their class's."""
 
     def __init__(self, module: nn.Module, engine: Any = None) -> None:
@@ -40,9 +42,5 @@ class ModuleZeroGrad:
         if self._engine is not None and (engine := self._engine()) is not None:
             engine._forget_window("module")
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        module = self._module()
-        return ModuleZeroGrad(memo[id(module)]) if id(module) in memo else self
-
-    def __reduce__(self) -> Any:
-        return ModuleZeroGrad, (self._module(),)
+    def of_copy(self) -> tuple[Any, ...]:
+        return (self._module(),)

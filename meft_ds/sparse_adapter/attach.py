@@ -12,7 +12,6 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from meft_ds.offload.model.gradient_checkpointing import feed_checkpoints
 from meft_ds.sparse_adapter.config import ResolvedSparseAdapter
 from meft_ds.sparse_adapter.discover import Site, find_ffns
 from meft_ds.sparse_adapter.forward.router import init_keys, init_router
@@ -68,7 +67,6 @@ def place(model: nn.Module, sites: Sequence[Site], adapters: Sequence[SparseAdap
         first, last = site.module.get_submodule(site.first), site.module.get_submodule(site.last)
         handles.append(first.register_forward_pre_hook(beside.before, with_kwargs=True))
         handles.append(last.register_forward_hook(beside.after))
-    handles += feed_checkpoints(model)
     setattr(model, _STATE_NAME, (handles, [site.module for site in sites]))
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from meft_ds import ops
+from meft_ds.offload.model.gradient_checkpointing import inside_backward
 from meft_ds.sparse_adapter.config import ResolvedSparseAdapter
 from meft_ds.sparse_adapter.forward.cpu import apply_fused, can_fuse
 from meft_ds.sparse_adapter.forward.grouped import Job, apply_grouped
@@ -23,7 +24,7 @@ from meft_ds.sparse_adapter.forward.grouping import (
     plan_groups,
     sort_pairs,
 )
-from meft_ds.sparse_adapter.forward.recompute import Replay, inside_backward, inside_function
+from meft_ds.sparse_adapter.forward.recompute import Replay, inside_function
 from meft_ds.sparse_adapter.forward.router import Router, expert_starts, with_balance_gradient
 from meft_ds.sparse_adapter.forward.select import Selection, active_slots, key_scores, select_keys, top_experts
 from meft_ds.sparse_adapter.forward.union import apply_union

@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from meft_ds.sparse_adapter.forward.recompute import inside_backward, inside_function
+from meft_ds.offload.model.gradient_checkpointing import inside_backward
+from meft_ds.sparse_adapter.forward.recompute import inside_function
 
 __all__ = ["TokenMask", "follow"]
 

@@ -16,7 +16,6 @@ from meft_ds.offload.host.memory import state_on_device
 from meft_ds.offload.method import Method, Run
 from meft_ds.offload.model.capture import is_tapped
 from meft_ds.offload.model.discover import count_layers, layer_of
-from meft_ds.offload.model.gradient_checkpointing import feed_checkpoints
 from meft_ds.offload.unit import Footprint, Unit
 from meft_ds.sparse_matrix.choice.choice import Choice, check_choice
 from meft_ds.sparse_matrix.choice.score import Scorer
@@ -48,7 +47,6 @@ class SparseMatrixMethod(Method):
         self._on_device = False
         self._trainable: list[nn.Parameter] = []
         self._plan: Plan  # made by `claim`
-        self._fed: list[Any] = []
         self._scored = False
 
     @property
@@ -71,7 +69,6 @@ class SparseMatrixMethod(Method):
         self._sites, self._left_out = find_sites(model, self._config)
         self._total = elements_of_2d_weights(model)
         self._layers = count_layers(model)
-        self._fed = feed_checkpoints(model)
 
     @property
     def layers(self) -> int:
@@ -102,8 +99,6 @@ class SparseMatrixMethod(Method):
 
     def release(self) -> None:
         """The model trains what it did before, so that another engine finds the same weights to choose from."""
-        while self._fed:
-            self._fed.pop().remove()
         if self._scorer is not None:
             self._scorer.release()
         if not any(is_tapped(site.module) for site in self._sites):  # else it has come

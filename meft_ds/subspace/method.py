@@ -15,7 +15,6 @@ from meft_ds.offload.host.memory import state_on_device
 from meft_ds.offload.method import Method, Run
 from meft_ds.offload.model.capture import is_tapped
 from meft_ds.offload.model.discover import count_layers, layer_of, listed
-from meft_ds.offload.model.gradient_checkpointing import feed_checkpoints
 from meft_ds.offload.model.weights import shape_of
 from meft_ds.offload.unit import Footprint, Unit
 from meft_ds.subspace.calibrate import Refit, first_draw
@@ -39,7 +38,6 @@ class SubspaceMethod(Method):
         self._layers = 1
         self._units: list[SubspaceUnit] = []
         self._anchored: list[Site] = []
-        self._fed: list[Any] = []
         self._refit: Refit
         self._told: int | None = None  # matrices of which the log last said that they wait for a gradient
         self._tells = False
@@ -56,7 +54,6 @@ class SubspaceMethod(Method):
     def prepare(self, model: nn.Module) -> None:
         find_matrices(model, self._config)
         self._layers = count_layers(model)
-        self._fed = feed_checkpoints(model)
 
     @property
     def layers(self) -> int:
@@ -115,8 +112,6 @@ class SubspaceMethod(Method):
             )
 
     def release(self) -> None:
-        while self._fed:
-            self._fed.pop().remove()
         for site in self._anchored:
             if not is_tapped(site.module):  # else another engine has come
                 site.weight.requires_grad_(True)

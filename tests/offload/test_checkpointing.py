@@ -65,10 +65,9 @@ def gradients(wrap: Callable[[nn.Module], nn.Module], inner: nn.Module, *, check
     for module in model.modules():
         if isinstance(module, nn.Embedding):
             module.requires_grad_(False)
-    handles = feed_checkpoints(model)
+    handle = feed_checkpoints(model)
     model(**batch(0)).loss.backward()
-    for handle in handles:
-        handle.remove()
+    handle.remove()
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
@@ -88,7 +87,7 @@ def test_torch_has_its_own_function_back_when_the_last_model_is_done(monkeypatch
     if "apply" in CheckpointFunction.__dict__:
         monkeypatch.delattr(CheckpointFunction, "apply")
     one, other = Plain(), Plain()
-    handles = [*feed_checkpoints(one), *feed_checkpoints(other), *feed_checkpoints(other)]
+    handles = [feed_checkpoints(one), feed_checkpoints(other), feed_checkpoints(other)]
     copy.deepcopy(handles)[0].remove()
     x = torch.ones(2, 8)
     for handle in handles:
@@ -100,7 +99,7 @@ def test_torch_has_its_own_function_back_when_the_last_model_is_done(monkeypatch
 
 def test_checkpoints_without_grad_or_with_a_graph_get_what_they_were_given() -> None:
     model, seen = Plain(), []
-    handles = feed_checkpoints(model)
+    handle = feed_checkpoints(model)
 
     def same(x: Tensor) -> Tensor:
         seen.append(x)
@@ -112,5 +111,4 @@ def test_checkpoints_without_grad_or_with_a_graph_get_what_they_were_given() -> 
     with torch.no_grad():
         assert not checkpoint(same, torch.ones(2), use_reentrant=True).requires_grad
     assert not checkpoint(same, torch.ones(2, dtype=torch.long), use_reentrant=True).requires_grad
-    for handle in handles:
-        handle.remove()
+    handle.remove()

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+from meft_ds.offload.model.gradient_checkpointing import feed_checkpoints
 from meft_ds.sparse_adapter.attach import ADAPTER_NAME, detach, find_adapters, find_ffns
 from meft_ds.sparse_adapter.attach import attach as attach_bare
 from tests.sparse_adapter.oracle import rows_grad
@@ -123,6 +124,7 @@ def test_gradient_checkpointing_of_a_frozen_base_gives_the_same_gradients(name: 
                     m.dropout = 0.0
         if on:
             model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+            feed_checkpoints(model)  # as an engine does
         model.train()
         model(IDS, attention_mask=MASK, labels=IDS).loss.backward()
         grads.append([g for a in adapters for g in (a.router.weight.grad, rows_grad(a))])

@@ -7,12 +7,13 @@ are as before; an identity on its output hands (X, dY) over when backward comes 
 
 from __future__ import annotations
 
-import copy
 import weakref
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+
+from meft_ds.offload.model.hooks import ModelHook
 
 # torch's own: where ZeRO-3 was ever used, DeepSpeed has replaced F.linear by one that keeps the whole input
 _linear = torch._C._nn.linear
@@ -64,7 +65,7 @@ def can_tap(module: nn.Module) -> bool:
     return isinstance(module.__dict__.get("forward"), TappedLinear | type(None))
 
 
-class TappedLinear:
+class TappedLinear(ModelHook):
     """A module's forward. Copies of the module (deepcopy, pickle) get one that hands nothing over."""
 
     def __init__(
@@ -106,11 +107,8 @@ class TappedLinear:
         flat = torch.addmm(bias, x.reshape(-1, x.shape[-1]), weight.detach())
         return _Tap.apply(flat, *tapped).view(*x.shape[:-1], weight.shape[1])
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> TappedLinear:
-        return TappedLinear(copy.deepcopy(self.module, memo))
-
-    def __reduce__(self) -> Any:
-        return TappedLinear, (self.module,)
+    def of_copy(self) -> tuple[Any, ...]:
+        return (self.module,)
 
 
 class _Product(torch.autograd.Function):

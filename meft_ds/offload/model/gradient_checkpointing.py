@@ -17,16 +17,26 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointFunction
 
+from meft_ds.offload.model.hooks import ModelHook
+
 _functions: list[Any] = [CheckpointFunction]
 _models: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()  # how many handles each has
 
 
-def feed_checkpoints(model: nn.Module) -> list[Any]:
-    """Feed reentrant checkpoints as long as `model` lives, or until the handles that this returns are removed."""
+def inside_backward() -> bool:
+    """Return whether autograd runs a backward on this thread.
+
+    A forward that runs then repeats one for gradient checkpointing, and must see what the first one saw.
+    """
+    return torch._C._current_graph_task_id() != -1
+
+
+def feed_checkpoints(model: nn.Module) -> _Handle:
+    """Feed reentrant checkpoints as long as `model` lives, or until the handle that this returns is removed."""
     for function in _functions:
         _cover(function)
     _models[model] = _models.get(model, 0) + 1
-    return [_Handle(model)]
+    return _Handle(model)
 
 
 def feed_too(function: type[torch.autograd.Function]) -> None:
@@ -37,9 +47,7 @@ def feed_too(function: type[torch.autograd.Function]) -> None:
             _cover(function)
 
 
-class _Handle:
-    """Copies of a model that keep one hold nothing."""
-
+class _Handle(ModelHook):
     def __init__(self, model: nn.Module | None = None) -> None:
         self._model = None if model is None else weakref.ref(model)
 
@@ -53,12 +61,6 @@ class _Handle:
         for function in _functions if not len(_models) else ():
             if isinstance(function.__dict__.get("apply"), _Feeding):
                 del function.apply
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Handle:
-        return _Handle()
-
-    def __reduce__(self) -> Any:
-        return _Handle, ()
 
 
 class _Feeding:

@@ -22,6 +22,8 @@ from torch import nn
 from meft_ds.offload import update_gates
 from meft_ds.offload.flat_unit import FlatUnit
 from meft_ds.offload.method import Method, Run
+from meft_ds.offload.model.gradient_checkpointing import inside_backward
+from meft_ds.offload.model.hooks import ModelHook
 from meft_ds.offload.model.weights import Weights
 from meft_ds.plugin import zero3
 from meft_ds.plugin.checkpoint import export, recovery, state
@@ -301,10 +303,7 @@ class SavingEngine(DeepSpeedEngine):
     def _refuse_inside_step(self, what: str) -> None:
         pipeline, amid = self.optimizer.pipeline, self._meft_amid
         if amid is None and (
-            pipeline.has_begun
-            or pipeline.applying
-            or torch._C._current_graph_task_id() != -1
-            or update_gates.inside_forward(self.module)
+            pipeline.has_begun or pipeline.applying or inside_backward() or update_gates.inside_forward(self.module)
         ):
             amid = "a step"
         if amid is not None:
@@ -340,8 +339,8 @@ def trained_by(model: nn.Module) -> list[SavingEngine]:
     return [engine for hook in hooks if hook.find is not None and (engine := hook.find()) is not None]
 
 
-class _BeforeExport:
-    """A hook before a model's `state_dict`; copies of the model get one that tells nobody."""
+class _BeforeExport(ModelHook):
+    """Before a model's `state_dict`."""
 
     def __init__(self, engine: SavingEngine | None = None) -> None:
         self.find = None if engine is None else weakref.ref(engine)
@@ -349,6 +348,3 @@ class _BeforeExport:
     def __call__(self, model: nn.Module, prefix: str, keep_vars: bool) -> None:
         if self.find is not None and (engine := self.find()) is not None:
             engine._say_untrained()
-
-    def __reduce__(self) -> Any:
-        return _BeforeExport, ()

@@ -18,18 +18,13 @@ from torch import Tensor
 
 from meft_ds.sparse_adapter.forward.select import Selection
 
-__all__ = ["Replay", "inside_backward", "inside_function"]
+__all__ = ["Replay", "inside_function"]
 
 logger = logging.getLogger(__name__)
 
 # Checkpoints whose backward never comes (a validation loss with grad enabled) keep theirs until the window ends. This
 # bounds what they can pile up; the oldest goes first.
 _MOST_PENDING = 64
-
-
-def inside_backward() -> bool:
-    """True while autograd runs backward on this thread, so that a forward can only be a recomputation."""
-    return torch._C._current_graph_task_id() != -1
 
 
 def inside_function() -> bool:
