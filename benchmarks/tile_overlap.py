@@ -23,13 +23,13 @@ sys.path[:0] = [str(ROOT), str(ROOT / "examples")]
 
 import tasks  # noqa: E402
 import torch  # noqa: E402
+from tile_picture import table  # noqa: E402
 from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq  # noqa: E402
 
 from benchmarks.machine import machine, machine_line  # noqa: E402
 from benchmarks.quality import BASE, BATCH, orders  # noqa: E402
 from benchmarks.quality_methods import TILES, SparseMatrix  # noqa: E402
 from meft_ds.sparse_matrix.choice.choice import Choice  # noqa: E402
-from meft_ds.sparse_matrix.choice.picture import table  # noqa: E402
 
 # name: (settings, seed of the batches)
 KINDS: dict[str, tuple[dict[str, Any], int]] = {

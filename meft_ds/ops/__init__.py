@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Host kernels: AdamW over tensors and over rows, moving rows, sums of squares, the sparse adapter's function.
 
-Every op works on CPU tensors and has two paths with the same results: C++ (OpenMP, compiled on first use and cached)
-and plain torch, taken when nothing can be compiled or when ``MEFT_DS_OPS=torch`` is set. Wrong inputs raise
+Every op has two paths on CPU tensors with the same results: C++ (OpenMP, compiled on first use and cached) and plain
+torch, taken when nothing can be compiled or when ``MEFT_DS_OPS=torch`` is set. `sketch`, `combine` and
+`subspace_apply_` also work on the accelerator, in Triton or plain torch. Wrong inputs raise
 ValueError; both paths share the checks.
 """
 

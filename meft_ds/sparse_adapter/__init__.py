@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """MEFT, the sparse adapter (arXiv 2406.04984): a wide adapter beside each frozen FFN, of which a token uses few rows.
 
-Files in reading order: config, router, rows (where rows live), select (which rows), plan (tiles), compute (grouped) and
-union (oracle), balance, replay (checkpointing), module, discover and attach (into a model), files (save and reload).
+Files in reading order: config, forward (router: experts of rows; select: which keys a token uses; grouping: pairs by
+expert; grouped, cpu and union: the function; recompute: what checkpointing repeats), rows (source: rows on one device;
+host: rows on the host; compression: of their gradients), layer, discover, widths, attach and masks (into a model), unit
+(the wire format), method (all of it in an engine), takeover (by the next engine), layout, base, files (on disk).
 """

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which tiles train: scores, the choice within the budget, its file and its picture."""
+"""Which tiles train: scores, the choice within the budget, and its file."""

@@ -11,10 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from meft_ds.sparse_matrix.choice import picture
 from meft_ds.sparse_matrix.choice.select import Choice, choose
 from meft_ds.sparse_matrix.config import SparseMatrixConfig
 from tests.sparse_matrix.grids import site
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
+
+import tile_picture as picture  # noqa: E402
 
 
 def a_choice(density: float = 0.4) -> Choice:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Where the tiles of a choice are, by layer and role.
 
-python -m meft_ds.sparse_matrix.choice.picture tiles.json picture.png
+python examples/tile_picture.py tiles.json tiles.png
 """
 
 from __future__ import annotations
@@ -76,9 +76,7 @@ def draw(choice: Choice, path: str | Path) -> None:
 
 def main() -> None:
     """Print the table of a choice's file and draw its picture."""
-    parser = argparse.ArgumentParser(
-        prog="python -m meft_ds.sparse_matrix.choice.picture", description="Where the tiles are."
-    )
+    parser = argparse.ArgumentParser(description="Print and draw where tiles are.")
     parser.add_argument("tiles", help="JSON file that sparse_matrix.choice_out named")
     parser.add_argument("picture", help="PNG file to write", nargs="?")
     given = parser.parse_args()
