@@ -26,8 +26,7 @@ from meft_ds.offload.model.gradient_checkpointing import inside_backward
 from meft_ds.offload.model.hooks import ModelHook
 from meft_ds.offload.model.weights import Weights
 from meft_ds.plugin import zero3
-from meft_ds.plugin.checkpoint import export, recovery, state
-from meft_ds.plugin.checkpoint.ds_files import mapped
+from meft_ds.plugin.checkpoint import ds_files, export, state
 from meft_ds.plugin.checkpoint.transaction import Saving
 from meft_ds.plugin.optimizer import MeftOptimizer
 
@@ -133,7 +132,7 @@ class SavingEngine(DeepSpeedEngine):
         tag = f"global_step{self.global_steps}" if tag is None else str(tag)
         self.meft_flush()
         saving = Saving(Path(save_dir), tag, self._meft_run.ranks)
-        with self._as_whole(read=True), saving.watch(self), recovery.readable(self):
+        with self._as_whole(read=True), ds_files.through(self, saving):
             super().save_checkpoint(
                 save_dir,
                 tag=tag,
@@ -143,7 +142,7 @@ class SavingEngine(DeepSpeedEngine):
             )
         if saving.ranks.rank == 0:
             rows = any(method.name == "sparse_adapter" for method in self._meft_methods)
-            recovery.write_optimizer_file(saving, rows=rows)
+            ds_files.write_optimizer_file(saving, rows=rows)
         state.save(
             saving,
             self.optimizer.pipeline.units,
@@ -186,7 +185,7 @@ class SavingEngine(DeepSpeedEngine):
         moments = load_optimizer_states and not load_module_only
         with pipeline.replaced(whole=moments):
             self._load_methods(folder, manifest, moments=moments)
-            with self._as_whole(), mapped(self):
+            with self._as_whole(), ds_files.through(self):
                 path, client_state = super().load_checkpoint(
                     load_dir,
                     tag=tag,

@@ -20,8 +20,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
-
 from meft_ds import files
 from meft_ds.offload.host.memory import in_units
 from meft_ds.offload.ranks import Ranks
@@ -106,26 +104,9 @@ class Saving:
             found = files.fingerprint(staged)
         return found
 
-    @contextlib.contextmanager
-    def watch(self, engine: Any) -> Iterator[None]:
-        """Inside, what a DeepSpeed engine saves is written as above.
-
-        Raises:
-            ValueError: when it does not write by `torch.save`.
-        """
-        writer = engine.checkpoint_engine
-        if not isinstance(
-            writer, TorchCheckpointEngine
-        ):  # one that the program has put there: `checks` knows ds_configs
-            raise ValueError(
-                f"meft-ds: engine.checkpoint_engine is {type(writer).__name__}, expected DeepSpeed's own "
-                "TorchCheckpointEngine: files of others change before the checkpoint is complete; leave it as it was"
-            )
-        engine.checkpoint_engine = _Watched(writer, self)
-        try:
-            yield
-        finally:
-            engine.checkpoint_engine = writer
+    def write_of_deepspeed(self, path: Path, writer: Callable[[Path], Any]) -> None:
+        """`write` for a file that DeepSpeed expects in the checkpoint's folder."""
+        self.of_deepspeed[str(path.relative_to(self.folder.parent))] = self.write(path, writer)
 
     def complete(self, manifest: dict[str, Any]) -> None:
         """Make this the checkpoint of its tag; on the rank that has gathered what all wrote."""
@@ -159,25 +140,6 @@ class Saving:
                 with contextlib.suppress(OSError):  # not empty: an older checkpoint
                     folder.rmdir()
         self.ranks.barrier()
-
-
-class _Watched:
-    """DeepSpeed's writer of checkpoint files, whose faults must not reach one rank alone."""
-
-    def __init__(self, writer: TorchCheckpointEngine, saving: Saving) -> None:
-        self._writer, self._saving = writer, saving
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._writer, name)
-
-    def makedirs(self, path: str, exist_ok: bool = False) -> None:
-        with self._saving.attempt(Path(path)):
-            self._writer.makedirs(path, exist_ok=exist_ok)
-
-    def save(self, state_dict: Any, path: str) -> None:
-        final = Path(path)
-        found = self._saving.write(final, lambda staged: self._writer.save(state_dict, str(staged)))
-        self._saving.of_deepspeed[str(final.relative_to(self._saving.folder.parent))] = found
 
 
 def finish(folder: Path) -> None:
