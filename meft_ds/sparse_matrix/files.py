@@ -38,8 +38,8 @@ __all__ = [
 _FORMAT = 1
 _KEY = "meft_tiles"
 _MOST_LISTED = 20
-Place = tuple[int | None, Range, Range]
-"""A tile of a weight: expert, rows and columns."""
+StoredTile = tuple[int | None, Range, Range]
+"""Expert (None without), rows and columns."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,13 +49,13 @@ class SavedTiles:
     Attributes:
         digest: of the choice that these tiles are.
         shapes: of the weights.
-        places: of the tiles, in the order of their values.
+        tiles: in the order of their values.
         values, originals: flat, in the weight's dtype, on the host.
     """
 
     digest: str
     shapes: dict[str, tuple[int, ...]]
-    places: dict[str, list[Place]]
+    tiles: dict[str, list[StoredTile]]
     values: dict[str, Tensor]
     originals: dict[str, Tensor]
 
@@ -77,9 +77,9 @@ def apply_tiles(model: nn.Module, path: str | Path) -> nn.Module:
     """
     saved = read_tiles(path)
     weights = _weights(model, saved, path)
-    differing = _differing(weights, saved.places, saved.originals)
+    differing = _differing(weights, saved.tiles, saved.originals)
     if differing:
-        if not _differing(weights, saved.places, saved.values):
+        if not _differing(weights, saved.tiles, saved.values):
             raise ValueError(f"{path}: these tiles are applied already; revert_tiles takes them out")
         raise ValueError(
             f"{path}: {_listed(differing)} does not hold what these tiles were trained from: the model is not the base "
@@ -90,7 +90,7 @@ def apply_tiles(model: nn.Module, path: str | Path) -> nn.Module:
         raise ValueError(
             f"{path}: tiles of {_listed(broken)} hold NaN or infinite values; save the tiles of an earlier checkpoint"
         )
-    _put(weights, saved.places, saved.values)
+    _put(weights, saved.tiles, saved.values)
     return model
 
 
@@ -111,15 +111,15 @@ def revert_tiles(model: nn.Module, path: str | Path) -> nn.Module:
     """
     saved = read_tiles(path)
     weights = _weights(model, saved, path)
-    differing = _differing(weights, saved.places, saved.values)
+    differing = _differing(weights, saved.tiles, saved.values)
     if differing:
-        if not _differing(weights, saved.places, saved.originals):
+        if not _differing(weights, saved.tiles, saved.originals):
             raise ValueError(f"{path}: these tiles are not applied to this model; there is nothing to revert")
         raise ValueError(
             f"{path}: {_listed(differing)} does not hold the values of these tiles: the model is another one, or other "
             "tiles are applied to it, or it was trained further; revert with the file that was applied or saved last"
         )
-    _put(weights, saved.places, saved.originals)
+    _put(weights, saved.tiles, saved.originals)
     return model
 
 
@@ -127,26 +127,26 @@ def collect_tiles(
     choice: Choice, units: Sequence[TilesUnit], values: Sequence[Tensor], originals: Sequence[Tensor]
 ) -> SavedTiles:
     """The tiles of a choice from the units' flat payloads `values` and `originals`."""
-    now, was = (_by_place(units, flats) for flats in (values, originals))
-    places: dict[str, list[Place]] = defaultdict(list)
+    now, was = (_by_tile(units, flats) for flats in (values, originals))
+    tiles: dict[str, list[StoredTile]] = defaultdict(list)
     for tile in choice.tiles:
-        places[tile.name].append((tile.expert, tile.rows, tile.cols))
+        tiles[tile.name].append((tile.expert, tile.rows, tile.cols))
     return SavedTiles(
         digest=choice.digest(),
-        shapes={name: choice.shapes[name] for name in places},
-        places=dict(places),
-        values={name: torch.cat([now[name, at].reshape(-1) for at in found]) for name, found in places.items()},
-        originals={name: torch.cat([was[name, at].reshape(-1) for at in found]) for name, found in places.items()},
+        shapes={name: choice.shapes[name] for name in tiles},
+        tiles=dict(tiles),
+        values={name: torch.cat([now[name, at].reshape(-1) for at in found]) for name, found in tiles.items()},
+        originals={name: torch.cat([was[name, at].reshape(-1) for at in found]) for name, found in tiles.items()},
     )
 
 
-def _by_place(units: Sequence[TilesUnit], flats: Sequence[Tensor]) -> dict[tuple[str, Place], Tensor]:
-    found: dict[tuple[str, Place], Tensor] = {}
+def _by_tile(units: Sequence[TilesUnit], flats: Sequence[Tensor]) -> dict[tuple[str, StoredTile], Tensor]:
+    found: dict[tuple[str, StoredTile], Tensor] = {}
     for unit, flat in zip(units, flats, strict=True):
-        for blocks in unit.matrices:
-            name = unit.params[blocks.param][0]
-            for (rows, cols), values in blocks.tiles(blocks.part(flat)):
-                found[name, (blocks.expert, rows, cols)] = values
+        for of_matrix in unit.matrices:
+            name = unit.params[of_matrix.param][0]
+            for (rows, cols), values in of_matrix.tiles(of_matrix.part(flat)):
+                found[name, (of_matrix.expert, rows, cols)] = values
     return found
 
 
@@ -158,7 +158,7 @@ def write_tiles(path: str | Path, saved: SavedTiles) -> None:
     path = checked_folder(path)
     tensors = {f"values.{name}": t.contiguous() for name, t in saved.values.items()}
     tensors |= {f"original.{name}": t.contiguous() for name, t in saved.originals.items()}
-    weights = {name: {"shape": saved.shapes[name], "tiles": places} for name, places in saved.places.items()}
+    weights = {name: {"shape": saved.shapes[name], "tiles": tiles} for name, tiles in saved.tiles.items()}
     about: dict[str, Any] = {"format": _FORMAT, "digest": saved.digest, "weights": weights}
     about["sha256"] = _sha256(about, tensors)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -195,13 +195,13 @@ def read_tiles(path: str | Path) -> SavedTiles:
 
 def _parsed(about: dict[str, Any], tensors: dict[str, Tensor]) -> SavedTiles:
     shapes: dict[str, tuple[int, ...]] = {}
-    places: dict[str, list[Place]] = {}
+    tiles: dict[str, list[StoredTile]] = {}
     for name, weight in about["weights"].items():
         shapes[name] = tuple(weight["shape"])
-        places[name] = [(expert, (rows[0], rows[1]), (cols[0], cols[1])) for expert, rows, cols in weight["tiles"]]
+        tiles[name] = [(expert, (rows[0], rows[1]), (cols[0], cols[1])) for expert, rows, cols in weight["tiles"]]
         elements = 0
         of_expert: dict[int | None, list[tuple[Range, Range]]] = defaultdict(list)
-        for expert, rows, cols in places[name]:
+        for expert, rows, cols in tiles[name]:
             if fault := misplaced(shapes[name], expert, rows, cols):
                 raise ValueError(f"{name}: {fault}")
             of_expert[expert].append((rows, cols))
@@ -214,9 +214,9 @@ def _parsed(about: dict[str, Any], tensors: dict[str, Tensor]) -> SavedTiles:
     return SavedTiles(
         digest=about["digest"],
         shapes=shapes,
-        places=places,
-        values={name: tensors[f"values.{name}"] for name in places},
-        originals={name: tensors[f"original.{name}"] for name in places},
+        tiles=tiles,
+        values={name: tensors[f"values.{name}"] for name in tiles},
+        originals={name: tensors[f"original.{name}"] for name in tiles},
     )
 
 
@@ -276,27 +276,27 @@ def _misfit(p: nn.Parameter | None, shape: tuple[int, ...], dtype: torch.dtype) 
     return ""
 
 
-def _differing(weights: dict[str, Tensor], places: dict[str, list[Place]], wanted: dict[str, Tensor]) -> list[str]:
+def _differing(weights: dict[str, Tensor], tiles: dict[str, list[StoredTile]], wanted: dict[str, Tensor]) -> list[str]:
     """Names of weights whose tiles do not hold these bits."""
     differing = []
     for name, weight in weights.items():
-        held = torch.cat([tile.reshape(-1) for tile, _ in _tiles(weight, places[name], wanted[name])])
+        held = torch.cat([tile.reshape(-1) for tile, _ in _tiles(weight, tiles[name], wanted[name])])
         if not torch.equal(held.cpu().view(torch.uint8), wanted[name].view(torch.uint8)):
             differing.append(name)
     return differing
 
 
 @torch.no_grad()
-def _put(weights: dict[str, Tensor], places: dict[str, list[Place]], flats: dict[str, Tensor]) -> None:
+def _put(weights: dict[str, Tensor], tiles: dict[str, list[StoredTile]], flats: dict[str, Tensor]) -> None:
     for name, weight in weights.items():
-        for tile, values in _tiles(weight, places[name], flats[name].to(weight.device)):
+        for tile, values in _tiles(weight, tiles[name], flats[name].to(weight.device)):
             tile.copy_(values)
 
 
-def _tiles(weight: Tensor, places: list[Place], flat: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+def _tiles(weight: Tensor, tiles: list[StoredTile], flat: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     """Each tile of a weight, a view, with its values in a flat vector."""
     start = 0
-    for expert, (top, bottom), (left, right) in places:
+    for expert, (top, bottom), (left, right) in tiles:
         matrix = weight if expert is None else weight[expert]
         shape = bottom - top, right - left
         yield matrix[top:bottom, left:right], flat[start : start + shape[0] * shape[1]].view(shape)

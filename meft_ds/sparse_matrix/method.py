@@ -22,7 +22,7 @@ from meft_ds.sparse_matrix.choice.score import Scorer
 from meft_ds.sparse_matrix.config import SparseMatrixConfig
 from meft_ds.sparse_matrix.discover import Site, elements_of_2d_weights, find_sites
 from meft_ds.sparse_matrix.plan import Plan, make_plan
-from meft_ds.sparse_matrix.tiles import Rectangle, Tiles
+from meft_ds.sparse_matrix.tiles import RowsCols, Tiles
 from meft_ds.sparse_matrix.unit import TilesUnit
 
 _NOT_CHOSEN = "not chosen yet"
@@ -245,7 +245,7 @@ class SparseMatrixMethod(Method):
         assert plan.choice is not None
         layer = layer_of(run.model, self._layers)
         group_of = {id(p): index for index, group in enumerate(run.groups) for p in group["params"]}
-        # apart in every stage, although only stage 3 needs it: units of a checkpoint are the same in all
+        # weights whose gradient autograd must make have units of their own, under the names that checkpoints know
         sorted_in: dict[tuple[int, bool, int, torch.dtype], list[Site]] = defaultdict(list)
         for site in plan.chosen_sites:
             sorted_in[layer[site.name], site.tapped, group_of[id(site.weight)], site.weight.dtype].append(site)
@@ -273,19 +273,19 @@ class SparseMatrixMethod(Method):
 
 
 def _matrices(sites: list[Site], choice: Choice, device: torch.device) -> list[Tiles]:
-    """Of these sites, one after another in a payload."""
-    tiles: dict[str, dict[int | None, list[Rectangle]]] = defaultdict(lambda: defaultdict(list))
+    """Return the tiles of each matrix of these sites, in the order of a payload."""
+    tiles: dict[str, dict[int | None, list[RowsCols]]] = defaultdict(lambda: defaultdict(list))
     for tile in choice.tiles:
         tiles[tile.name][tile.expert].append((tile.rows, tile.cols))
     matrices: list[Tiles] = []
     offset = 0
     for index, site in enumerate(sites):
-        for expert, rectangles in tiles[site.name].items():
+        for expert, chosen in tiles[site.name].items():
             matrices.append(
                 Tiles(
                     param=index,
                     expert=expert,
-                    tiles=rectangles,
+                    tiles=chosen,
                     input_first=site.input_first,
                     features=site.shape[-2 if site.input_first else -1],
                     offset=offset,

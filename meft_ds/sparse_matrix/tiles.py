@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The chosen tiles of one matrix: where they lie in it and in a flat payload, and their gradients.
 
-Tiles that share their columns (or their rows, whichever gives fewer) form a *group*, a rectangle of scattered rows and
-columns. Each group is one GEMM, one read and one write, so nothing loops over tiles, and a matrix whose tiles are all
-chosen is one group: its gradient costs what the dense one does.
+Tiles that share their columns (or their rows, whichever gives fewer) form a *group* of scattered rows and columns. Each
+group is one GEMM, one read and one write, so nothing loops over tiles. A matrix whose tiles are all chosen is one
+group: its gradient costs what the dense one does.
 """
 
 from __future__ import annotations
@@ -18,32 +18,36 @@ from torch import Tensor
 from meft_ds.offload.model.weights import Piece
 
 Range = tuple[int, int]
-Rectangle = tuple[Range, Range]
-_Places = Tensor | slice
+RowsCols = tuple[Range, Range]
+_Index = Tensor | slice
 
 
 @dataclass(frozen=True, eq=False)
-class Group:
+class TileGroup:
     """Tiles whose union is rows x cols.
 
-    `values` [rows, cols] of a group lie at `offset` of the matrix's payload. `inputs` are the places of the group's
-    input features among those that the matrix keeps.
+    Attributes:
+        row_ranges, col_ranges: of the tiles.
+        shape: number of rows and columns.
+        offset: where the group's values [rows, cols] begin in the matrix's payload.
+        rows, cols: indices of them all in the matrix; slices where they follow each other.
+        inputs: indices of the group's input features among those that the matrix keeps.
     """
 
     row_ranges: tuple[Range, ...]
     col_ranges: tuple[Range, ...]
     shape: tuple[int, int]
     offset: int
-    rows: _Places
-    cols: _Places
-    inputs: _Places
+    rows: _Index
+    cols: _Index
+    inputs: _Index
 
     def of(self, flat: Tensor) -> Tensor:
-        """The group's [rows, cols] in the matrix's payload, a view."""
+        """Return the group's values [rows, cols] in the matrix's payload, a view."""
         return flat[self.offset : self.offset + self.shape[0] * self.shape[1]].view(self.shape)
 
     def read(self, weight: Tensor) -> Tensor:
-        """The group's values in a weight [m, n]."""
+        """Return the group's values [rows, cols] in a weight [m, n]."""
         if isinstance(self.rows, slice) and isinstance(self.cols, slice):
             return weight[self.rows, self.cols]
         return _take(_take(weight, self.rows, 0), self.cols, 1)
@@ -61,9 +65,9 @@ class Group:
         else:
             weight.index_put_((rows[:, None], cols[None, :]), values)
 
-    def within(self, rows: slice, cols: slice) -> tuple[Group, slice, slice]:
-        """What of the group lies in a rectangle of the weight, by places in that rectangle; and which rows and columns
-        of its values that is."""
+    def within(self, rows: slice, cols: slice) -> tuple[TileGroup, slice, slice]:
+        """Return the part of the group that lies in a rectangle of the weight, with indices counted in the rectangle,
+        and which rows and columns of the group's values that part is."""
         a, b = (_count(self.row_ranges, edge) for edge in (rows.start, rows.stop))
         c, d = (_count(self.col_ranges, edge) for edge in (cols.start, cols.stop))
         inside = replace(
@@ -93,43 +97,43 @@ class Tiles:
         *,
         param: int,
         expert: int | None,
-        tiles: Iterable[Rectangle],
+        tiles: Iterable[RowsCols],
         input_first: bool,
         features: int,
         offset: int,
         device: torch.device,
     ) -> None:
         self.param, self.expert, self.input_first, self.offset = param, expert, input_first, offset
-        rectangles = _rectangles(list(tiles))
-        used = sorted({r for rows, cols in rectangles for r in (rows if input_first else cols)})
+        grouped = _grouped(list(tiles))
+        used = sorted({r for rows, cols in grouped for r in (rows if input_first else cols)})
         kept = torch.zeros(features, dtype=torch.bool)
         for lo, hi in used:
             kept[lo:hi] = True
         self.keep: Tensor | None = None if bool(kept.all()) else kept.nonzero()[:, 0].to(device)
-        place = kept.cumsum(0) - 1
-        self.groups: list[Group] = []
+        among_kept = kept.cumsum(0) - 1
+        self.groups: list[TileGroup] = []
         self.numel = 0
-        for row_ranges, col_ranges in rectangles:
+        for row_ranges, col_ranges in grouped:
             rows, cols = _indices(row_ranges), _indices(col_ranges)
             self.groups.append(
-                Group(
+                TileGroup(
                     row_ranges=row_ranges,
                     col_ranges=col_ranges,
                     shape=(len(rows), len(cols)),
                     offset=self.numel,
-                    rows=_places(rows, device),
-                    cols=_places(cols, device),
-                    inputs=_places(place[rows if input_first else cols], device),
+                    rows=_as_slice(rows, device),
+                    cols=_as_slice(cols, device),
+                    inputs=_as_slice(among_kept[rows if input_first else cols], device),
                 )
             )
             self.numel += len(rows) * len(cols)
 
     def part(self, flat: Tensor) -> Tensor:
-        """The matrix's part of its unit's payload, a view."""
+        """Return the matrix's part of its unit's payload, a view."""
         return flat[self.offset : self.offset + self.numel]
 
     def matrix(self, weight: Tensor) -> Tensor:
-        """The matrix [m, n] in its weight, a view."""
+        """Return the matrix [m, n] in its weight, a view."""
         return weight if self.expert is None else weight[self.expert]
 
     def add_product(self, acc: Tensor, x: Tensor, dy: Tensor) -> None:
@@ -148,12 +152,12 @@ class Tiles:
                 _add_mm(group.of(acc), _take(dy, group.rows, 1), given)
 
     def add_gradient(self, acc: Tensor, grad: Tensor) -> None:
-        """The same from a whole gradient [m, n]."""
+        """Add the tiles' gradient to the payload `acc` (float32) of this matrix, from a whole gradient [m, n]."""
         for group in self.groups:
             group.of(acc).add_(group.read(grad))
 
     def read(self, weight: Tensor) -> Tensor:
-        """The tiles' values in a weight [m, n], flat [numel]."""
+        """Return the tiles' values in a weight [m, n], flat [numel]."""
         return torch.cat([group.read(weight).reshape(-1) for group in self.groups])
 
     def write(self, piece: Piece, flat: Tensor) -> None:
@@ -167,8 +171,8 @@ class Tiles:
             if min(inside.shape) > 0:
                 inside.write(piece.weight, values[rows, cols])
 
-    def tiles(self, flat: Tensor) -> Iterator[tuple[Rectangle, Tensor]]:
-        """Each tile of the payload with its values, a view."""
+    def tiles(self, flat: Tensor) -> Iterator[tuple[RowsCols, Tensor]]:
+        """Yield each tile with its values in the matrix's payload, a view."""
         for group in self.groups:
             values, at = group.of(flat), 0
             for rows in group.row_ranges:
@@ -180,8 +184,8 @@ class Tiles:
                 at = below
 
 
-def _rectangles(tiles: list[Rectangle]) -> list[tuple[tuple[Range, ...], tuple[Range, ...]]]:
-    """Groups (row ranges, column ranges) that cover the tiles exactly."""
+def _grouped(tiles: list[RowsCols]) -> list[tuple[tuple[Range, ...], tuple[Range, ...]]]:
+    """Return the groups (row ranges, column ranges) that cover the tiles exactly."""
     by_rows = _merged(tiles)
     by_cols = _merged([(cols, rows) for rows, cols in tiles])
     if len(by_cols) < len(by_rows):
@@ -189,7 +193,7 @@ def _rectangles(tiles: list[Rectangle]) -> list[tuple[tuple[Range, ...], tuple[R
     return by_rows
 
 
-def _merged(tiles: list[Rectangle]) -> list[tuple[tuple[Range, ...], tuple[Range, ...]]]:
+def _merged(tiles: list[RowsCols]) -> list[tuple[tuple[Range, ...], tuple[Range, ...]]]:
     cols_of: dict[Range, list[Range]] = defaultdict(list)
     for rows, cols in sorted(tiles):
         cols_of[rows].append(cols)
@@ -203,8 +207,8 @@ def _indices(ranges: Iterable[Range]) -> Tensor:
     return torch.cat([torch.arange(lo, hi) for lo, hi in ranges])
 
 
-def _places(index: Tensor, device: torch.device) -> _Places:
-    """A slice where the places follow each other: a view is cheaper than a copy."""
+def _as_slice(index: Tensor, device: torch.device) -> _Index:
+    """Return a slice where the indices follow each other: a view is cheaper than a copy."""
     first, count = int(index[0]), len(index)
     if bool((index == torch.arange(first, first + count)).all()):
         return slice(first, first + count)
@@ -212,25 +216,25 @@ def _places(index: Tensor, device: torch.device) -> _Places:
 
 
 def _count(ranges: Iterable[Range], edge: int) -> int:
-    """How many places of the ranges are below an edge."""
+    """Return how many indices of the ranges are below an edge."""
     return sum(min(max(edge - lo, 0), hi - lo) for lo, hi in ranges)
 
 
-def _from(places: _Places, first: int, end: int, origin: int) -> _Places:
-    """The places with numbers [first, end), counted from `origin`."""
-    if isinstance(places, slice):
-        return slice(places.start + first - origin, places.start + end - origin)
-    return places[first:end] - origin
+def _from(index: _Index, first: int, end: int, origin: int) -> _Index:
+    """Return the indices [first, end) of `index`, counted from `origin`."""
+    if isinstance(index, slice):
+        return slice(index.start + first - origin, index.start + end - origin)
+    return index[first:end] - origin
 
 
-def _take(t: Tensor, places: _Places, dim: int) -> Tensor:
-    if isinstance(places, slice):
-        return t[:, places] if dim == 1 else t[places]
-    return t.index_select(dim, places)
+def _take(t: Tensor, index: _Index, dim: int) -> Tensor:
+    if isinstance(index, slice):
+        return t[:, index] if dim == 1 else t[index]
+    return t.index_select(dim, index)
 
 
 def _add_mm(acc: Tensor, a: Tensor, b: Tensor) -> None:
-    """acc += a^T b, the sum in float32."""
+    """Add a^T b to `acc`, in float32."""
     if a.dtype == torch.float32:
         acc.addmm_(a.t(), b)
     else:

@@ -24,7 +24,7 @@ class TilesUnit(FlatUnit):
 
     Args:
         name, layer, params, group, ranks, on_device, weights, device: as in `FlatUnit`.
-        matrices: in the order of their parts of the payload; every parameter has at least one.
+        matrices: the tiles of each matrix, in the order of the payload; every parameter has at least one.
         modules: by parameter: the linear layer whose activations give the gradient; None where autograd does.
         wire_dtype: dtype of the gradients on the bus.
         moments_dtype: float32 or bfloat16.
@@ -68,7 +68,7 @@ class TilesUnit(FlatUnit):
         self._adam: FlatAdam | None = None
 
     def allocate(self) -> None:
-        """Also take master, moments and the original values, and start listening to the modules."""
+        """Take the memory, keep the tiles' values as their originals, and listen to parameters and modules."""
         super().allocate()
         where = self._device if self.on_device else torch.device("cpu")
         self.original = self.values()[self._lo : self._hi].to(where, copy=True)
@@ -80,8 +80,8 @@ class TilesUnit(FlatUnit):
         self.after_load()
         for index, module in enumerate(self._modules):
             if module is not None:
-                (blocks,) = self._of_param[index]
-                tap(module, self, index, blocks.keep, self.weights.anchor)
+                (tiles,) = self._of_param[index]
+                tap(module, self, index, tiles.keep, self.weights.anchor)
 
     def release(self) -> None:
         """Stop listening to parameters and modules. The weights keep what was learned."""
@@ -92,44 +92,47 @@ class TilesUnit(FlatUnit):
 
     @property
     def state_bytes(self) -> int:
-        """Bytes of this rank's master and moments."""
+        """Return the bytes of this rank's masters and moments."""
         return (self._hi - self._lo) * (self._state_bytes - self._original_bytes)
 
     # -- gradients -----------------------------------------------------------------------------------------------------
 
     def tapped(self, index: int, x: Tensor, dy: Tensor) -> None:
-        """A backward came by a linear layer: x [..., kept], dy [..., out]."""
+        """Add the gradient of a linear layer's tiles: x [..., kept], dy [..., out]."""
         self._begin()
-        (blocks,) = self._of_param[index]
-        blocks.add_product(blocks.part(self._acc), x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1]))
+        (tiles,) = self._of_param[index]
+        tiles.add_product(tiles.part(self._acc), x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1]))
         self._received(index)
 
     def add_gradient(self, index: int, grad: Tensor) -> None:
-        """Autograd made a whole gradient: of a stacked expert tensor, or of a weight read outside its layer."""
-        for blocks in self._of_param[index]:
-            blocks.add_gradient(blocks.part(self._acc), blocks.matrix(grad))
+        """Add the tiles' part of a whole gradient that autograd made.
+
+        It makes one of a stacked expert tensor, and of a weight that the program reads outside its layer.
+        """
+        for tiles in self._of_param[index]:
+            tiles.add_gradient(tiles.part(self._acc), tiles.matrix(grad))
 
     # -- stages --------------------------------------------------------------------------------------------------------
 
     def update(self, grad: Tensor, reply: Tensor, hyper: AdamHyper, *, step: int, grad_scale: float) -> None:
-        assert self._adam is not None
+        assert self._adam is not None and reply is self._adam.replica
         self._adam.step(grad, hyper, step=step, grad_scale=grad_scale)
 
     def change(self, reply: Tensor) -> None:
         for index, (_, p) in enumerate(self.params):
-            for blocks in self._of_param[index]:
-                for piece in self.weights.pieces(p, blocks.expert, write_only=True):
-                    blocks.write(piece, blocks.part(reply))
+            for tiles in self._of_param[index]:
+                for piece in self.weights.pieces(p, tiles.expert, write_only=True):
+                    tiles.write(piece, tiles.part(reply))
             self.weights.changed(p)
 
     @torch.no_grad()
     def adopt_one(self, p: Tensor) -> None:
         assert self._adam is not None
         index = next(i for i, (_, q) in enumerate(self.params) if q is p)
-        for blocks in self._of_param[index]:
-            lo, hi = self._owned(blocks)
+        for tiles in self._of_param[index]:
+            lo, hi = self._owned(tiles)
             if lo < hi:
-                now = blocks.read(self._matrix(blocks))[lo - blocks.offset : hi - blocks.offset]
+                now = tiles.read(self._matrix(tiles))[lo - tiles.offset : hi - tiles.offset]
                 self._adam.adopt(now.to(self._reply.device), self._reply, lo - self._lo)
 
     # -- values --------------------------------------------------------------------------------------------------------
@@ -143,11 +146,11 @@ class TilesUnit(FlatUnit):
         parts = []
         for index, (_, p) in enumerate(self.params):
             with self.weights.whole([p]):
-                parts += [blocks.read(self._matrix(blocks)) for blocks in self._of_param[index]]
+                parts += [tiles.read(self._matrix(tiles)) for tiles in self._of_param[index]]
         return torch.cat(parts)
 
     def originals(self) -> Tensor:
-        """What the tiles were before training, flat [numel] in the weights' dtype, on the device. Collective."""
+        """Return what the tiles were before training: flat [numel] in their dtype, on the device. Collective."""
         return self.gathered(self.original)
 
     def full(self, index: int) -> Tensor:
@@ -177,27 +180,27 @@ class TilesUnit(FlatUnit):
         return self._adam.tensors()
 
     def _with_tiles(self, whole: Tensor, index: int, own: Tensor) -> Tensor:
-        """`whole` [m, n] with the tiles' values of a vector of which this rank has its slice. Collective."""
+        """Write the tiles of a vector, of which this rank has its slice `own`, into `whole` [m, n]. Collective."""
         flat = self.gathered(own).float()
-        for blocks in self._of_param[index]:
-            for piece in WHOLE.pieces(whole, blocks.expert):
-                blocks.write(piece, blocks.part(flat))
+        for tiles in self._of_param[index]:
+            for piece in WHOLE.pieces(whole, tiles.expert):
+                tiles.write(piece, tiles.part(flat))
         return whole
 
     def _take_tiles(self, own: Tensor, index: int, value: Tensor) -> None:
         """Write the tiles of `value` [m, n] into this rank's slice of a vector, as far as they lie in it."""
-        for blocks in self._of_param[index]:
-            lo, hi = self._owned(blocks)
+        for tiles in self._of_param[index]:
+            lo, hi = self._owned(tiles)
             if lo < hi:
-                tiles = blocks.read(blocks.matrix(value))[lo - blocks.offset : hi - blocks.offset]
-                own[lo - self._lo : hi - self._lo] = tiles.to(own)
+                values = tiles.read(tiles.matrix(value))[lo - tiles.offset : hi - tiles.offset]
+                own[lo - self._lo : hi - self._lo] = values.to(own)
 
-    def _owned(self, blocks: Tiles) -> tuple[int, int]:
-        """What of a matrix's payload is this rank's, in the unit's."""
-        return max(self._lo, blocks.offset), min(self._hi, blocks.offset + blocks.numel)
+    def _owned(self, tiles: Tiles) -> tuple[int, int]:
+        """Return [lo, hi) of the unit's payload that is both the matrix's and this rank's."""
+        return max(self._lo, tiles.offset), min(self._hi, tiles.offset + tiles.numel)
 
-    def _matrix(self, blocks: Tiles) -> Tensor:
-        return blocks.matrix(self.params[blocks.param][1].detach())
+    def _matrix(self, tiles: Tiles) -> Tensor:
+        return tiles.matrix(self.params[tiles.param][1].detach())
 
     # -- state ---------------------------------------------------------------------------------------------------------
 

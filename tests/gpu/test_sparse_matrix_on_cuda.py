@@ -8,12 +8,13 @@ from typing import Any
 import pytest
 import torch
 
-from meft_ds.sparse_matrix.tiles import Rectangle, Tiles
+from meft_ds.offload.model.weights import WHOLE
+from meft_ds.sparse_matrix.tiles import RowsCols, Tiles
 from tests.toy import ds_config, make_engine, tiny_llama, train
 
 SCORED = {"density": 0.2, "block_size": 8, "warmup_steps": 2}
 # scattered over rows and columns, with ragged ones at the edges of a [300, 200]
-TILES: list[Rectangle] = [
+TILES: list[RowsCols] = [
     ((0, 64), (64, 128)),
     ((0, 64), (192, 200)),
     ((128, 192), (64, 128)),
@@ -22,7 +23,7 @@ TILES: list[Rectangle] = [
 ]
 
 
-def blocks_on(device: torch.device, *, input_first: bool) -> Tiles:
+def tiles_on(device: torch.device, *, input_first: bool) -> Tiles:
     features = 300 if input_first else 200
     settings: dict[str, Any] = {"param": 0, "expert": None, "offset": 0, "device": device}
     return Tiles(tiles=TILES, input_first=input_first, features=features, **settings)
@@ -33,24 +34,25 @@ def blocks_on(device: torch.device, *, input_first: bool) -> Tiles:
 def test_tiles_gradients_are_slices_of_the_whole_one(cuda: torch.device, dtype: torch.dtype, input_first: bool) -> None:
     g = torch.Generator().manual_seed(0)
     left, right = (torch.randn(177, size, generator=g).to(cuda, dtype) for size in (300, 200))
-    blocks = blocks_on(cuda, input_first=input_first)
+    chosen = tiles_on(cuda, input_first=input_first)
     x, dy = (left, right) if input_first else (right, left)
-    acc = torch.zeros(blocks.numel, device=cuda)
-    blocks.add_product(acc, x if blocks.keep is None else x[:, blocks.keep], dy)
+    acc = torch.zeros(chosen.numel, device=cuda)
+    chosen.add_product(acc, x if chosen.keep is None else x[:, chosen.keep], dy)
     whole = left.double().t() @ right.double()
     loose = 1e-4 if dtype == torch.float32 else 40 * torch.finfo(dtype).eps
-    for (rows, cols), values in blocks.tiles(acc):
+    for (rows, cols), values in chosen.tiles(acc):
         torch.testing.assert_close(values, whole[slice(*rows), slice(*cols)].float(), atol=loose, rtol=loose)
 
 
 @pytest.mark.parametrize("input_first", [False, True])
 def test_what_is_written_is_read_again_and_nothing_else_changes(cuda: torch.device, input_first: bool) -> None:
-    blocks = blocks_on(cuda, input_first=input_first)
+    chosen = tiles_on(cuda, input_first=input_first)
     weight = torch.randn(300, 200, generator=torch.Generator().manual_seed(1)).to(cuda)
-    before, values = weight.clone(), torch.arange(1.0, blocks.numel + 1, device=cuda)
-    blocks.write(weight, values)
-    assert torch.equal(blocks.read(weight), values)
-    assert int((weight != before).sum()) == blocks.numel
+    before, values = weight.clone(), torch.arange(1.0, chosen.numel + 1, device=cuda)
+    for piece in WHOLE.pieces(weight):
+        chosen.write(piece, values)
+    assert torch.equal(chosen.read(weight), values)
+    assert int((weight != before).sum()) == chosen.numel
 
 
 @pytest.mark.parametrize("state", ["cpu", "accelerator"])

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from meft_ds.offload import update_gates
+from meft_ds.offload.model.gradient_checkpointing import feed_checkpoints
 from meft_ds.offload.pipeline import Pipeline
 from meft_ds.offload.ranks import Ranks
 from meft_ds.offload.schedule.window import StepSettings
@@ -87,6 +88,7 @@ def pipeline_of(
 ) -> Pipeline:
     """What an engine does with a "sparse_matrix" block that names the choice at `path`."""
     method, run = SparseMatrixMethod(SparseMatrixConfig(choice_file=str(path), **settings)), run_of(model)
+    feed_checkpoints(model)
     method.prepare(model)
     model.requires_grad_(False)
     method.claim(run)

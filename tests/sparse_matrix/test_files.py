@@ -110,7 +110,7 @@ def test_the_file_holds_two_tensors_per_weight_and_says_where_its_tiles_lie(trai
     assert about["digest"] == method.choice.digest()
     assert sum(len(weight["tiles"]) for weight in about["weights"].values()) == len(method.choice.tiles)
     now, at_first = engine.module.state_dict(), base().state_dict()
-    for name, places in read_tiles(path).places.items():
+    for name, places in read_tiles(path).tiles.items():
         for kind, model in (("values", now), ("original", at_first)):
             tiles = [model[name][a:b, c:d].reshape(-1) for _, (a, b), (c, d) in places]
             assert torch.equal(torch.cat(tiles), tensors[f"{kind}.{name}"])
@@ -126,7 +126,7 @@ def _narrow(saved: SavedTiles) -> nn.Module:
 def _changed(saved: SavedTiles) -> nn.Module:
     """The first element of the last weight's first tile differs, by its lowest bit."""
     model = base()
-    name, ((_, rows, cols), *_) = list(saved.places.items())[-1]
+    name, ((_, rows, cols), *_) = list(saved.tiles.items())[-1]
     model.get_parameter(name).data[rows[0], cols[0]].view(torch.int16).bitwise_xor_(1)
     return model
 
@@ -339,4 +339,4 @@ def test_an_adapter_beside_tiles_is_saved_beside_them(tmp_path: Path) -> None:
         wanted, found = (m.eval()(**inputs).logits for m in (engine.module, model))
     torch.testing.assert_close(found, wanted, atol=1e-4, rtol=0)
     meft_ds.save_tiles(engine, tmp_path / "tiles")
-    assert read_tiles(tmp_path / "tiles").places
+    assert read_tiles(tmp_path / "tiles").tiles

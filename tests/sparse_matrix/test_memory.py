@@ -155,7 +155,7 @@ def test_training_takes_16_bytes_per_trained_element_and_the_features_its_tiles_
     choice.save(tmp_path / "tiles.json")
     pipeline = pipeline_of(model, tmp_path / "tiles.json")
     peak = peak_of(model)
-    matrices = [(blocks, unit.params[blocks.param][1]) for unit in pipeline.units for blocks in unit.matrices]
+    matrices = [(chosen, unit.params[chosen.param][1]) for unit in pipeline.units for chosen in unit.matrices]
     features = sum(b.keep.numel() if b.keep is not None else p.shape[1] for b, p in matrices)
     at_once = features if how == "none" else features / LAYERS
     kept = 4 * TOKENS * at_once
@@ -191,14 +191,14 @@ def test_a_tap_keeps_a_copy_of_the_features_it_needs_and_nothing_of_the_whole_in
     for p in linear.parameters():
         p.requires_grad_(p is linear.weight)
     tiles = [((0, SIDE), (16, 24)), ((SIDE, 2 * SIDE), (40, 44))]
-    blocks = Tiles(param=0, expert=None, tiles=tiles, input_first=False, features=WIDTH, offset=0, device=CPU)
+    chosen = Tiles(param=0, expert=None, tiles=tiles, input_first=False, features=WIDTH, offset=0, device=CPU)
 
     class ActivationSink:
         def tapped(self, index: int, x: Tensor, dy: Tensor) -> None:
             assert x.shape == (TOKENS, 12) and x.untyped_storage().nbytes() == 4 * TOKENS * 12
 
     receiver = ActivationSink()
-    tap(linear, receiver, 0, blocks.keep)
+    tap(linear, receiver, 0, chosen.keep)
     saved: list[Tensor] = []
 
     def pack(t: Tensor) -> Tensor:

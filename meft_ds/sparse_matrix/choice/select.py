@@ -77,7 +77,7 @@ def choose(
         shapes={site.name: tuple(site.shape) for site in sites if site.name in named},
         total=total,
         made_by={**settings, "budget": config.shared_out, "normalized": config.normalized, **(made_by or {})},
-        cells=tuple((layer, role, n) for (layer, role), n in _cells(sites).items()),
+        cells=tuple((layer, role, n) for (layer, role), n in _elements_by_role(sites).items()),
     )
 
 
@@ -150,7 +150,7 @@ def weight_scores(sites: Sequence[Site], config: SparseMatrixConfig, weights: We
 def _budgets(sites: Sequence[Site], config: SparseMatrixConfig, total: int) -> list[tuple[tuple[str, ...] | None, int]]:
     """Roles that compete with each other, None for all, and the elements that they may have together."""
     of_role: dict[str, int] = defaultdict(int)
-    for (_, role), elements in _cells(sites).items():
+    for (_, role), elements in _elements_by_role(sites).items():
         of_role[role] += elements
     # by way of its digits, because 0.29 * 100 is below 29
     if isinstance(config.budget, dict):
@@ -160,7 +160,7 @@ def _budgets(sites: Sequence[Site], config: SparseMatrixConfig, total: int) -> l
     return [(config.roles, min(math.floor(Fraction(str(config.density)) * total), there))]
 
 
-def _cells(sites: Sequence[Site]) -> dict[tuple[int | None, str], int]:
+def _elements_by_role(sites: Sequence[Site]) -> dict[tuple[int | None, str], int]:
     """Elements of each role of each layer, in the order of sites."""
     found: dict[tuple[int | None, str], int] = defaultdict(int)
     for site in sites:
@@ -232,10 +232,10 @@ class _Grid:
         return chosen
 
     def tile(self, index: int) -> Tile:
-        place = bisect_right(self._first, index) - 1
-        site = self._sites[place]
+        at = bisect_right(self._first, index) - 1
+        site = self._sites[at]
         _, n_rows, n_cols = site.grid
-        expert, rest = divmod(index - self._first[place], n_rows * n_cols)
+        expert, rest = divmod(index - self._first[at], n_rows * n_cols)
         r, c = divmod(rest, n_cols)
         return Tile(
             name=site.name,
