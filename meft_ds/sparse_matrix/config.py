@@ -183,7 +183,7 @@ class SparseMatrixConfig(BaseModel):
         return 0 if self.choice_file is not None or self.score in WITHOUT_GRADIENTS else self.warmup_steps
 
     def side_of(self, elements: int, roles: Iterable[str]) -> int:
-        """Side of the tiles of a matrix with so many elements and parts of these roles."""
+        """Return the side of the tiles of a matrix with so many elements and parts of these roles."""
         if self.block_size != "auto":
             return self.block_size
         fractions = [self.density]
@@ -195,5 +195,5 @@ class SparseMatrixConfig(BaseModel):
         return max(1 << (math.isqrt(share).bit_length() - 1), _LEAST_SIDE) if share else _LEAST_SIDE
 
     def segments_of(self, name: str) -> tuple[str, list[int]] | None:
-        """The pattern of `segments` that matches `name`, and its sizes; the first one if there are several."""
+        """Return the first pattern of `segments` that matches `name`, and its sizes; None without one."""
         return next(((p, sizes) for p, sizes in self.segments.items() if compiled(p).fullmatch(name)), None)

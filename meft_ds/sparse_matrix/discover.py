@@ -49,12 +49,12 @@ class Site:
 
     @property
     def shape(self) -> torch.Size:
-        """Of the weight, also where it is partitioned."""
+        """Shape of the weight, also where it is partitioned."""
         return shape_of(self.weight)
 
     @property
     def experts(self) -> int:
-        """Matrices in the weight."""
+        """Number of matrices in the weight."""
         return self.shape[0] if len(self.shape) == 3 else 1
 
     @property
@@ -64,18 +64,20 @@ class Site:
 
     @property
     def side(self) -> int:
-        """Of its largest tile."""
+        """Side of its largest tile."""
         return max(high - low for cuts in (self.rows, self.cols) for low, high in cuts)
 
     def role(self, r: int, c: int) -> str:
-        """Role of the tile in row r and column c of the grid."""
+        """Return the role of the tile in row r and column c of the grid."""
         return self.roles[c if self.input_first else r]
 
 
 def find_sites(model: nn.Module, config: SparseMatrixConfig) -> tuple[list[Site], list[str]]:
-    """Weights that may have tiles in the order of the model's parameters, and a line for each that may not although it
-    looks like one, or whose parts are not known. Those that `config` rules out by name or by role are in neither; what
-    is frozen and the output head are named only where `target_modules` asks for them.
+    """Return the weights that may have tiles, in the order of the model's parameters, and lines about others.
+
+    There is a line for each weight that may not have tiles although it looks like it, and for each whose parts are not
+    known. There is none for what `config` rules out by name or by role. Frozen weights and the output head have one
+    only where `target_modules` asks for them.
 
     Raises:
         ValueError: when there are none; when the model has PEFT layers; when a pattern of `target_modules` or
@@ -143,7 +145,7 @@ def narrow(sites: Sequence[Site], groups: Sequence[dict[str, Any]]) -> tuple[lis
 
 
 def check_roles(sites: Sequence[Site], config: SparseMatrixConfig, left_out: Sequence[str]) -> None:
-    """Whether there is something for every share of the budget.
+    """Refuse a budget of which some share has no weight.
 
     Raises:
         ValueError: when there are no sites, or none of a role that `budget` names.
@@ -162,8 +164,10 @@ def check_roles(sites: Sequence[Site], config: SparseMatrixConfig, left_out: Seq
 
 
 def elements_of_2d_weights(model: nn.Module) -> int:
-    """Elements of all matrices of the model, which `density` is a fraction of: embeddings, head and expert tensors
-    too, tied ones once."""
+    """Return the elements of all matrices of the model, which `density` is a fraction of.
+
+    Embeddings, the head and expert tensors count too, tied weights once.
+    """
     matrices = {
         id(p): numel_of(p) for n, p in model.named_parameters() if len(shape_of(p)) == 2 and not n.endswith("bias")
     }
@@ -180,7 +184,7 @@ def _cut(
     config: SparseMatrixConfig,
     given: tuple[str, list[int]] | None,
 ) -> tuple[Site, str]:
-    """The weight's site, and what is not known about its parts."""
+    """Return the weight's site, and what is not known about its parts."""
     full = f"{name}.{key}" if name else key
     shape = shape_of(weight)
     linear = len(shape) == 2
@@ -228,7 +232,7 @@ def _cuts(parts: list[tuple[int, str]], side: int) -> tuple[tuple[tuple[int, int
 
 
 def _refuse_peft(model: nn.Module) -> None:
-    """PEFT freezes the base, so its own matrices would be all that is left to choose tiles from."""
+    """Refuse a model with PEFT layers: it is frozen but for PEFT's own matrices."""
     adapted = peft_layer(model)
     if adapted is not None:
         raise ValueError(

@@ -126,7 +126,7 @@ def revert_tiles(model: nn.Module, path: str | Path) -> nn.Module:
 def collect_tiles(
     choice: Choice, units: Sequence[TilesUnit], values: Sequence[Tensor], originals: Sequence[Tensor]
 ) -> SavedTiles:
-    """The tiles of a choice from the units' flat payloads `values` and `originals`."""
+    """Return the tiles of a choice from the units' flat payloads `values` and `originals`."""
     now, was = (_by_tile(units, flats) for flats in (values, originals))
     tiles: dict[str, list[StoredTile]] = defaultdict(list)
     for tile in choice.tiles:
@@ -154,7 +154,7 @@ def _by_tile(units: Sequence[TilesUnit], flats: Sequence[Tensor]) -> dict[tuple[
 
 
 def write_tiles(path: str | Path, saved: SavedTiles) -> None:
-    """Write them. Whoever reads `path` meanwhile finds the file as it was, or the new one whole."""
+    """Write tiles. A program that reads `path` meanwhile finds the old file, or the new one whole."""
     path = checked_folder(path)
     tensors = {f"values.{name}": t.contiguous() for name, t in saved.values.items()}
     tensors |= {f"original.{name}": t.contiguous() for name, t in saved.originals.items()}
@@ -236,7 +236,7 @@ def _compact(about: Mapping[str, Any]) -> str:
 
 
 def _weights(model: nn.Module, saved: SavedTiles, path: str | Path) -> dict[str, Tensor]:
-    """The weights that the tiles belong to, detached. Raises ValueError when some of them do not fit."""
+    """Return the weights that the tiles belong to, detached. Raises ValueError when some do not fit."""
     for name, module in model.named_modules():
         if is_tapped(module):
             raise ValueError(
@@ -263,7 +263,7 @@ def _weights(model: nn.Module, saved: SavedTiles, path: str | Path) -> dict[str,
 
 
 def _misfit(p: nn.Parameter | None, shape: tuple[int, ...], dtype: torch.dtype) -> str:
-    """Why a weight cannot be the one that a file means; "" if it can."""
+    """Return why a weight cannot be the one that a file means; "" if it can."""
     if p is None:
         return "the model has no such parameter"
     if type(p.data) is not Tensor or p.is_meta:
@@ -277,7 +277,7 @@ def _misfit(p: nn.Parameter | None, shape: tuple[int, ...], dtype: torch.dtype) 
 
 
 def _differing(weights: dict[str, Tensor], tiles: dict[str, list[StoredTile]], wanted: dict[str, Tensor]) -> list[str]:
-    """Names of weights whose tiles do not hold these bits."""
+    """Return the names of weights whose tiles do not hold these bits."""
     differing = []
     for name, weight in weights.items():
         held = torch.cat([tile.reshape(-1) for tile, _ in _tiles(weight, tiles[name], wanted[name])])
@@ -294,7 +294,7 @@ def _put(weights: dict[str, Tensor], tiles: dict[str, list[StoredTile]], flats: 
 
 
 def _tiles(weight: Tensor, tiles: list[StoredTile], flat: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Each tile of a weight, a view, with its values in a flat vector."""
+    """Yield each tile of a weight, a view, with its values in a flat vector."""
     start = 0
     for expert, (top, bottom), (left, right) in tiles:
         matrix = weight if expert is None else weight[expert]

@@ -98,7 +98,7 @@ class SparseMatrixMethod(Method):
         return list(self._units)
 
     def release(self) -> None:
-        """The model trains what it did before, so that another engine finds the same weights to choose from."""
+        """Let the model train what it did before, so that another engine finds the same weights to choose from."""
         if self._scorer is not None:
             self._scorer.release()
         if not any(is_tapped(site.module) for site in self._sites):  # else it has come

@@ -38,7 +38,7 @@ _GATE_UP = ("gate_up_proj", "w12")
 
 
 def role_of(name: str) -> str:
-    """Role of a weight that is not fused, by the name of its module (or, of an expert tensor, its own)."""
+    """Return the role of a weight that is not fused, by the name of its module (or, of an expert tensor, its own)."""
     *above, last = name.split(".")
     start = max((i for i, part in enumerate(above) if part.isdigit()), default=-1) + 1
     in_attention = any("att" in part.lower() for part in above[start:])
@@ -52,7 +52,7 @@ def role_of(name: str) -> str:
 
 
 def parts_of(model: nn.Module, name: str, holder: nn.Module, out: int, inputs: int) -> tuple[list[Part], str]:
-    """Parts of a weight along its output dimension, and what is not known about them ("" if all is).
+    """Return the parts of a weight along its output dimension, and what is not known about them ("" if all is).
 
     Args:
         name: of the linear layer, or of the expert tensor.
@@ -71,7 +71,7 @@ def parts_of(model: nn.Module, name: str, holder: nn.Module, out: int, inputs: i
 
 
 def names_of_parts(name: str, n: int) -> list[str]:
-    """Roles of n parts whose sizes the user gave."""
+    """Return the roles of n parts whose sizes the user gave."""
     last = name.rpartition(".")[2]
     if n == 3 and last in _QKV:
         return ["q", "k", "v"]
@@ -82,7 +82,7 @@ def names_of_parts(name: str, n: int) -> list[str]:
 
 
 def input_first(model: nn.Module, holder: nn.Module, key: str, shape: tuple[int, ...]) -> bool:
-    """Whether an expert tensor is stored [experts, in, out]."""
+    """Return whether an expert tensor is stored [experts, in, out]."""
     told = getattr(holder, "is_transposed", None)  # by transformers, of the experts that it can group
     if isinstance(told, bool):
         return told
@@ -145,7 +145,7 @@ def _heads_of(model: nn.Module, holder: nn.Module) -> _Heads | None:
 
 
 def _sources(model: nn.Module, holder: nn.Module) -> Iterator[Any]:
-    """Where sizes are written down, nearest first: a vision tower has others than the text model."""
+    """Return where sizes are written down, nearest first: a vision tower has others than the text model."""
     yield holder
     yield getattr(holder, "config", None)
     config = getattr(model, "config", None)
@@ -156,7 +156,7 @@ def _sources(model: nn.Module, holder: nn.Module) -> Iterator[Any]:
 
 
 def _first(sources: Any, *names: str) -> int | None:
-    """The first source that has one of the names, as a whole number."""
+    """Return the first of the names that a source has, as a whole number."""
     for source in sources:
         for name in names:
             value = getattr(source, name, None)

@@ -49,16 +49,16 @@ def untap(module: nn.Module, receiver: ActivationSink) -> None:
 
 
 def is_tapped(module: nn.Module) -> bool:
-    """Whether the module hands its activations to somebody."""
+    """Return whether the module hands its activations to a sink that lives."""
     forward = module.__dict__.get("forward")
     return isinstance(forward, TappedLinear) and forward.find is not None and forward.find() is not None
 
 
 def can_tap(module: nn.Module) -> bool:
-    """Whether the module's forward is its class's: one that somebody replaced cannot be told not to compute the
-    weight's gradient. A tap that another engine or a copy of the model left behind may be replaced.
+    """Return whether the module's forward is its class's, or a tap that another engine or a copy of the model left.
 
-    Not so the output projection of torch's attention, which reads the weight and never calls the layer.
+    A forward that somebody replaced cannot be told not to compute the weight's gradient. The output projection of
+    torch's attention cannot be tapped either: attention reads its weight and never calls the layer.
     """
     if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
         return False
@@ -159,7 +159,7 @@ class GradientTaker(Protocol):
     """Who gets a parameter's gradients."""
 
     def take(self, index: int, grad: Tensor) -> None:
-        """The gradient of parameter `index`, in the parameter's shape, is complete for this backward."""
+        """Take the gradient of parameter `index`, in its shape, which is complete for this backward."""
 
 
 def hand_over(p: nn.Parameter, taker: GradientTaker, index: int) -> Any:

@@ -16,12 +16,12 @@ from torch import Tensor
 
 
 def shape_of(p: Tensor) -> torch.Size:
-    """Shape of the whole parameter, partitioned or not."""
+    """Return the shape of the whole parameter, partitioned or not."""
     return getattr(p, "ds_shape", p.shape)
 
 
 def numel_of(p: Tensor) -> int:
-    """Elements of the whole parameter."""
+    """Return the elements of the whole parameter."""
     return shape_of(p).numel()
 
 
@@ -47,7 +47,9 @@ class Weights:
     Attributes:
         partitioned: whether ranks hold slices, and parameters may be read only inside `whole` or their module's forward
             and backward.
-        anchor: stands for the weights of tapped layers where those must not require grad themselves.
+        anchor: a tensor that requires grad, in the place of the weights of tapped layers under ZeRO-3. Those must not
+            require grad themselves, because their storage is swapped; a layer's output is tied to this tensor instead,
+            so that autograd still comes by.
     """
 
     partitioned = False
@@ -55,7 +57,7 @@ class Weights:
 
     @contextlib.contextmanager
     def whole(self, params: Sequence[Tensor], *, change: bool = False) -> Iterator[None]:
-        """Inside, `params` can be read whole; with `change` also written, the same on every rank. Collective."""
+        """Show `params` whole inside; with `change` every rank may write the same into them. Collective."""
         yield
 
     def pieces(self, p: Tensor, expert: int | None = None, *, write_only: bool = False) -> Iterator[Piece]:
@@ -81,8 +83,10 @@ WHOLE = Weights()
 
 
 def rectangles(lo: int, hi: int, n: int) -> Iterator[tuple[int, int, slice, slice]]:
-    """Elements [lo, hi) of a row-major matrix with n columns as at most three rectangles, each of elements that follow
-    each other: (first element, end, rows, columns)."""
+    """Yield elements [lo, hi) of a row-major matrix with n columns as at most three rectangles.
+
+    Each holds elements that follow each other: (first element, end, rows, columns).
+    """
     while lo < hi:
         row, col = divmod(lo, n)
         whole = (hi - lo) // n if col == 0 else 0

@@ -77,18 +77,18 @@ class Choice:
         return self.elements / self.total
 
     def digest(self) -> str:
-        """SHA-256 of what trains: names, shapes, experts and ranges. Not of scores, or of how they were made."""
+        """Return the SHA-256 of what trains: names, shapes, experts and ranges. Scores do not count."""
         shapes = sorted((name, list(shape)) for name, shape in self.shapes.items())
         tiles = [(t.name, t.expert, list(t.rows), list(t.cols)) for t in self.tiles]
         return hashlib.sha256(json.dumps([shapes, tiles]).encode()).hexdigest()
 
     def to_json(self) -> dict[str, Any]:
-        """As values that JSON has; `from_json` reads it."""
+        """Return it as values that JSON has; `from_json` reads them."""
         return {"format": _FORMAT, **asdict(self)}
 
     @classmethod
     def from_json(cls, data: Any) -> Choice:
-        """The choice in `data`. Raises ValueError with what is wrong with it."""
+        """Return the choice in `data`. Raises ValueError with what is wrong with it."""
         if not isinstance(data, dict) or data.get("format") != _FORMAT:
             found = data.get("format") if isinstance(data, dict) else type(data).__name__
             raise ValueError(f'expected an object with "format": {_FORMAT}, got {found!r}')
@@ -103,14 +103,14 @@ class Choice:
         return choice
 
     def save(self, path: str | Path) -> None:
-        """Write it as JSON. Whoever reads `path` meanwhile finds the file as it was, or the new one whole."""
+        """Write it as JSON. A program that reads `path` meanwhile finds the old file, or the new one whole."""
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         files.write_text(path, json.dumps(self.to_json()) + "\n")
 
     @classmethod
     def load(cls, path: str | Path) -> Choice:
-        """Read what `save` wrote. Raises ValueError, with the path, when it is not there or damaged."""
+        """Read what `save` wrote. Raises ValueError, with the path, when the file is missing or damaged."""
         try:
             return cls.from_json(files.parse_json(files.read_bytes(path)))
         except OSError as fault:
@@ -123,7 +123,7 @@ _ADAPTER = TypeAdapter(Choice)
 
 
 def check_choice(choice: Choice, sites: Sequence[Site], elsewhere: Mapping[str, str] = MappingProxyType({})) -> None:
-    """Whether a choice that was loaded fits the model.
+    """Refuse a choice that does not fit the model.
 
     `elsewhere`: why weights that are no sites, by name, cannot have tiles in this run.
 
@@ -160,7 +160,7 @@ def check_choice(choice: Choice, sites: Sequence[Site], elsewhere: Mapping[str, 
 
 
 def misplaced(shape: Sequence[int], expert: int | None, rows: Range, cols: Range) -> str:
-    """Why a weight of this shape cannot have this tile; "" if it can."""
+    """Return why a weight of this shape cannot have this tile; "" if it can."""
     experts = shape[0] if len(shape) == 3 else 1
     if (expert is None) != (len(shape) == 2) or not 0 <= (expert or 0) < experts:
         return f"expert {expert} of {experts if len(shape) == 3 else 'a weight without experts'}"
@@ -171,7 +171,7 @@ def misplaced(shape: Sequence[int], expert: int | None, rows: Range, cols: Range
 
 
 def overlapping(tiles: Sequence[tuple[Range, Range]]) -> list[int]:
-    """Which tiles (rows, columns) of one matrix cover what one before them covers."""
+    """Return the numbers of the tiles (rows, columns) of one matrix that overlap an earlier one."""
     row_edges = {edge: i for i, edge in enumerate(sorted({edge for rows, _ in tiles for edge in rows}))}
     col_edges = {edge: i for i, edge in enumerate(sorted({edge for _, cols in tiles for edge in cols}))}
     taken = np.zeros((len(row_edges), len(col_edges)), dtype=bool)
@@ -185,7 +185,7 @@ def overlapping(tiles: Sequence[tuple[Range, Range]]) -> list[int]:
 
 
 def _misfit(tile: Tile, site: Site) -> str:
-    """Why a tile cannot be one of the site's; "" if it can."""
+    """Return why a tile cannot be one of the site's; "" if it can."""
     if fault := misplaced(site.shape, tile.expert, tile.rows, tile.cols):
         return fault
     low, high = tile.cols if site.input_first else tile.rows

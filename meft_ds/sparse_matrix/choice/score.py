@@ -74,7 +74,7 @@ class Scorer:
 
     @staticmethod
     def host_bytes(sites: Sequence[Site], kind: str) -> int:
-        """What a rank's scorer holds on the host."""
+        """Return the bytes that a rank's scorer holds on the host."""
         return 8 * sum(site.shape.numel() for site in sites) if kind == "paper" else 0
 
     def release(self) -> None:
@@ -88,11 +88,11 @@ class Scorer:
     # -- gradients -----------------------------------------------------------------------------------------------------
 
     def begin_window(self, loss_factor: float) -> None:
-        """Losses of the window that begins are multiplied by `loss_factor`."""
+        """Begin a window whose losses are multiplied by `loss_factor`."""
         self._unscale = 1.0 / loss_factor
 
     def tapped(self, index: int, x: Tensor, dy: Tensor) -> None:
-        """A backward came by a linear layer: x [..., in], dy [..., out]."""
+        """Score the gradient of a linear layer: x [..., in], dy [..., out]."""
         x, dy = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
         if x.dtype != dy.dtype:  # autocast
             common = torch.promote_types(x.dtype, dy.dtype)
@@ -108,7 +108,7 @@ class Scorer:
 
     @torch.no_grad()
     def take(self, index: int, grad: Tensor) -> None:
-        """Autograd made a whole gradient."""
+        """Score a whole gradient that autograd made."""
         site = self._sites[index]
         for expert in range(site.grid[0]):
             g = grad if grad.dim() == 2 else grad[expert]
@@ -163,8 +163,10 @@ class Scorer:
         self._saw = False
 
     def scores(self) -> dict[str, Tensor]:
-        """Mean per window of the sum over its micro-batches, float64 [experts, R, C] on the host, by the weights'
-        names. Collective; the same bits on every rank."""
+        """Return the scores by the weights' names: float64 [experts, R, C] on the host. Collective.
+
+        A score is the mean over windows of the sum over a window's micro-batches. All ranks get the same bits.
+        """
         found = {}
         for site, total in zip(self._sites, self._reduced(self._total), strict=True):
             found[site.name] = total
@@ -175,7 +177,7 @@ class Scorer:
         return {site.name: found[site.name] / count.cpu() / max(self.windows, 1) for site, count in counts}
 
     def _reduced(self, tensors: list[Tensor]) -> list[Tensor]:
-        """Sums over ranks, on the host."""
+        """Return the sums over ranks, on the host."""
         if self._ranks.world == 1:
             return [t.cpu() for t in tensors]
         flat = torch.cat([t.reshape(-1) for t in tensors]).to(self._device)
@@ -195,15 +197,15 @@ class Scorer:
     # -- checkpoints ---------------------------------------------------------------------------------------------------
 
     def about(self) -> dict[str, Any]:
-        """What scores must agree in to be added up; JSON."""
+        """Return what two runs must agree in so that their scores may be added; JSON."""
         grids = [[site.name, site.rows, site.cols, site.experts] for site in self._sites]
         return {"score": self._kind, "tiles": hashlib.sha256(json.dumps(grids).encode()).hexdigest()}
 
     def check(self, saved: Mapping[str, Any]) -> None:
-        """Whether `about` of the run that saved scores is this one's.
+        """Refuse scores of a run whose `about` is not this one's.
 
         Raises:
-            ValueError: because scores of different kinds or of different tiles do not add up.
+            ValueError: for scores of another kind, or of other tiles.
         """
         here = self.about()
         if saved.get("score") != here["score"]:
@@ -214,12 +216,12 @@ class Scorer:
         if saved.get("tiles") != here["tiles"]:
             raise ValueError(
                 "the checkpoint was saved while other tiles were scored; make sparse_matrix.block_size, "
-                "target_modules, segments, budget, preset and form, and meft_offload.train, those of the run that "
-                "saved it, or start anew"
+                "target_modules, segments, budget and preset, and meft_offload.train, those of the run that saved "
+                "it, or start anew"
             )
 
     def state(self) -> dict[str, Tensor]:
-        """Sums over ranks so far, on the host. Collective."""
+        """Return the sums over ranks so far, on the host. Collective."""
         names = [site.name for site in self._sites]
         state = dict(zip(names, self._reduced(self._total), strict=True))
         for name, total in zip(names, self._sums, strict=False):
@@ -227,7 +229,7 @@ class Scorer:
         return state
 
     def load_state(self, state: dict[str, Tensor], windows: int) -> None:
-        """Counterpart of `state`: the first rank goes on with what all had."""
+        """Take back what `state` gave: the first rank goes on with the sums of all."""
         self.windows = windows
         mine = float(self._ranks.rank == 0)
         for site, total in zip(self._sites, self._total, strict=True):
@@ -238,7 +240,7 @@ class Scorer:
 
 
 def _indicator(cuts: Sequence[tuple[int, int]], device: torch.device) -> Tensor:
-    """[n, len(cuts)]: 1 where a place lies in a cut. A product with it sums over cuts in a fixed order."""
+    """Return [n, len(cuts)], 1 where an index lies in a cut: a product with it sums over cuts in a fixed order."""
     found = torch.zeros(cuts[-1][1], len(cuts), device=device)
     for k, (lo, hi) in enumerate(cuts):
         found[lo:hi, k] = 1.0
@@ -246,7 +248,7 @@ def _indicator(cuts: Sequence[tuple[int, int]], device: torch.device) -> Tensor:
 
 
 def _stripes(site: Site) -> list[tuple[int, int, slice]]:
-    """(first row, end, which rows of tiles) of stripes of whole tiles."""
+    """Return stripes of whole tiles: (first row, end, which rows of the grid)."""
     width = site.cols[-1][1]
     found: list[tuple[int, int, slice]] = []
     first = 0
@@ -259,6 +261,6 @@ def _stripes(site: Site) -> list[tuple[int, int, slice]]:
 
 
 def tile_elements(site: Site) -> Tensor:
-    """Elements of each tile, [R, C]."""
+    """Return the elements of each tile, [R, C]."""
     rows, cols = (torch.tensor([hi - lo for lo, hi in cuts], dtype=torch.float64) for cuts in (site.rows, site.cols))
     return rows[:, None] * cols[None, :]

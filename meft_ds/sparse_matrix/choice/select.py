@@ -43,8 +43,9 @@ def choose(
     total: int,
     made_by: dict[str, Any] | None = None,
 ) -> Choice:
-    """The tiles with the highest scores that fit into the budget, counted in elements. The same for the same scores:
-    of equal ones the first in the order of `sites` wins.
+    """Return the tiles with the highest scores that fit into the budget, which is counted in elements.
+
+    The same scores give the same choice: of equal ones the first in the order of `sites` wins.
 
     Args:
         scores: float64 [experts, rows, columns] of each site's grid, at least 0, by its name.
@@ -82,7 +83,7 @@ def choose(
 
 
 def warn_of_unreached(choice: Choice, scores: Mapping[str, Tensor]) -> None:
-    """Say which weights have tiles although all their scores are 0: experts that no token went to, or a cut graph."""
+    """Warn of weights that have tiles although all their scores are 0: unused experts, or a cut graph."""
     unreached = {name for name, score in scores.items() if not score.any()}
     chosen = [tile.name for tile in choice.tiles if tile.name in unreached]
     if chosen:
@@ -127,15 +128,16 @@ def tell_of_matrices_without_tiles(choice: Choice, sites: Sequence[Site], config
 
 
 def most_elements(sites: Sequence[Site], config: SparseMatrixConfig, total: int) -> int:
-    """Elements that a choice can have at most, whatever the scores."""
+    """Return the most elements that a choice can have, whatever the scores."""
     return sum(budget for _, budget in _budgets(sites, config, total))
 
 
 def weight_scores(sites: Sequence[Site], config: SparseMatrixConfig, weights: Weights = WHOLE) -> dict[str, Tensor]:
-    """Scores that need no gradients, float64 [experts, rows, columns] on the host by site.
+    """Return scores that need no gradients: float64 [experts, rows, columns] on the host, by the weight's name.
 
-    "random": uniform, by seed, name and shape of the grid; torch's global state is not touched. "magnitude": mean |W|
-    of each tile; no copy of W larger than one row of tiles is made. Collective where weights are partitioned.
+    "random" draws uniformly by seed, name and shape of the grid, and leaves torch's global state alone. "magnitude" is
+    the mean |W| of each tile, made without a copy of W larger than one row of tiles. Collective where weights are
+    partitioned.
     """
     assert config.score in ("random", "magnitude"), config.score
     if config.score == "random":
@@ -148,7 +150,7 @@ def weight_scores(sites: Sequence[Site], config: SparseMatrixConfig, weights: We
 
 
 def _budgets(sites: Sequence[Site], config: SparseMatrixConfig, total: int) -> list[tuple[tuple[str, ...] | None, int]]:
-    """Roles that compete with each other, None for all, and the elements that they may have together."""
+    """Return the roles that compete with each other (None for all), and how many elements they may have together."""
     of_role: dict[str, int] = defaultdict(int)
     for (_, role), elements in _elements_by_role(sites).items():
         of_role[role] += elements
@@ -161,7 +163,7 @@ def _budgets(sites: Sequence[Site], config: SparseMatrixConfig, total: int) -> l
 
 
 def _elements_by_role(sites: Sequence[Site]) -> dict[tuple[int | None, str], int]:
-    """Elements of each role of each layer, in the order of sites."""
+    """Return the elements of each role of each layer, in the order of sites."""
     found: dict[tuple[int | None, str], int] = defaultdict(int)
     for site in sites:
         outer, inner = (site.cols, site.rows) if site.input_first else (site.rows, site.cols)
@@ -199,18 +201,21 @@ class _Grid:
             self._normalize()
 
     def of_roles(self, roles: tuple[str, ...] | None) -> Tensor:
-        """Indices of tiles of any of these roles, int64, rising; of all for None."""
+        """Return the rising indices, int64, of tiles of any of these roles; of all tiles for None."""
         wanted = torch.tensor([roles is None or role in roles for role in self._roles])
         return wanted[self._role].nonzero().flatten()
 
     def best(self, of: Tensor, budget: int) -> list[int]:
-        """Tiles by falling score until the next one does not fit."""
+        """Return tiles by falling score until the next one does not fit."""
         ranked, fit = self._ranked(of, budget)
         return ranked[:fit].tolist()
 
     def evenly(self, of: Tensor, budget: int) -> list[int]:
-        """Of every matrix the same share. What whole tiles leave over of it goes, tile by tile, to the matrices that
-        miss the largest part of their next tile; to the better next tile where that is equal."""
+        """Return tiles so that every matrix has the same share.
+
+        What whole tiles leave over of a share goes, tile by tile, to the matrices that miss the largest part of their
+        next tile. Where two miss the same, it goes to the better next tile.
+        """
         chosen: list[int] = []
         waiting: list[tuple[Fraction, float, int]] = []
         whole = int(self.sizes[of].sum())
@@ -248,7 +253,7 @@ class _Grid:
         )
 
     def _ranked(self, of: Tensor, budget: int) -> tuple[Tensor, int]:
-        """Indices by falling score, equal ones in order; and how many of them fit."""
+        """Return indices by falling score, equal ones in order, and how many of them fit."""
         ranked = of[self.scores[of].argsort(descending=True, stable=True)]
         return ranked, int(torch.searchsorted(self.sizes[ranked].cumsum(0), budget, right=True))
 
