@@ -26,15 +26,6 @@ from meft_ds.offload.model.capture import is_tapped
 from meft_ds.sparse_matrix.choice.choice import Choice, Range, misplaced, overlapping
 from meft_ds.sparse_matrix.unit import TilesUnit
 
-__all__ = [
-    "SavedTiles",
-    "apply_tiles",
-    "collect_tiles",
-    "read_tiles",
-    "revert_tiles",
-    "write_tiles",
-]
-
 _FORMAT = 1
 _KEY = "meft_tiles"
 _MOST_LISTED = 20

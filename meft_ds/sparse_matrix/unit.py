@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from meft_ds.offload.flat_unit import MOMENTS, FlatUnit
 from meft_ds.offload.host.adam import FlatAdam
 from meft_ds.offload.model.capture import tap, untap
-from meft_ds.offload.model.weights import WHOLE, Weights
+from meft_ds.offload.model.weights import WHOLE, Weights, shape_of
 from meft_ds.offload.ranks import Ranks
 from meft_ds.offload.unit import AdamHyper
 from meft_ds.sparse_matrix.tiles import Tiles
@@ -65,7 +65,7 @@ class TilesUnit(FlatUnit):
         self.matrices, self._modules = matrices, modules
         self._of_param = [[m for m in matrices if m.param == index] for index in range(len(params))]
         self._moments_dtype = moments_dtype
-        self._adam: FlatAdam | None = None
+        self._adam: FlatAdam  # made by `allocate`
 
     def allocate(self) -> None:
         """Take the memory, keep the tiles' values as their originals, and listen to parameters and modules."""
@@ -115,7 +115,7 @@ class TilesUnit(FlatUnit):
     # -- stages --------------------------------------------------------------------------------------------------------
 
     def update(self, grad: Tensor, reply: Tensor, hyper: AdamHyper, *, step: int, grad_scale: float) -> None:
-        assert self._adam is not None and reply is self._adam.replica
+        assert reply is self._adam.replica
         self._adam.step(grad, hyper, step=step, grad_scale=grad_scale)
 
     def change(self, reply: Tensor) -> None:
@@ -127,7 +127,6 @@ class TilesUnit(FlatUnit):
 
     @torch.no_grad()
     def adopt_one(self, p: Tensor) -> None:
-        assert self._adam is not None
         index = next(i for i, (_, q) in enumerate(self.params) if q is p)
         for tiles in self._of_param[index]:
             lo, hi = self._owned(tiles)
@@ -154,17 +153,17 @@ class TilesUnit(FlatUnit):
         return self.gathered(self.original)
 
     def full(self, index: int) -> Tensor:
-        assert self._adam is not None
         return self._with_tiles(super().full(index), index, self._adam.master)
 
     @torch.no_grad()
     def set_full(self, index: int, value: Tensor) -> None:
         super().set_full(index, value)
-        self._take_tiles(self._adam_state()["master"], index, self._checked(index, value))
+        self._take_tiles(self._adam.master, index, self._checked(index, value))
         self.after_load()
 
     def full_moment(self, index: int, key: str) -> Tensor:
-        return self._with_tiles(torch.zeros_like(super().full(index)), index, self._moment(index, key))
+        zeros = torch.zeros(shape_of(self.params[index][1]), device=self._device)
+        return self._with_tiles(zeros, index, self._moment(index, key))
 
     @torch.no_grad()
     def set_full_moment(self, index: int, value: Tensor, key: str) -> None:
@@ -173,11 +172,7 @@ class TilesUnit(FlatUnit):
     def _moment(self, index: int, key: str) -> Tensor:
         if key not in MOMENTS:
             raise ValueError(self._no_moment(index, key))
-        return self._adam_state()[key]
-
-    def _adam_state(self) -> dict[str, Tensor]:
-        assert self._adam is not None
-        return self._adam.tensors()
+        return self._adam.tensors()[key]
 
     def _with_tiles(self, whole: Tensor, index: int, own: Tensor) -> Tensor:
         """Write the tiles of a vector, of which this rank has its slice `own`, into `whole` [m, n]. Collective."""
@@ -205,9 +200,7 @@ class TilesUnit(FlatUnit):
     # -- state ---------------------------------------------------------------------------------------------------------
 
     def state_tensors(self) -> dict[str, Tensor]:
-        assert self._adam is not None
         return {**self._adam.tensors(), "original": self.original}
 
     def after_load(self) -> None:
-        assert self._adam is not None
         self._reply.copy_(self._adam.master)

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from meft_ds.sparse_matrix.choice.select import Choice, choose
+from meft_ds.sparse_matrix.choice.choice import Choice
+from meft_ds.sparse_matrix.choice.select import choose
 from meft_ds.sparse_matrix.config import SparseMatrixConfig
 from tests.sparse_matrix.grids import site
 

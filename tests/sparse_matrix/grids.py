@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from meft_ds.sparse_matrix.choice.select import Tile
+from meft_ds.sparse_matrix.choice.choice import Tile
 from meft_ds.sparse_matrix.discover import Site
 
 

@@ -16,8 +16,8 @@ from meft_ds.offload.pipeline import Pipeline
 from meft_ds.offload.ranks import Ranks
 from meft_ds.offload.schedule.window import StepSettings
 from meft_ds.offload.unit import AdamHyper
+from meft_ds.sparse_matrix.choice.choice import Choice, Tile
 from meft_ds.sparse_matrix.choice.score import Scorer
-from meft_ds.sparse_matrix.choice.select import Choice, Tile
 from meft_ds.sparse_matrix.config import SparseMatrixConfig
 from meft_ds.sparse_matrix.discover import Site, find_sites
 from meft_ds.sparse_matrix.method import SparseMatrixMethod

@@ -16,7 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from meft_ds.sparse_matrix.choice.select import Choice, Tile, check_choice, choose, most_elements, weight_scores
+from meft_ds.sparse_matrix.choice.choice import Choice, Tile, check_choice
+from meft_ds.sparse_matrix.choice.select import choose, most_elements, weight_scores
 from meft_ds.sparse_matrix.config import SparseMatrixConfig
 from meft_ds.sparse_matrix.discover import Site
 from tests.sparse_matrix.grids import every_tile, site

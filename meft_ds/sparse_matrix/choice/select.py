@@ -18,20 +18,9 @@ from torch import Tensor
 
 from meft_ds.offload.model.discover import listed
 from meft_ds.offload.model.weights import WHOLE, Weights
-from meft_ds.sparse_matrix.choice.choice import Choice, Tile, check_choice
+from meft_ds.sparse_matrix.choice.choice import Choice, Tile
 from meft_ds.sparse_matrix.config import SparseMatrixConfig
 from meft_ds.sparse_matrix.discover import Site
-
-__all__ = [
-    "Choice",
-    "Tile",
-    "check_choice",
-    "choose",
-    "most_elements",
-    "tell_of_matrices_without_tiles",
-    "warn_of_unreached",
-    "weight_scores",
-]
 
 _logger = logging.getLogger("meft_ds")
 
