@@ -199,7 +199,7 @@ def _row(name: str, run: Run, bound: float) -> dict[str, Any]:
     seconds = {key: run.seconds_of(*what) for key, what in spans.items()}
     print(
         f"{name:<8}{run.step_s:>9.3f}{bound:>8.3f}{bound / run.step_s:>12.3f}{waits['stall_s'] * 1e3:>10.1f}"
-        f"{waits['norm_s'] * 1e3:>9.1f}" + "".join(f"{s * 1e3:>8.2f}" for s in seconds.values())
+        f"{waits['norm_wait_s'] * 1e3:>9.1f}" + "".join(f"{s * 1e3:>8.2f}" for s in seconds.values())
     )
     row: dict[str, Any] = {"s_per_step": run.step_s, "bound_s": bound, "efficiency": round(bound / run.step_s, 4)}
     row["steps_s"] = [round(b - a, 5) for a, b in zip(run.begins, run.begins[1:], strict=False)]
@@ -211,7 +211,7 @@ def _row(name: str, run: Run, bound: float) -> dict[str, Any]:
 
 
 # As the pipeline's own statistics have them: their efficiency is from times as they were beside each other.
-_WAITS = ("stall_s", "norm_s", "hooks_s", "efficiency")
+_WAITS = ("stall_s", "norm_wait_s", "hooks_s", "efficiency")
 
 
 def _words(times: LayerTimes) -> str:

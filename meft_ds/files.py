@@ -12,7 +12,7 @@ import secrets
 import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from safetensors import SafetensorError
 
@@ -173,8 +173,15 @@ def parse_json(text: str | bytes) -> Any:
         raise json.JSONDecodeError("it is nested too deeply", "", 0) from None
 
 
-def fingerprint(path: str | Path) -> dict[str, Any]:
-    """Size and SHA-256 of a file: {"bytes": int, "sha256": str}. Raises as `check_file`."""
+class Fingerprint(TypedDict, total=False):
+    """Size and SHA-256 of a file."""
+
+    bytes: int
+    sha256: str
+
+
+def fingerprint(path: str | Path) -> Fingerprint:
+    """Return what the file is. Raises as `check_file`."""
     size, digest = check_file(path).st_size, hashlib.sha256()
     with open(path, "rb") as file:
         while block := file.read(1 << 20):

@@ -72,7 +72,7 @@ def test_rows_that_an_evaluation_fetched_are_not_counted(bus: Bus) -> None:
 def test_every_time_of_the_window_is_written_in_seconds(bus: Bus) -> None:
     writer = Writer()
     monitor = WindowMonitor(writer, bus)
-    times = {"wall_s": 4.0, "forward_s": 1.5, "stall_s": 0.5, "norm_s": 0.25, "host_s": 2.0, "tail_s": 1.0}
+    times = {"step_s": 4.0, "forward_s": 1.5, "stall_s": 0.5, "norm_wait_s": 0.25, "host_update_s": 2.0, "tail_s": 1.0}
     monitor.note(bus.close_window(), step_result(**times))
     monitor.write(1)
     assert writer.values() == {

@@ -111,9 +111,6 @@ class FlatUnit(Unit):
             with self.weights.whole([p]):
                 self.adopt_one(p)
 
-    def adopt_one(self, p: Tensor) -> None:  # noqa: B027 - not all formats keep a copy of what the model holds
-        """`adopt` of one parameter, which is whole now: partitioned ones are so only inside a gather."""
-
     def versions(self) -> tuple[int, ...]:
         return () if self.weights.partitioned else tuple(p._version for _, p in self.params)
 
@@ -248,27 +245,19 @@ class FlatUnit(Unit):
     # -- state in the shapes of parameters --------------------------------------------------------------------------
 
     def full(self, index: int) -> Tensor:
-        """Parameter `index` in float32, as exactly as the unit knows it: on the device, in its shape. Collective."""
         _, p = self.params[index]
         with self.weights.whole([p]):
             return p.detach().to(torch.float32, copy=True)
 
     @torch.no_grad()
     def set_full(self, index: int, value: Tensor) -> None:
-        """Counterpart of `full`; the parameter follows. Every rank gives the same value."""
         _, p = self.params[index]
         self.weights.write(p, self._checked(index, value).to(p.dtype).reshape(-1))
 
     def full_moment(self, index: int, key: str) -> Tensor:
-        """AdamW's moment `key` of parameter `index`, float32, as `full`. Collective.
-
-        Raises:
-            ValueError: when the format has none in the parameter's shape.
-        """
         raise ValueError(self._no_moment(index, key))
 
     def set_full_moment(self, index: int, value: Tensor, key: str) -> None:
-        """Counterpart of `full_moment`."""
         raise ValueError(self._no_moment(index, key))
 
     def _no_moment(self, index: int, key: str) -> str:

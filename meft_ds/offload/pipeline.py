@@ -48,11 +48,11 @@ class Pipeline(Windows):
         units: in layer order.
         bus: transfers and their counters.
         ranks: data-parallel ranks.
-        settings: called when a window's first update needs them.
+        settings: called when a window's first update needs them; may be set before the first window.
         mode: "serial", "exact", "eager" or "auto".
         lanes: made by the caller for tests; else threads, or in line for "serial".
         lane_ranks: needed with several ranks unless the lanes are in line.
-        closes_window: whether the backward that now runs is the window's last.
+        closes_window: whether the backward that now runs is the window's last; may be set like `settings`.
         at_start: by lane name, called on its thread before its first job.
     """
 
@@ -61,7 +61,7 @@ class Pipeline(Windows):
         units: Sequence[Unit],
         bus: Bus,
         ranks: Ranks,
-        settings: Callable[[], StepSettings],
+        settings: Callable[[], StepSettings] | None = None,
         *,
         mode: Mode = "serial",
         lanes: Lanes | None = None,
@@ -71,7 +71,7 @@ class Pipeline(Windows):
     ) -> None:
         self.bus, self.ranks = bus, ranks
         self.overlaps = mode != "serial"
-        self._mode, self._settings, self._closes_window = mode, settings, closes_window
+        self._mode, self.settings, self.closes_window = mode, settings, closes_window
         self._take_on(units)
         self._ranks_of = lane_ranks if lane_ranks is not None else LaneRanks.shared(ranks)
         self._progress = Progress()
@@ -125,7 +125,7 @@ class Pipeline(Windows):
     def complete(self, unit: Unit) -> None:
         """Backward is done with `unit`: if this is the window's last backward, its payload goes down."""
         entry = self._of[id(unit)]
-        if not self.overlaps or (entry.sent and not entry.again) or not self._closes_window():
+        if not self.overlaps or (entry.sent and not entry.again) or not self.closes_window():
             return
         self._progress.check()
         entry.ready = True
@@ -367,7 +367,8 @@ class Pipeline(Windows):
     def _settings_now(self) -> StepSettings:
         """Taken once per window, so that an early update and a late one use the same."""
         if self._window.settings is None:
-            self._window.settings = self._settings()
+            assert self.settings is not None, "whoever drives the pipeline sets them"
+            self._window.settings = self.settings()
         return self._window.settings
 
 

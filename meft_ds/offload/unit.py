@@ -17,11 +17,11 @@ one registration.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from meft_ds.offload.host.transfer import Bus
 from meft_ds.offload.ranks import Ranks
@@ -76,6 +76,7 @@ class Unit(ABC):
     wire: str
     group: int  # index of the user's parameter group whose lr, betas, eps and weight decay apply
     listener: Listener | None = None
+    params: Sequence[tuple[str, nn.Parameter]] = ()  # of the model, by name, that the unit changes
 
     def release(self) -> None:  # noqa: B027 - most units listen to nothing
         """Stop listening to the model; called once, at the end."""
@@ -175,6 +176,33 @@ class Unit(ABC):
     def saves_state(self) -> bool:
         """Whether this rank's slice belongs into a checkpoint, and into the norm: not where another node has it too."""
         return True
+
+    # -- of units with `params` ----------------------------------------------------------------------------------------
+
+    def adopt_one(self, p: Tensor) -> None:  # noqa: B027 - not all formats keep a copy of what the model holds
+        """`adopt` of one parameter, which is whole now: partitioned ones are so only inside a gather."""
+
+    def full(self, index: int) -> Tensor:
+        """Return parameter `index` in float32, on the device, as exactly as the unit knows it. Collective."""
+        raise NotImplementedError
+
+    def set_full(self, index: int, value: Tensor) -> None:
+        """Take back what `full` gave; the parameter follows. Every rank gives the same value."""
+        raise NotImplementedError
+
+    def full_moment(self, index: int, key: str) -> Tensor:
+        """Return AdamW's moment `key` of parameter `index`, float32, as `full`. Collective.
+
+        Raises:
+            ValueError: when the format has none in the parameter's shape.
+        """
+        raise NotImplementedError
+
+    def set_full_moment(self, index: int, value: Tensor, key: str) -> None:
+        """Take back what `full_moment` gave."""
+        raise NotImplementedError
+
+    # -- state ---------------------------------------------------------------------------------------------------------
 
     @abstractmethod
     def state_tensors(self) -> dict[str, Tensor]:

@@ -21,15 +21,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from meft_ds.offload.flat_unit import FlatUnit
 from meft_ds.offload.model.gradient_checkpointing import inside_backward
 from meft_ds.offload.model.hooks import ModelHook
 from meft_ds.offload.pipeline import Pipeline
+from meft_ds.offload.unit import Unit
 
 _CALL = nn.Module._wrapped_call_impl.__code__
 
 
-def install(model: nn.Module, units: Sequence[FlatUnit], pipeline: Pipeline) -> list[Any]:
+def install(model: nn.Module, units: Sequence[Unit], pipeline: Pipeline) -> list[Any]:
     """Register the hooks; returns their handles."""
     gates = _Gates(pipeline, units, model.modules())
     guarded: dict[nn.Module, set[int]] = defaultdict(set)
@@ -83,7 +83,7 @@ def inside_forward(model: nn.Module) -> bool:
 class _Gates:
     """What the hooks share. It holds the pipeline weakly: a model may outlive its engine."""
 
-    def __init__(self, pipeline: Pipeline | None, units: Sequence[FlatUnit], modules: Iterable[nn.Module] = ()) -> None:
+    def __init__(self, pipeline: Pipeline | None, units: Sequence[Unit], modules: Iterable[nn.Module] = ()) -> None:
         self.find = weakref.ref(pipeline) if pipeline is not None else _nobody
         self.units = [weakref.ref(unit) for unit in units]
         self.outermost: nn.Module | None = None  # whose forward is running; left behind by Ctrl-C

@@ -7,11 +7,17 @@ exactly what DeepSpeed would have built. Nothing else of DeepSpeed's is touched.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from types import ModuleType
 from typing import Any
 
-from meft_ds.plugin.decision import BLOCK, only_evaluates, say_why, warn_of_misspelt_block, without_training
+from meft_ds.plugin.decision import (
+    BLOCK,
+    ds_config_of,
+    only_evaluates,
+    say_why,
+    warn_of_misspelt_block,
+    without_training,
+)
 
 _MARK = "_meft_ds_new"
 
@@ -43,17 +49,6 @@ def install(engine_module: ModuleType) -> None:
 
     engine_class.__new__ = staticmethod(decide)
     setattr(engine_class, _MARK, True)
-
-
-def ds_config_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The ds_config dict among an engine's constructor arguments.
-
-    `config` may still be a file name (DeepSpeed 0.18), but `config_class` always holds the dict that was read from it.
-    """
-    config = kwargs.get("config")
-    if not isinstance(config, Mapping):
-        config = getattr(kwargs.get("config_class"), "_param_dict", {})
-    return config if isinstance(config, Mapping) else {}
 
 
 __all__ = ["BLOCK", "ds_config_of", "install"]

@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,9 +16,7 @@ import torch.distributed as dist
 from torch import nn
 
 from meft_ds.config import MeftConfig
-from meft_ds.offload import update_gates
 from meft_ds.offload.dense_unit import DenseUnit
-from meft_ds.offload.flat_unit import FlatUnit
 from meft_ds.offload.host.memory import (
     SHM_DIR,
     check_host_memory,
@@ -28,31 +26,40 @@ from meft_ds.offload.host.memory import (
     in_units,
 )
 from meft_ds.offload.host.shared_memory import Specs, allocate, arena_bytes
-from meft_ds.offload.host.transfer import Bus
 from meft_ds.offload.method import Method, Run, base_lr
 from meft_ds.offload.model.discover import layer_of
-from meft_ds.offload.model.weights import Weights
 from meft_ds.offload.pipeline import Pipeline
 from meft_ds.offload.ranks import LaneRanks, Ranks
 from meft_ds.offload.schedule.config import ScheduleConfig
 from meft_ds.offload.schedule.host_threads import HostThreads, host_threads
 from meft_ds.offload.schedule.host_threads import enter as enter_threads
-from meft_ds.offload.schedule.window import StepSettings
+from meft_ds.offload.schedule.trace import Trace
 from meft_ds.offload.unit import Footprint, Unit
-from meft_ds.plugin.zero3 import PartitionedWeights, guard_gathers
+from meft_ds.plugin.runtime import Runtime
+from meft_ds.plugin.telemetry import Plan, Telemetry, Writer
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-@dataclass(frozen=True, kw_only=True)
-class Plan:
-    """What the run will hold and move, for the log line at step 0."""
+def build(run: Run, methods: list[Method], config: MeftConfig, *, writer: Writer, rank: int) -> Runtime:
+    """Build what an engine runs on a model that is cast and on its device. Collective.
 
-    host: int
-    device: int
-    down: int
-    up: int
-    dense_parameters: int
+    Args:
+        run: what is settled.
+        methods: prepared.
+        config: of the block.
+        writer: DeepSpeed's monitor.
+        rank: of this process, which names its trace file.
+
+    Raises:
+        ValueError: when the plan does not fit the memory, or nothing is left to train.
+    """
+    units, plan = build_units(run, methods, config)
+    pipeline = _pipeline(units, run, config.schedule)
+    schedule = config.schedule
+    trace = None if schedule.trace_file is None else Trace(schedule.trace_file, schedule.trace_windows, rank=rank)
+    telemetry = Telemetry(pipeline=pipeline, methods=methods, plan=plan, writer=writer, trace=trace)
+    return Runtime(run=run, methods=methods, plan=plan, pipeline=pipeline, telemetry=telemetry)
 
 
 def find_ranks(group: dist.ProcessGroup | None, world: int, device: torch.device) -> Ranks:
@@ -154,16 +161,15 @@ def preflight(run: Run, methods: list[Method], footprints: list[Footprint], spec
     return needed
 
 
-def build_units(
-    run: Run, methods: list[Method], config: MeftConfig, trained_elsewhere: set[int]
-) -> tuple[list[Unit], Plan]:
-    """All units, shallowest layer first, with everything planned and checked before anything is allocated. Collective.
+def build_units(run: Run, methods: list[Method], config: MeftConfig) -> tuple[list[Unit], Plan]:
+    """Make all units, shallowest layer first. Everything is planned and checked before it is allocated. Collective.
 
     Raises:
         ValueError: when the plan does not fit the memory, or nothing is left to train.
     """
+    claimed = {p for method in methods for p in method.claim(run)}
     layers = max(method.layers for method in methods)
-    dense = dense_units(run, layers, trained_elsewhere)
+    dense = dense_units(run, layers, claimed)
     footprints = [*(f for method in methods for f in method.footprints(run)), *(unit.footprint() for unit in dense)]
     specs: Specs = {}
     for method in methods:
@@ -180,22 +186,16 @@ def build_units(
         down=sum(f.down for f in footprints),
         up=sum(f.up for f in footprints),
         dense_parameters=sum(unit.numel for unit in dense),
+        dense_device=sum(unit.footprint().device for unit in dense),
     )
     return sorted(units, key=lambda unit: (unit.layer, unit.name)), plan
 
 
-def pipeline(
-    units: list[Unit],
-    bus: Bus,
-    ranks: Ranks,
-    config: ScheduleConfig,
-    *,
-    settings: Callable[[], StepSettings],
-    closes_window: Callable[[], bool],
-) -> Pipeline:
+def _pipeline(units: list[Unit], run: Run, config: ScheduleConfig) -> Pipeline:
     """The pipeline in the configured mode. Collective."""
+    bus, ranks = run.bus, run.ranks
     if config.mode == "serial":
-        return Pipeline(units, bus, ranks, settings, closes_window=closes_window)
+        return Pipeline(units, bus, ranks)
     threads = host_threads(config.host_threads, ranks.here)
     copier = replace(threads, threads=1)  # one thread fills a bus
 
@@ -207,19 +207,10 @@ def pipeline(
         units,
         bus,
         ranks,
-        settings,
         mode=config.mode,
         lane_ranks=LaneRanks.apart(ranks, bus.device),
-        closes_window=closes_window,
         at_start={"host": partial(start, threads), "down": partial(start, copier), "up": partial(start, copier)},
     )
-
-
-def install_gates(model: nn.Module, pipe: Pipeline, weights: Weights) -> list[Any]:
-    """Let no forward read what is being updated; returns the hooks' handles."""
-    units = [unit for unit in pipe.units if isinstance(unit, FlatUnit)]
-    guards = guard_gathers(model, units, pipe, weights) if isinstance(weights, PartitionedWeights) else []
-    return [*guards, *update_gates.install(model, units, pipe)]
 
 
 def standing_still(run: Run, scheduler: Any) -> str:

@@ -17,6 +17,17 @@ _log = logging.getLogger("meft_ds")
 _told: set[str] = set()  # one warning for each key, however often the program copies its ds_config
 
 
+def ds_config_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The ds_config dict among an engine's constructor arguments.
+
+    `config` may still be a file name (DeepSpeed 0.18), but `config_class` always holds the dict that was read from it.
+    """
+    config = kwargs.get("config")
+    if not isinstance(config, Mapping):
+        config = getattr(kwargs.get("config_class"), "_param_dict", {})
+    return config if isinstance(config, Mapping) else {}
+
+
 def only_evaluates(kwargs: Mapping[str, Any], ds_config: Mapping[str, Any]) -> str | None:
     """Why an engine with these constructor arguments cannot train, or None if it can.
 

@@ -8,6 +8,7 @@ rank, and partitioning of the little state that is left is the pipeline's own. S
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import weakref
 from typing import Any
@@ -23,36 +24,31 @@ from meft_ds.offload.host.memory import in_units
 from meft_ds.offload.host.transfer import Bus
 from meft_ds.offload.method import Method, Run
 from meft_ds.offload.model.gradient_checkpointing import feed_checkpoints, feed_too
-from meft_ds.offload.model.weights import WHOLE
+from meft_ds.offload.model.hooks import ModelHook
+from meft_ds.offload.model.weights import WHOLE, Weights
 from meft_ds.offload.ranks import Ranks
 from meft_ds.offload.schedule.lanes import call_at_exit
-from meft_ds.offload.schedule.trace import Trace
 from meft_ds.offload.schedule.window import StepResult
-from meft_ds.offload.unit import Unit
-from meft_ds.plugin import build, full_params, registry, successor, trainable
+from meft_ds.plugin import build, registry, successor, trainable
 from meft_ds.plugin import ds_config as checks
 from meft_ds.plugin.checkpoint import export
-from meft_ds.plugin.checkpoint.overrides import SavingEngine
+from meft_ds.plugin.checkpoint.overrides import CheckpointOverrides
 from meft_ds.plugin.console import show_log
-from meft_ds.plugin.optimizer import MeftOptimizer, adamw_from_config, check_client_optimizer
-from meft_ds.plugin.replaced import Places
-from meft_ds.plugin.telemetry import Stats, WindowMonitor
+from meft_ds.plugin.decision import ds_config_of
+from meft_ds.plugin.optimizer import MeftOptimizer, holder_of_groups
+from meft_ds.plugin.zero3 import PartitionedWeights
 from meft_ds.plugin.zero_grad import Call, ModuleZeroGrad, forgets
 
 _log = logging.getLogger("meft_ds")
 
 
-class MeftEngine(SavingEngine):
+class MeftEngine(CheckpointOverrides):
     """What `deepspeed.initialize` returns for a config with a "meft_offload" block."""
 
     _meft_config: MeftConfig
-    _meft_stats: Stats
-    _meft_monitor: WindowMonitor
-    _meft_trace: Trace | None
+    _meft_methods: list[Method]
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        from meft_ds.plugin import ds_config_of
-
         ds_config = ds_config_of(args, kwargs)
         show_log()
         if Ranks.everyone().rank == 0:
@@ -68,13 +64,16 @@ class MeftEngine(SavingEngine):
             )
         self._meft_asked_stage = checks.zero_settings(ds_config).get("stage") or 0
         self._meft_stage3 = self._meft_asked_stage == 3
+        # What gives the model back as the program left it, but for what was learned. Another engine may take it then.
+        self._meft_undo = contextlib.ExitStack()
+        self._meft_undo.callback(self._remove_hooks_of_deepspeed)
         try:
             super().__init__(*args, **kwargs)
         except BaseException:
-            self._leave_model()
+            self._meft_undo.close()
             raise
         assert self.optimizer is not None, "an engine without one only evaluates, and is DeepSpeed's own"
-        if self.global_rank == 0 and (idle := build.standing_still(self._meft_run, self.lr_scheduler)):
+        if self.global_rank == 0 and (idle := build.standing_still(self._meft.run, self.lr_scheduler)):
             _log.warning(idle)
 
     # -- overrides ---------------------------------------------------------------------------------------------------
@@ -87,10 +86,12 @@ class MeftEngine(SavingEngine):
             p.grad = None
         # frozen embeddings would keep a reentrant checkpoint out of backward, with all that trains inside
         feed_too(CheckpointFunction)
-        self._meft_fed = feed_checkpoints(model)
+        self._meft_undo.callback(feed_checkpoints(model).remove)
+        self._meft_undo.callback(trainable.thaw, model)
         self._meft_methods = registry.chosen(self._meft_config)
         build.refuse_what_cannot_fit(model, self._meft_methods, self._meft_config)
         for method in self._meft_methods:
+            self._meft_undo.callback(method.release)
             method.prepare(model)
         trainable.settle(model, self._meft_config.train, self._meft_methods, tells=self.global_rank == 0)
         super()._configure_distributed_model(model)
@@ -99,99 +100,46 @@ class MeftEngine(SavingEngine):
 
     def _configure_optimizer(self, client_optimizer: Any, model_parameters: list[Any]) -> None:
         """The pipeline takes the place of the optimizer; the user's own one only holds the hyperparameters."""
-        if client_optimizer is None:
-            self.basic_optimizer = adamw_from_config(model_parameters, dict(self.optimizer_params() or {}))
-        else:
-            made = client_optimizer if hasattr(client_optimizer, "param_groups") else client_optimizer(model_parameters)
-            check_client_optimizer(made)
-            self.basic_optimizer = made
-        weights = WHOLE
-        if self._meft_stage3:
-            weights = self._partition(self.device)
-        ranks = build.find_ranks(self.seq_data_parallel_group, self.seq_dp_world_size, self.device)
-        bus = Bus(torch.device(self.device))
-        config = self._meft_config
-        run = self._meft_run = Run(
-            model=self.module,
-            groups=self.basic_optimizer.param_groups,
-            bus=bus,
-            ranks=ranks,
-            dtype=self._compute_dtype(),
-            moments_dtype=build.DTYPES[config.moments_dtype],
-            grad_dtype=build.grad_dtype(config, self._compute_dtype()),
-            weights=weights,
+        self.basic_optimizer = holder_of_groups(client_optimizer, model_parameters, self.optimizer_params() or {})
+        self._meft = build.build(
+            self._settled(), self._meft_methods, self._meft_config, writer=self.monitor, rank=self.global_rank
         )
-        claimed = {p for method in self._meft_methods for p in method.claim(run)}
-        units, plan = build.build_units(run, self._meft_methods, config, claimed)
-        engine = weakref.ref(self)
-        pipeline = build.pipeline(
-            units,
-            bus,
-            ranks,
-            self._meft_config.schedule,
-            settings=lambda: _alive(engine).optimizer.settings(),
-            closes_window=lambda: _alive(engine)._closes_window(),
-        )
-        self._meft_gates = build.install_gates(self.module, pipeline, weights)
-        self._meft_places = Places(self.module, units)
-        full_params.attach(self.module, pipeline)
-        self.optimizer = MeftOptimizer(
-            self.basic_optimizer,
-            pipeline,
-            clip=self.gradient_clipping(),
-            mean_over=ranks.world if self.gradient_average else 1,
-            compute_dtype=self._compute_dtype(),
-            static_loss_scale=self.loss_scale(),
-            dynamic_loss_scale=self.dynamic_loss_scale(),
-            loss_scale_args=self.dynamic_loss_scale_args(),
-            observed=self._observed_window,
-            after_step=self._after_meft_step,
-            zero_grad=lambda: self._forget_window("optimizer"),
-            at_end=self._at_meft_end,
-        )
-        if self._meft_stage3:
-            self.optimizer.lend(self._meft_zero3)
-        if hasattr(
-            DeepSpeedEngine, "_configure_compression_scheduler"
-        ):  # DeepSpeed 0.18 makes these two in this method
-            self.compression_scheduler = self._configure_compression_scheduler()
-            self.quantizer = self._configure_quantization()
-        self._meft_stats = Stats(pipeline=pipeline, methods=self._meft_methods, plan=plan)
-        self._meft_monitor = WindowMonitor(self.monitor, bus)
-        schedule = self._meft_config.schedule
-        self._meft_trace = (
-            None
-            if schedule.trace_file is None
-            else Trace(schedule.trace_file, schedule.trace_windows, rank=self.global_rank)
-        )
-        call_at_exit(self._at_meft_exit)
-        self._open_meft_window()
-        self._watch_exports()
-        self.module.zero_grad = ModuleZeroGrad(self.module, self)
-        self.module.meft_stats = lambda: e.meft_stats() if (e := engine()) is not None else {}
-        export.remember_trained(self.module, units, self._meft_methods)
-        if self._meft_config.sparse_adapter is not None or self._meft_config.sparse_matrix is not None:
-            export.save_plain_weights(self.module)
-        if self.global_rank == 0:
-            _log.info(self._first_line(plan))
+        self._meft_undo.callback(self._meft.release)
+        self.optimizer = self._make_optimizer()
+        self._enter_model()
 
     def backward(self, *args: Any, **kwargs: Any) -> Any:
         """Nobody is to train on half a backward, which an exception leaves."""
-        self.optimizer.pipeline.backward_begins()
+        self._meft.pipeline.backward_begins()
         try:
             return super().backward(*args, **kwargs)
         except BaseException as error:
-            self._backward_failed(error)
+            self._meft.backward_failed(error)
+            self._meft.open_window(self._loss_factor())
             raise
 
     def forward(self, *inputs: Any, **kwargs: Any) -> Any:
         """What trains must still be in the model."""
-        self._meft_places.check()
+        self._meft.check_places()
         return super().forward(*inputs, **kwargs)
+
+    def step(self, *args: Any, **kwargs: Any) -> None:
+        """A signal handler may run in the middle, and what it would save there is the state of no step at all; nor may
+        what an exception leaves behind be saved."""
+        pipeline = self._meft.pipeline
+        with self._meft.at_once("a step"):
+            pipeline.handed_over = False
+            try:
+                super().step(*args, **kwargs)
+            except BaseException as error:
+                if pipeline.handed_over:
+                    pipeline.fail(error)
+                raise
+            pipeline.handed_over = False
 
     def allreduce_gradients(self, *args: Any, **kwargs: Any) -> None:
         """Ranks reduce payloads inside the step, never dense gradients after each backward."""
-        self._meft_closing = self.is_gradient_accumulation_boundary()
+        self._meft.closing = self.is_gradient_accumulation_boundary()
         self.optimizer.backward_epilogue()  # DeepSpeed 0.18 calls only this after a backward in fp32
 
     def zero_grad(self) -> None:
@@ -205,163 +153,133 @@ class MeftEngine(SavingEngine):
     # -- for users ---------------------------------------------------------------------------------------------------
 
     def meft_stats(self) -> dict[str, Any]:
-        """Return plain numbers of the last accumulation window, and what is held where (docs/reference/statistics.md).
-
-        Example:
-            stats = engine.meft_stats()
-            print(stats["bytes_down_per_step"], stats["device_bytes"], stats["host_bytes"])
-        """
-        return self._meft_stats.report()
+        """Return counters of the last accumulation window, and what is held where (docs/reference/statistics.md)."""
+        return self._meft.telemetry.report()
 
     def meft_flush(self) -> None:
-        """Apply the updates that are still pending after a step, before your program reads weights by itself.
+        """Apply the updates that are still under way after a step, before a program reads weights by itself.
 
         Forwards, evaluation, `state_dict`, saving and `meft_stats` do it without being asked.
-
-        Example:
-            kept = model.lm_head.weight.data  # shares the weight's memory
-            engine.step()
-            engine.meft_flush()
-            print(kept.norm())
         """
-        self.optimizer.pipeline.flush()
-        self._meft_monitor.write(self.global_samples)
+        self._meft.flush(self.global_samples)
 
     # -- helpers -----------------------------------------------------------------------------------------------------
 
+    def _settled(self) -> Run:
+        """What is known once the model is where it computes. Collective."""
+        dtype = self._compute_dtype()
+        weights: Weights = WHOLE
+        if self._meft_stage3:
+            weights = self._partitioned_weights()
+            self._meft_undo.callback(weights.hooks.destroy)
+        return Run(
+            model=self.module,
+            groups=self.basic_optimizer.param_groups,
+            bus=Bus(torch.device(self.device)),
+            ranks=build.find_ranks(self.seq_data_parallel_group, self.seq_dp_world_size, self.device),
+            dtype=dtype,
+            moments_dtype=build.DTYPES[self._meft_config.moments_dtype],
+            grad_dtype=build.grad_dtype(self._meft_config, dtype),
+            weights=weights,
+        )
+
+    def _make_optimizer(self) -> MeftOptimizer:
+        """What DeepSpeed takes for its optimizer, and what drives the pipeline."""
+        run, pipeline = self._meft.run, self._meft.pipeline
+        optimizer = MeftOptimizer(
+            self.basic_optimizer,
+            pipeline,
+            clip=self.gradient_clipping(),
+            mean_over=run.ranks.world if self.gradient_average else 1,
+            compute_dtype=run.dtype,
+            static_loss_scale=self.loss_scale(),
+            dynamic_loss_scale=self.dynamic_loss_scale(),
+            loss_scale_args=self.dynamic_loss_scale_args(),
+            observed=self._meft.begin_step,
+            after_step=self._after_meft_step,
+            zero_grad=lambda: self._forget_window("optimizer"),
+            at_end=self._at_meft_end,
+        )
+        pipeline.settings, pipeline.closes_window = optimizer.settings, self._closes_window
+        if isinstance(run.weights, PartitionedWeights):
+            optimizer.lend(run.weights.hooks)
+        if hasattr(DeepSpeedEngine, "_configure_compression_scheduler"):
+            # DeepSpeed 0.18 makes these two in `_configure_optimizer`
+            self.compression_scheduler = self._configure_compression_scheduler()
+            self.quantizer = self._configure_quantization()
+        return optimizer
+
+    def _enter_model(self) -> None:
+        """Let the model answer for what its engine has made of it, and begin."""
+        model, runtime = self.module, self._meft
+        call_at_exit(self._at_meft_exit)
+        runtime.open_window(self._loss_factor())
+        # all ways out of a model take a state dict, the whole weights of stage 3 included
+        self._meft_undo.callback(model.register_state_dict_pre_hook(successor.BeforeExport(self)).remove)
+        model.zero_grad = ModuleZeroGrad(model, self)
+        model.meft_stats = _ModelStats(self)
+        export.remember_trained(model, runtime.pipeline.units, self._meft_methods)
+        if self._meft_config.sparse_adapter is not None or self._meft_config.sparse_matrix is not None:
+            export.save_plain_weights(model)
+        if self.global_rank == 0:
+            plan = runtime.plan
+            _log.info(
+                f"version {__version__}: {' and '.join(method.summary() for method in self._meft_methods)}, and "
+                f"{plan.dense_parameters:,} dense ones train; "
+                f"per step at most {in_units(plan.down)} down, {in_units(plan.up)} up; "
+                f"device {in_units(plan.device)} at most, host {in_units(plan.host)}"
+            )
+
     def _forget_window(self, call: Call) -> None:
         """`call` was to forget gradients; inside a step it is DeepSpeed itself, when nothing has been collected yet."""
-        pipeline = self.optimizer.pipeline
         # this rank's backward may be the one that has not come
         only = self.gradient_accumulation_steps() == 1 and self.is_gradient_accumulation_boundary()
-        if self._meft_amid is None and (
-            pipeline.is_broken or forgets(call, self._meft_asked_stage, closing=self._meft_closing or only)
+        if self._meft.amid is None and (
+            self._meft.pipeline.is_broken or forgets(call, self._meft_asked_stage, closing=self._meft.closing or only)
         ):
-            pipeline.drop()
-            for method in self._meft_methods:
-                method.forget_window()
-            self._meft_closing = False
-
-    def _backward_failed(self, error: BaseException) -> None:
-        forgot = self.optimizer.pipeline.backward_failed(error)
-        for p in self.module.parameters():
-            p.grad = None  # of hooks that never ran
-        for method in self._meft_methods:
-            method.forget_window()
-        if self._meft_stage3:
-            self._meft_zero3.partition_all_parameters()
-        self._open_meft_window()
-        if forgot:
-            _log.warning(
-                "a backward ended half way (%s: %s); what its accumulation window had collected is forgotten",
-                type(error).__name__,
-                error,
-            )
+            self._meft.forget_window()
 
     def _closes_window(self) -> bool:
         if any(method.observing for method in self._meft_methods):
             return False  # nothing of a watched window is sent
         return not self.inside_no_sync_ctxt and self.is_gradient_accumulation_boundary()
 
-    def _observed_window(self) -> bool | None:
-        """None when no method watches; else whether the window that ends counts. The first thing in a step."""
-        self._meft_places.check()
-        if self._meft_stage3:
-            # modules whose backward did not end in a hook still hold theirs, and slices are about to change
-            self._meft_zero3.partition_all_parameters()
-        watching = [method for method in self._meft_methods if method.observing]
-        # what they have seen is about to change in a step that trains nothing
-        self.optimizer.pipeline.handed_over = bool(watching)
-        return None if not watching else all([method.end_observed_window() for method in watching])
-
-    def _end_observing(self) -> None:
-        """Let methods that have seen enough begin to train."""
-        for method in self._meft_methods:
-            if method.observing and (units := method.observed(self._meft_run)) is not None:
-                self._admit(units)
-                self._announce(method)
-
-    def _admit(self, units: list[Unit]) -> None:
-        pipeline = self.optimizer.pipeline
-        pipeline.give_up_window()
-        pipeline.admit(units)
-        for handle in self._meft_gates:
-            handle.remove()
-        self._meft_gates = build.install_gates(self.module, pipeline, self._meft_run.weights)
-        self._meft_places = Places(self.module, pipeline.units)
-
-    def _announce(self, method: Method) -> None:
-        if self.global_rank == 0:
-            _log.info("%s; training begins", method.summary())
-
     def _after_meft_step(self, result: StepResult) -> None:
-        # the step has applied what the one before it left under way, and DeepSpeed has not counted its samples yet
-        self._meft_monitor.write(self.global_samples)
-        self._meft_monitor.note(self._meft_stats.close_window(result.times), result)
-        if self._meft_trace is not None:
-            self._meft_trace.add(result.times)
-        self._end_observing()
-        self._open_meft_window()
+        # DeepSpeed counts the step's samples after it
+        self._meft.end_step(result, samples=self.global_samples, loss_factor=self._loss_factor())
 
     def _at_meft_exit(self) -> None:
-        self.optimizer.pipeline.finish_at_exit()
+        self._meft.pipeline.finish_at_exit()
         self._at_meft_end()
 
     def _at_meft_end(self) -> None:
-        self._say_untrained(at_end=True)
-        while self._meft_gates:  # a model outlives an engine that refuses
-            self._meft_gates.pop().remove()
-        full_params.detach(self.module)
-        self._leave_model()
-        if self._meft_trace is not None:
-            self._meft_trace.close()
-        try:
-            self.optimizer.pipeline.flush()
-        except RuntimeError:  # a lane has failed: the last window's bytes never all went up
-            return
-        self._meft_monitor.write(self.global_samples)
+        self._warn_untrained(at_end=True)
+        self._meft_undo.close()
+        self._meft.telemetry.close()
+        # when a lane has failed, the last window's bytes never all went up
+        with contextlib.suppress(RuntimeError):
+            self.meft_flush()
 
-    def _leave_model(self) -> None:
-        """The model may get another engine, and is as the program left it, but for what was learned. DeepSpeed's own
-        hooks would call this engine in the forwards of the next one, and keep it."""
-        here = self.__dict__  # where it lacks something, DeepSpeed asks the model
-        if here.get("_meft_left"):
-            return  # another engine may be there by now
-        self._meft_left = True
-        for name in (
-            "module_forward_pre_hook",
-            "module_forward_post_hook",
-            "first_dataloader_check",
-            "_meft_export_hook",
-            "_meft_fed",
-        ):
-            if (handle := here.get(name)) is not None:
+    def _remove_hooks_of_deepspeed(self) -> None:
+        """DeepSpeed's own hooks would call this engine in the forwards of the next one, and keep it."""
+        for name in ("module_forward_pre_hook", "module_forward_post_hook", "first_dataloader_check"):
+            # where the engine lacks an attribute, DeepSpeed asks the model for it
+            if (handle := self.__dict__.get(name)) is not None:
                 handle.remove()
-        for handle in here.get("_meft_gates", ()):
-            handle.remove()
-        self._meft_gates = []
-        for method in here.get("_meft_methods", ()):
-            method.release()
-        if "_meft_zero3" in here:
-            self._meft_zero3.destroy()
-        if (model := here.get("_modules", {}).get("module")) is not None:
-            trainable.thaw(model)
-
-    def _open_meft_window(self) -> None:
-        self._meft_closing = False
-        for method in self._meft_methods:
-            method.end_window(self.optimizer.cur_scale / self.gradient_accumulation_steps())
 
     def _compute_dtype(self) -> torch.dtype:
         return torch.float16 if self.fp16_enabled() else torch.bfloat16 if self.bfloat16_enabled() else torch.float32
 
-    def _first_line(self, plan: build.Plan) -> str:
-        return (
-            f"version {__version__}: {' and '.join(method.summary() for method in self._meft_methods)}, and "
-            f"{plan.dense_parameters:,} dense ones train; "
-            f"per step at most {in_units(plan.down)} down, {in_units(plan.up)} up; "
-            f"device {in_units(plan.device)} at most, host {in_units(plan.host)}"
-        )
+
+class _ModelStats(ModelHook):
+    """A model's `meft_stats`, which gives {} once its engine is gone."""
+
+    def __init__(self, engine: MeftEngine | None = None) -> None:
+        self._find = None if engine is None else weakref.ref(engine)
+
+    def __call__(self) -> dict[str, Any]:
+        engine = None if self._find is None else self._find()
+        return {} if engine is None else engine.meft_stats()
 
 
 def refuse_engine(cls: type) -> None:
@@ -377,9 +295,3 @@ def refuse_engine(cls: type) -> None:
     }
     fix = fixes.get(cls.__name__, "use deepspeed.initialize with a plain nn.Module")
     raise ValueError(f'the "{BLOCK}" block does not go with {cls.__name__}: {fix}, or remove the block')
-
-
-def _alive(engine: weakref.ref[MeftEngine]) -> MeftEngine:
-    found = engine()
-    assert found is not None, "the pipeline outlived its engine"
-    return found

@@ -14,8 +14,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from meft_ds.offload.flat_unit import FlatUnit
 from meft_ds.offload.pipeline import Pipeline
+from meft_ds.offload.unit import Unit
 
 _OF_STAGES_0_TO_2 = ("_hp_mapping", "get_full_hp_param", "set_full_hp_param", "get_full_hp_grad", "set_full_hp_grad")
 
@@ -115,16 +115,15 @@ class _FullState:
 
         return refuse
 
-    def _unit_of(self, param: Tensor) -> tuple[FlatUnit, int] | None:
+    def _unit_of(self, param: Tensor) -> tuple[Unit, int] | None:
         pipeline = self._find()
         if pipeline is None:
             return None
         for unit in pipeline.units:
-            if isinstance(unit, FlatUnit):
-                for index, (_, p) in enumerate(unit.params):
-                    if p is param:
-                        pipeline.touched(unit)
-                        return unit, index
+            for index, (_, p) in enumerate(unit.params):
+                if p is param:
+                    pipeline.touched(unit)
+                    return unit, index
         return None
 
     def __reduce__(self) -> Any:

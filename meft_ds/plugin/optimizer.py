@@ -5,13 +5,13 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from deepspeed.runtime.base_optimizer import ZeROOptimizer
 from deepspeed.runtime.fp16.loss_scaler import CreateLossScaler
-from torch import Tensor, nn
+from torch import Tensor
 
 from meft_ds.offload.pipeline import Pipeline
 from meft_ds.offload.ranks import Ranks
@@ -225,10 +225,25 @@ class MeftOptimizer(ZeROOptimizer):
             self._at_end()
 
 
-def adamw_from_config(
-    params: Iterable[nn.Parameter] | list[dict[str, Any]], settings: dict[str, Any]
-) -> torch.optim.AdamW:
-    """The ds_config's "optimizer.params" as an AdamW that only serves as the holder of parameter groups."""
+def holder_of_groups(given: Any, params: list[Any], settings: Mapping[str, Any]) -> torch.optim.Optimizer:
+    """Return an optimizer that only holds parameter groups: the user's own, or an AdamW.
+
+    Args:
+        given: the program's optimizer or what makes one of `params`; None where the ds_config has it.
+        params: parameters or groups of them.
+        settings: the ds_config's "optimizer.params".
+
+    Raises:
+        ValueError: when the update is not AdamW's, or for numbers that AdamW is not defined for.
+    """
+    if given is None:
+        return _adamw_from_config(params, settings)
+    made = given if hasattr(given, "param_groups") else given(params)
+    _check_client_optimizer(made)
+    return made
+
+
+def _adamw_from_config(params: list[Any], settings: Mapping[str, Any]) -> torch.optim.AdamW:
     for key in settings:
         if key not in READ and key not in _IGNORABLE and Ranks.everyone().rank == 0:
             logger.warning("optimizer.params.%s is skipped: the host AdamW has no such setting", key)
@@ -237,7 +252,7 @@ def adamw_from_config(
     return torch.optim.AdamW(params, **{k: v for k, v in settings.items() if k in READ})
 
 
-def check_client_optimizer(optimizer: Any) -> None:
+def _check_client_optimizer(optimizer: Any) -> None:
     """Refuse optimizers whose update is not AdamW's.
 
     Raises:

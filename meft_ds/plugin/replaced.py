@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from meft_ds.offload.flat_unit import FlatUnit
 from meft_ds.offload.model.weights import shape_of
+from meft_ds.offload.unit import Unit
 
 
 class Places:
@@ -20,8 +20,8 @@ class Places:
     A check looks up each module and parameter once where it was, and walks through the model only when one is gone.
     """
 
-    def __init__(self, model: nn.Module, units: Iterable[object]) -> None:
-        params = [(name, p) for unit in units if isinstance(unit, FlatUnit) for name, p in unit.params]
+    def __init__(self, model: nn.Module, units: Iterable[Unit]) -> None:
+        params = [(name, p) for unit in units for name, p in unit.params]
         held = {id(p) for p in model.parameters()}
         self._model = model
         self._trained = [(name, p, shape_of(p)) for name, p in params if id(p) in held]

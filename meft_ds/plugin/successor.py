@@ -4,10 +4,12 @@
 from __future__ import annotations
 
 import logging
+import weakref
 from typing import Any
 
 from torch import nn
 
+from meft_ds.offload.model.hooks import ModelHook
 from meft_ds.plugin import trainable
 from meft_ds.sparse_adapter import attach, base
 
@@ -39,7 +41,7 @@ def detach(model_or_engine: nn.Module) -> None:
 def make_way(model: nn.Module) -> None:
     """Before another engine takes `model`: destroy the one that trains it or parts of it, and let train again what it
     froze. Programs that start anew (another batch size, another call of train) do not always destroy it."""
-    for engine in {id(e): e for module in model.modules() for e in _engines_of(module)}.values():
+    for engine in {id(e): e for module in model.modules() for e in trained_by(module)}.values():
         _logger.debug("another engine takes the model; the one before is destroyed")
         try:
             engine.destroy()
@@ -48,8 +50,18 @@ def make_way(model: nn.Module) -> None:
     trainable.thaw(model)
 
 
-def _engines_of(module: nn.Module) -> list[Any]:
-    """Engines that live and train exactly this module; a copy of it is trained by none."""
-    from meft_ds.plugin.checkpoint.overrides import trained_by
+class BeforeExport(ModelHook):
+    """Before the `state_dict` of the model that an engine was given; it also says which engine that is."""
 
-    return [engine for engine in trained_by(module) if engine.module is module]
+    def __init__(self, engine: Any = None) -> None:
+        self.find = None if engine is None else weakref.ref(engine)
+
+    def __call__(self, model: nn.Module, prefix: str, keep_vars: bool) -> None:
+        if self.find is not None and (engine := self.find()) is not None:
+            engine._warn_untrained()
+
+
+def trained_by(model: nn.Module) -> list[Any]:
+    """Engines that live and were given `model`, and have not been destroyed."""
+    hooks = [hook for hook in model._state_dict_pre_hooks.values() if isinstance(hook, BeforeExport)]
+    return [engine for hook in hooks if hook.find is not None and (engine := hook.find()) is not None]

@@ -1,79 +1,44 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a run did in its last accumulation window, as `engine.meft_stats()` reports it."""
+"""What a run did in its last accumulation window: `engine.meft_stats()`, DeepSpeed's monitor, and the trace."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
-from meft_ds.offload.dense_unit import DenseUnit
 from meft_ds.offload.host.transfer import Bus, training_bytes
 from meft_ds.offload.method import Method
 from meft_ds.offload.pipeline import Pipeline
 from meft_ds.offload.schedule.timing import WindowTimes
+from meft_ds.offload.schedule.trace import Trace
 from meft_ds.offload.schedule.window import StepResult
-from meft_ds.plugin.build import Plan
 
-
-class Stats:
-    """Keeps the counters of the last closed window."""
-
-    def __init__(self, *, pipeline: Pipeline, methods: list[Method], plan: Plan) -> None:
-        self._pipeline, self._methods, self._plan = pipeline, methods, plan
-        self._dense = [unit for unit in pipeline.units if isinstance(unit, DenseUnit)]
-        self._closed: int | None = None
-        self._times: WindowTimes | None = None
-        self._steps = 0
-
-    def close_window(self, times: WindowTimes) -> int:
-        """Take note of the window that just ended; returns its number."""
-        closed = self._pipeline.bus.close_window()
-        self._closed, self._times = closed, replace(times, spans=(), marks=())  # sums are all that is reported
-        self._steps += 1
-        return closed
-
-    def report(self) -> dict[str, Any]:
-        """Plain numbers and lists, ready for JSON."""
-        self._pipeline.flush()  # the window's last bytes go up only then
-        counts = {} if self._closed is None else self._pipeline.bus.counts_of(self._closed)
-        down, up = training_bytes(counts)
-        of_methods = {method.name: method.stats() for method in self._methods}
-        on_device = sum(stats.pop("device_bytes") for stats in of_methods.values())
-        return {
-            "steps": self._steps,
-            "bytes_down_per_step": down,
-            "bytes_up_per_step": up,
-            "bytes": counts,
-            "device_bytes": on_device + sum(unit.footprint().device for unit in self._dense),
-            "host_bytes": self._plan.host,
-            **of_methods.pop("sparse_adapter", {}),  # at the top level since before there were other methods
-            **of_methods,
-            **self._schedule(),
-        }
-
-    def _schedule(self) -> dict[str, Any]:
-        times, tuner = self._times, self._pipeline.tuner
-        if times is None:
-            return {}
-        return {
-            "schedule_mode": tuner.choice or tuner.mode,
-            "step_s": times.wall_s,
-            "compute_s": times.compute_s,
-            "stall_s": times.stall_s,
-            "norm_wait_s": times.norm_s,
-            "hooks_s": times.hooks_s,
-            "down_s": times.down_s,
-            "host_update_s": times.host_s,
-            "up_s": times.up_s,
-            "payloads": times.payloads,
-            "bound_s": times.bound_s,
-            "efficiency": times.efficiency,
-        }
-
-
+MONITORED = ("step_s", "bound_s", "efficiency", "stall_s", "norm_wait_s", "host_update_s", "payloads")
+"""What of `WindowTimes` DeepSpeed's monitor gets."""
+REPORTED = (*MONITORED, "compute_s", "hooks_s", "down_s", "up_s")
+"""What of `WindowTimes` `meft_stats` reports."""
 TAG = "Train/Samples/meft_"
 
 Event = tuple[str, float, int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What the run will hold and move at most, known before anything is allocated.
+
+    Attributes:
+        host: bytes of this node's memory.
+        device, down, up: bytes of this rank.
+        dense_parameters, dense_device: how many parameters train whole, and the device bytes of their units.
+    """
+
+    host: int
+    device: int
+    down: int
+    up: int
+    dense_parameters: int
+    dense_device: int
 
 
 class Writer(Protocol):
@@ -85,8 +50,80 @@ class Writer(Protocol):
         """Write (tag, value, samples so far) to every configured place."""
 
 
+class Telemetry:
+    """Keeps the numbers of the last closed window, and hands them to whoever wants them.
+
+    Args:
+        pipeline: measures its windows.
+        methods: have numbers of their own.
+        plan: what was planned.
+        writer: DeepSpeed's monitor.
+        trace: gets every window; None where the block names no trace file.
+
+    Attributes:
+        steps: windows closed so far.
+    """
+
+    def __init__(
+        self, *, pipeline: Pipeline, methods: Sequence[Method], plan: Plan, writer: Writer, trace: Trace | None = None
+    ) -> None:
+        self._pipeline, self._methods, self._plan = pipeline, methods, plan
+        self._monitor = WindowMonitor(writer, pipeline.bus)
+        self.trace = trace
+        self._closed: int | None = None
+        self._times: WindowTimes | None = None
+        self.steps = 0
+
+    def close_window(self, result: StepResult, samples: int) -> None:
+        """Take note of the window that a step ended. `samples` were trained on before that step.
+
+        The step has applied what the one before it left under way, so the window before is complete now.
+        """
+        self._monitor.write(samples)
+        self._closed = self._pipeline.bus.close_window()
+        self._times = replace(result.times, spans=(), marks=())  # sums are all that is reported
+        self.steps += 1
+        self._monitor.note(self._closed, result)
+        if self.trace is not None:
+            self.trace.add(result.times)
+
+    def write(self, samples: int) -> None:
+        """Hand the last window to DeepSpeed's monitor, unless it has been. All its updates must be applied."""
+        self._monitor.write(samples)
+
+    def close(self) -> None:
+        """Write the trace, if it has not been written."""
+        if self.trace is not None:
+            self.trace.close()
+
+    def report(self) -> dict[str, Any]:
+        """Return plain numbers and lists, ready for JSON."""
+        self._pipeline.flush()  # the window's last bytes go up only then
+        counts = {} if self._closed is None else self._pipeline.bus.counts_of(self._closed)
+        down, up = training_bytes(counts)
+        of_methods = {method.name: method.stats() for method in self._methods}
+        on_device = sum(stats.pop("device_bytes") for stats in of_methods.values())
+        return {
+            "steps": self.steps,
+            "bytes_down_per_step": down,
+            "bytes_up_per_step": up,
+            "bytes": counts,
+            "device_bytes": on_device + self._plan.dense_device,
+            "host_bytes": self._plan.host,
+            **of_methods.pop("sparse_adapter", {}),  # at the top level since before there were other methods
+            **of_methods,
+            **self._schedule(),
+        }
+
+    def _schedule(self) -> dict[str, Any]:
+        if self._times is None:
+            return {}
+        tuner = self._pipeline.tuner
+        return {"schedule_mode": tuner.choice or tuner.mode, **{name: getattr(self._times, name) for name in REPORTED}}
+
+
 class WindowMonitor:
-    """Writes each closed window once. Does nothing while the monitor is off.
+    """Writes each closed window to DeepSpeed's monitor once. Does nothing while the monitor is off.
 
     Args:
         writer: DeepSpeed's monitor.
@@ -101,23 +138,15 @@ class WindowMonitor:
         """Keep what `write` will write: `window` has just been closed by the step that gave `result`."""
         if not self._writer.enabled:
             return
-        times = result.times
-        values = {
-            "step_s": times.wall_s,
-            "bound_s": times.bound_s,
-            "efficiency": times.efficiency,
-            "stall_s": times.stall_s,
-            "norm_wait_s": times.norm_s,
-            "host_update_s": times.host_s,
-            "payloads": float(times.payloads),
-        }
+        values = {name: float(getattr(result.times, name)) for name in MONITORED}
         if not result.overflow:  # a skipped step has no norm
             values["grad_norm"] = result.grad_norm
         self._closed = window, values
 
     def write(self, samples: int) -> None:
-        """Write the window noted last, unless that was done. Call when all its updates are applied, before the bus
-        closes the window after it.
+        """Write the window noted last, unless that was done.
+
+        Call it when all its updates are applied, and before the bus closes the window after it.
 
         Args:
             samples: trained on until the end of the noted window.

@@ -16,21 +16,28 @@ import deepspeed
 import torch
 from torch import Tensor, nn
 
-from meft_ds.offload.flat_unit import FlatUnit
 from meft_ds.offload.model.gradient_checkpointing import inside_backward
 from meft_ds.offload.model.hooks import ModelHook
 from meft_ds.offload.model.weights import Piece, Weights, rectangles, shape_of
 from meft_ds.offload.pipeline import Pipeline
 from meft_ds.offload.ranks import Ranks
+from meft_ds.offload.unit import Unit
 
 
 class PartitionedWeights(Weights):
-    """Parameters in slices, `ds_tensor` of ceil(numel / ranks) elements (the last ones may be padding)."""
+    """Parameters in slices, `ds_tensor` of ceil(numel / ranks) elements (the last ones may be padding).
+
+    Args:
+        device: where the model computes.
+        group: of the ranks that hold slices.
+        hooks: DeepSpeed's own that gather and partition (`DeepSpeedZeRoOffload`).
+    """
 
     partitioned = True
 
-    def __init__(self, device: torch.device, group: Any) -> None:
+    def __init__(self, device: torch.device, group: Any, hooks: Any) -> None:
         self.anchor = torch.zeros((), device=device, requires_grad=True)
+        self.hooks = hooks
         self._device, self._rank = device, torch.distributed.get_rank(group)
         self._on_device: dict[int, Tensor] = {}  # copies of slices that are elsewhere, until they have changed
         self._streams = Streams(device)
@@ -57,6 +64,9 @@ class PartitionedWeights(Weights):
         for lo, hi, rows, cols in rectangles(max(first, 0), min(first + held.numel(), m * n), n):
             part = held[lo - first : hi - first].view(rows.stop - rows.start, cols.stop - cols.start)
             yield Piece(part, rows, cols, lo)
+
+    def partition_again(self) -> None:
+        self.hooks.partition_all_parameters()
 
     def changed(self, p: Tensor) -> None:
         held: Any = p
@@ -117,7 +127,7 @@ class Streams:
 
 
 def guard_gathers(
-    model: nn.Module, units: Sequence[FlatUnit], pipeline: Pipeline, weights: PartitionedWeights
+    model: nn.Module, units: Sequence[Unit], pipeline: Pipeline, weights: PartitionedWeights
 ) -> list[Any]:
     """Let no gather read a slice that is being updated; returns handles whose `remove` takes the guard away.
 

@@ -186,8 +186,8 @@ def test_a_bad_trace_file_stops_the_engine_before_the_training(tmp_path: Path) -
 def test_no_spans_are_kept_after_a_window_was_reported(tmp_path: Path) -> None:
     engine = make_engine(config_for("exact", trace_file=str(tmp_path / "t.json"), trace_windows=1))
     train(engine, STEPS)
-    assert len(engine._meft_stats._times.spans) == len(engine._meft_stats._times.marks) == 0
-    assert engine._meft_trace._events == []
+    assert len(engine._meft.telemetry._times.spans) == len(engine._meft.telemetry._times.marks) == 0
+    assert engine._meft.telemetry.trace._events == []
     engine.destroy()
 
 

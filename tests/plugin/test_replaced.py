@@ -61,5 +61,5 @@ def test_a_look_at_all_places_walks_through_no_model(monkeypatch: pytest.MonkeyP
     engine = make_engine(ds_config(block=BLOCKS["subspace"]))
     train(engine, 1)
     monkeypatch.setattr(nn.Module, "named_parameters", lambda *args, **kwargs: pytest.fail("it walks"))
-    engine._meft_places.check()
-    assert len(engine._meft_places._sizes) > 3
+    engine._meft._places.check()
+    assert len(engine._meft._places._sizes) > 3

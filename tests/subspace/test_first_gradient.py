@@ -45,7 +45,7 @@ class Branching(nn.Module):
 
 
 def overlapping(serial: Pipeline, model: nn.Module) -> Pipeline:
-    pipeline = Pipeline(serial.units, Bus(CPU), serial.ranks, serial._settings, mode="exact")
+    pipeline = Pipeline(serial.units, Bus(CPU), serial.ranks, serial.settings, mode="exact")
     update_gates.install(model, serial.units, pipeline)  # type: ignore[arg-type]
     pipeline.method = serial.method  # type: ignore[attr-defined]
     return pipeline

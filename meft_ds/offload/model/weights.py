@@ -60,6 +60,9 @@ class Weights:
         """Show `params` whole inside; with `change` every rank may write the same into them. Collective."""
         yield
 
+    def partition_again(self) -> None:
+        """Take back to slices what is still gathered: a forward or backward that an exception ended holds its own."""
+
     def pieces(self, p: Tensor, expert: int | None = None, *, write_only: bool = False) -> Iterator[Piece]:
         """Yield the rectangles of `p` [m, n], or of matrix `expert` of `p` [experts, m, n], that this rank writes.
 

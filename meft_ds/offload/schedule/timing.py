@@ -36,21 +36,21 @@ class Span(NamedTuple):
 class WindowTimes:
     """One accumulation window in seconds; a sum runs over its micro-batches or over all units.
 
-    `wall_s` is forwards, backwards and the step; what the training program does between them is left out.
-    Sums of `down_s`, `host_s`, `up_s` are of work that ran in this window: with an overlapping schedule the host
+    `step_s` is forwards, backwards and the step; what the training program does between them is left out.
+    Sums of `down_s`, `host_update_s`, `up_s` are of work that ran in this window: with an overlapping schedule the host
     updates and uploads of the step before it.
     """
 
-    wall_s: float
+    step_s: float
     forward_s: float
     backward_s: float
     first_forward_s: float
     last_backward_s: float
     stall_s: float  # the training thread waited for an update
-    norm_s: float  # the training thread waited for the payloads, the norm and the verdict
+    norm_wait_s: float  # the training thread waited for the payloads, the norm and the verdict
     hooks_s: float  # the training thread's own work for the schedule: collecting and applying
     down_s: float
-    host_s: float  # norms and updates
+    host_update_s: float  # norms and updates
     up_s: float
     tail_s: float  # down + host + up of the shallowest layer
     payloads: int
@@ -65,12 +65,12 @@ class WindowTimes:
     @property
     def bound_s(self) -> float:
         """The busiest lane, and what the first layer cannot hide (docs/explanation/schedule.md)."""
-        return max(self.compute_s, self.down_s, self.host_s, self.up_s) + self.tail_s
+        return max(self.compute_s, self.down_s, self.host_update_s, self.up_s) + self.tail_s
 
     @property
     def efficiency(self) -> float:
         """bound / measured, at most 1."""
-        return min(1.0, self.bound_s / self.wall_s) if self.wall_s > 0 else 1.0
+        return min(1.0, self.bound_s / self.step_s) if self.step_s > 0 else 1.0
 
 
 class Timeline:
@@ -116,16 +116,16 @@ class Timeline:
         main = {what: sum(s.seconds for s in spans if s.lane == "main" and s.what == what) for what in _MAIN}
         step = next((at for what, at, _ in marks if what == "step"), marks[-1][1])
         return WindowTimes(
-            wall_s=sum(forwards) + sum(backwards) + marks[-1][1] - step,
+            step_s=sum(forwards) + sum(backwards) + marks[-1][1] - step,
             forward_s=sum(forwards),
             backward_s=sum(backwards),
             first_forward_s=forwards[0] if forwards else 0.0,
             last_backward_s=backwards[-1] if backwards else 0.0,
             stall_s=main["stall"],
-            norm_s=main["norm"],
+            norm_wait_s=main["norm"],
             hooks_s=main["collect"] + main["apply"],
             down_s=total["down"],
-            host_s=total["host"],
+            host_update_s=total["host"],
             up_s=total["up"],
             tail_s=sum(s.seconds for s in spans if s.lane != "main" and s.unit in self._shallowest),
             payloads=sum(s.lane == "down" for s in spans),

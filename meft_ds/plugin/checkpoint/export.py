@@ -59,9 +59,9 @@ def save_adapter(model_or_engine: nn.Module, directory: str | Path) -> None:
             f"{type(model).__name__} has no meft-ds adapter; pass the engine that deepspeed.initialize returned for a "
             'config with a "meft_offload" block'
         )
-    refuse: Any = getattr(model_or_engine, "_refuse_inside_step", None)  # a bare model knows of no step
-    if refuse is not None:
-        refuse("save_adapter")
+    runtime: Any = getattr(model_or_engine, "_meft", None)  # a bare model knows of no step
+    if runtime is not None:
+        runtime.refuse_inside_step("save_adapter")
     update_gates.flush(model)  # rows wait for their update by themselves, routers do not
     if any(map(is_partitioned, needed_from(model).values())):
         write_adapter_together(directory, model, Ranks.everyone())
@@ -138,8 +138,8 @@ def save_tiles(engine: Any, path: str | Path) -> None:
             "trained; call save_tiles when training has begun"
         )
     engine.meft_flush()
-    ranks = engine._meft_run.ranks
-    units = [unit for unit in engine.optimizer.pipeline.units if isinstance(unit, TilesUnit)]
+    ranks = engine._meft.run.ranks
+    units = [unit for unit in engine._meft.pipeline.units if isinstance(unit, TilesUnit)]
     originals = [unit.originals().cpu() for unit in units]
     values = [unit.values().cpu() for unit in units]  # here and not below: of partitioned weights it takes all ranks
     with first_writes(path, ranks):

@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import weakref
 from collections.abc import Callable, Iterator, Mapping
-from functools import wraps
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,56 +17,27 @@ import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import nn
 
-from meft_ds.offload import update_gates
-from meft_ds.offload.flat_unit import FlatUnit
-from meft_ds.offload.method import Method, Run
-from meft_ds.offload.model.gradient_checkpointing import inside_backward
-from meft_ds.offload.model.hooks import ModelHook
-from meft_ds.offload.model.weights import Weights
 from meft_ds.plugin import zero3
 from meft_ds.plugin.checkpoint import ds_files, export, state
 from meft_ds.plugin.checkpoint.transaction import Saving
 from meft_ds.plugin.optimizer import MeftOptimizer
+from meft_ds.plugin.runtime import Runtime
 
 logger = logging.getLogger("meft_ds")
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-def _at_once(what: str, *, refuses: bool = False) -> Callable[[F], F]:
-    """For a method of the engine that a signal handler may come into the middle of, while state is that of no step:
-    nothing that `refuses` begins there."""
+class CheckpointOverrides(DeepSpeedEngine):
+    """Overrides that work with an engine's `Runtime`."""
 
-    def of(method: F) -> F:
-        @wraps(method)
-        def done(self: SavingEngine, *args: Any, **kwargs: Any) -> Any:
-            if refuses:
-                self._refuse_inside_step(method.__name__)
-            before, self._meft_amid = self._meft_amid, what
-            try:
-                return method(self, *args, **kwargs)
-            finally:
-                self._meft_amid = before
-
-        return done  # type: ignore[return-value]
-
-    return of
-
-
-class SavingEngine(DeepSpeedEngine):
-    """The overrides; `MeftEngine` makes what they work with."""
-
-    _meft_methods: list[Method]
-    _meft_run: Run
+    _meft: Runtime
     _meft_stage3: bool
     optimizer: MeftOptimizer
 
     _meft_stage = 0
-    _meft_closing = False  # the accumulation window's last backward has come
     _meft_whole: dict[str, torch.Tensor] | None = None  # while files are written or read: what the first rank gathered
     _meft_plain = False  # while plain weights are written
-    _meft_amid: str | None = None  # what has begun and not ended
-    _meft_told = ""  # the last warning that nothing was trained
 
     # -- ZeRO ----------------------------------------------------------------------------------------------------------
 
@@ -84,14 +53,15 @@ class SavingEngine(DeepSpeedEngine):
         """Stage 3 partitions parameters as ever. Only checkpoints are as in the other stages: whole, and so of any."""
         return self._meft_stage3 and self._meft_whole is None
 
-    def _partition(self, device: Any) -> Weights:
-        """DeepSpeed's own hooks that gather and partition parameters, without its optimizer."""
+    def _partitioned_weights(self) -> zero3.PartitionedWeights:
+        """The model's weights under stage 3, with DeepSpeed's own hooks that gather and partition them, but without its
+        optimizer."""
         self._meft_stage = 3
         try:
-            self._meft_zero3 = super()._configure_zero_optimizer(optimizer=None)
+            hooks = super()._configure_zero_optimizer(optimizer=None)
         finally:
             self._meft_stage = 0
-        return zero3.PartitionedWeights(torch.device(device), self.seq_data_parallel_group)
+        return zero3.PartitionedWeights(torch.device(self.device), self.seq_data_parallel_group, hooks)
 
     @contextlib.contextmanager
     def _as_whole(self, *, read: bool = False) -> Iterator[None]:
@@ -105,21 +75,6 @@ class SavingEngine(DeepSpeedEngine):
 
     # -- checkpoints ---------------------------------------------------------------------------------------------------
 
-    @_at_once("a step")
-    def step(self, *args: Any, **kwargs: Any) -> None:
-        """A signal handler may run in the middle, and what it would save there is the state of no step at all; nor may
-        what an exception leaves behind be saved."""
-        pipeline = self.optimizer.pipeline
-        pipeline.handed_over = False
-        try:
-            super().step(*args, **kwargs)
-        except BaseException as error:
-            if pipeline.handed_over:
-                pipeline.fail(error)
-            raise
-        pipeline.handed_over = False
-
-    @_at_once("a save", refuses=True)
     def save_checkpoint(
         self,
         save_dir: str,
@@ -130,32 +85,33 @@ class SavingEngine(DeepSpeedEngine):
     ) -> bool:
         """DeepSpeed's checkpoint plus ours, under one manifest; `latest` is written when both are complete."""
         tag = f"global_step{self.global_steps}" if tag is None else str(tag)
-        self.meft_flush()
-        saving = Saving(Path(save_dir), tag, self._meft_run.ranks)
-        with self._as_whole(read=True), ds_files.through(self, saving):
-            super().save_checkpoint(
-                save_dir,
-                tag=tag,
-                client_state=client_state or {},
-                save_latest=False,
-                exclude_frozen_parameters=exclude_frozen_parameters,
+        run, methods = self._meft.run, self._meft.methods
+        with self._meft.at_once("a save", refuses="save_checkpoint"):
+            self._meft.flush(self.global_samples)
+            saving = Saving(Path(save_dir), tag, run.ranks)
+            with self._as_whole(read=True), ds_files.through(self, saving):
+                super().save_checkpoint(
+                    save_dir,
+                    tag=tag,
+                    client_state=client_state or {},
+                    save_latest=False,
+                    exclude_frozen_parameters=exclude_frozen_parameters,
+                )
+            if saving.ranks.rank == 0:
+                rows = any(method.name == "sparse_adapter" for method in methods)
+                ds_files.write_optimizer_file(saving, rows=rows)
+            state.save(
+                saving,
+                self._meft.pipeline.units,
+                counters=self.optimizer.counters(),
+                about=self._about(),
+                methods={method.name: method.state(run) for method in methods},
             )
-        if saving.ranks.rank == 0:
-            rows = any(method.name == "sparse_adapter" for method in self._meft_methods)
-            ds_files.write_optimizer_file(saving, rows=rows)
-        state.save(
-            saving,
-            self.optimizer.pipeline.units,
-            counters=self.optimizer.counters(),
-            about=self._about(),
-            methods={method.name: method.state(self._meft_run) for method in self._meft_methods},
-        )
-        if save_latest and saving.ranks.rank == 0:
-            saving.latest()
-        saving.agree()
+            if save_latest and saving.ranks.rank == 0:
+                saving.latest()
+            saving.agree()
         return True
 
-    @_at_once("a load")
     def load_checkpoint(
         self,
         load_dir: str,
@@ -170,40 +126,53 @@ class SavingEngine(DeepSpeedEngine):
         tag = tag if tag is not None else state.latest_tag(Path(load_dir))
         if tag is None:
             return super().load_checkpoint(load_dir)  # logs what is missing, as without us
-        folder = Path(load_dir) / str(tag) / state.FOLDER
-        pipeline = self.optimizer.pipeline
-        pipeline.rest()  # what is under way must not land in the loaded state
-        if self._meft_stage3:
-            self._meft_zero3.partition_all_parameters()  # what an evaluation left gathered would be old
-        manifest = state.verify(
-            folder,
-            self.optimizer.pipeline.units,
-            self._meft_run.ranks,
-            about=self._about(),
-            accepts=lambda key, saved: any(method.accepts_fingerprint(key, saved) for method in self._meft_methods),
-        )
-        moments = load_optimizer_states and not load_module_only
-        with pipeline.replaced(whole=moments):
-            self._load_methods(folder, manifest, moments=moments)
-            with self._as_whole(), ds_files.through(self):
-                path, client_state = super().load_checkpoint(
-                    load_dir,
-                    tag=tag,
-                    load_module_strict=load_module_strict,
-                    load_optimizer_states=load_optimizer_states,
-                    load_lr_scheduler_states=load_lr_scheduler_states,
-                    load_module_only=load_module_only,
-                    custom_load_fn=custom_load_fn,
-                )
-            if path is not None:
-                state.load(folder, manifest, pipeline.units, moments=moments)
-                pipeline.publish()
-                if moments:
-                    self.optimizer.load_counters(manifest["counters"])
-                self._open_meft_window()  # the loss scale may be another one now
-                # as in a new engine, whatever was interrupted
-                self.micro_steps, self._running_engine_step, self._unmanaged_backward_count = 0, False, 0
+        folder, moments = Path(load_dir) / str(tag) / state.FOLDER, load_optimizer_states and not load_module_only
+        with self._meft.at_once("a load"):
+            manifest = self._verified(folder)
+            with self._meft.pipeline.replaced(whole=moments):
+                self._load_methods(folder, manifest, moments=moments)
+                with self._as_whole(), ds_files.through(self):
+                    path, client_state = super().load_checkpoint(
+                        load_dir,
+                        tag=tag,
+                        load_module_strict=load_module_strict,
+                        load_optimizer_states=load_optimizer_states,
+                        load_lr_scheduler_states=load_lr_scheduler_states,
+                        load_module_only=load_module_only,
+                        custom_load_fn=custom_load_fn,
+                    )
+                if path is not None:
+                    self._load_units(folder, manifest, moments=moments)
         return path, client_state
+
+    def _verified(self, folder: Path) -> state.Manifest:
+        """The manifest of a checkpoint that fits this engine, with nothing under way that could land in it."""
+        runtime = self._meft
+        runtime.pipeline.rest()
+        runtime.run.weights.partition_again()  # what an evaluation left gathered would be old
+        return state.verify(
+            folder,
+            runtime.pipeline.units,
+            runtime.run.ranks,
+            about=self._about(),
+            accepts=lambda key, saved: any(method.accepts_fingerprint(key, saved) for method in runtime.methods),
+        )
+
+    def _load_methods(self, folder: Path, manifest: state.Manifest, *, moments: bool) -> None:
+        for method in self._meft.methods:
+            saved = state.method_state(folder, manifest, method.name)
+            if saved is not None and (units := method.load_state(self._meft.run, *saved, moments=moments)):
+                self._meft.admit(method, units)
+
+    def _load_units(self, folder: Path, manifest: state.Manifest, *, moments: bool) -> None:
+        pipeline = self._meft.pipeline
+        state.load(folder, manifest, pipeline.units, moments=moments)
+        pipeline.publish()
+        if moments:
+            self.optimizer.load_counters(manifest["counters"])
+        self._meft.open_window(self._loss_factor())  # the loss scale may be another one now
+        # as in a new engine, whatever was interrupted
+        self.micro_steps, self._running_engine_step, self._unmanaged_backward_count = 0, False, 0
 
     def _configure_checkpointing(self) -> None:
         """Who writes is decided as in the other stages."""
@@ -229,35 +198,35 @@ class SavingEngine(DeepSpeedEngine):
             return
         alone = self._meft_whole is None  # load_checkpoint brings the masters itself
         if alone:
-            self.meft_flush()
-        zero3.load_consolidated(self.module, checkpoint["module"], self._meft_run.weights, strict=strict)
-        for unit in self.optimizer.pipeline.units if alone else ():
+            self._meft.flush(self.global_samples)
+        zero3.load_consolidated(self.module, checkpoint["module"], self._meft.run.weights, strict=strict)
+        for unit in self._meft.pipeline.units if alone else ():
             unit.adopt()  # as the other stages do when weights have changed
 
     # -- plain weights -------------------------------------------------------------------------------------------------
 
-    @_at_once("a save", refuses=True)
     def save_16bit_model(
         self, save_dir: str, save_filename: str = "pytorch_model.bin", exclude_frozen_parameters: bool = False
     ) -> bool:
         """Writes what `save_pretrained` would: plain weights of the base, and an adapter beside them."""
-        self.meft_flush()
-        ranks = self._meft_run.ranks
-        self._meft_plain = True
-        try:
-            with export.first_writes(Path(save_dir) / save_filename, ranks):
-                saved = super().save_16bit_model(save_dir, save_filename, exclude_frozen_parameters)
-        finally:
-            self._meft_plain = False
-        if saved and export.find_adapters(self.module):
-            export.write_adapter_together(save_dir, self.module, ranks, beside_base=True)
+        ranks = self._meft.run.ranks
+        with self._meft.at_once("a save", refuses="save_16bit_model"):
+            self._meft.flush(self.global_samples)
+            self._meft_plain = True
+            try:
+                with export.first_writes(Path(save_dir) / save_filename, ranks):
+                    saved = super().save_16bit_model(save_dir, save_filename, exclude_frozen_parameters)
+            finally:
+                self._meft_plain = False
+            if saved and export.find_adapters(self.module):
+                export.write_adapter_together(save_dir, self.module, ranks, beside_base=True)
         return saved
 
     def _zero3_consolidated_16bit_state_dict(self, exclude_frozen_parameters: bool = False) -> Any:
         """Nothing may be under way, and tapped weights train although they do not require grad."""
         if not self._meft_stage3:
             raise ValueError("this function requires ZeRO-3 mode")
-        self.meft_flush()
+        self._meft.flush(self.global_samples)
         whole = self._consolidated()
         if whole is None:
             return None
@@ -266,7 +235,7 @@ class SavingEngine(DeepSpeedEngine):
 
     def _consolidated(self) -> dict[str, torch.Tensor] | None:
         """Gather whole weights on the first rank. Collective."""
-        self._meft_zero3.partition_all_parameters()  # a forward or backward that an exception ended holds its own
+        self._meft.run.weights.partition_again()
         return zero3.consolidated(self.module)
 
     def _of_whole(self, whole: Mapping[str, torch.Tensor], exclude_frozen: bool) -> dict[str, torch.Tensor]:
@@ -277,73 +246,26 @@ class SavingEngine(DeepSpeedEngine):
         return {name: t for name, t in whole.items() if name not in left_out}
 
     def _trains(self, p: nn.Parameter) -> bool:
-        return p.requires_grad or any(
-            p is q for unit in self.optimizer.pipeline.units if isinstance(unit, FlatUnit) for _, q in unit.params
-        )
-
-    # -- nothing to save ---------------------------------------------------------------------------------------------
-
-    def _watch_exports(self) -> None:
-        """All ways out of a model take a state dict, the whole weights of stage 3 included."""
-        self._meft_export_hook = self.module.register_state_dict_pre_hook(_BeforeExport(self))
-
-    def _say_untrained(self, *, at_end: bool = False) -> None:
-        """Warn who saves a model, or ends, while methods have only watched: once at a save, and once at the end."""
-        if self.global_rank > 0 or self.global_steps == 0 or (self._meft_told and not at_end):
-            return
-        for method in self._meft_methods:
-            why = method.untrained(self.optimizer.applied_steps)
-            if why and why != self._meft_told:
-                logger.warning(why)
-                self._meft_told = why
+        return p.requires_grad or any(p is q for unit in self._meft.pipeline.units for _, q in unit.params)
 
     # -- helpers -----------------------------------------------------------------------------------------------------
 
-    def _refuse_inside_step(self, what: str) -> None:
-        pipeline, amid = self.optimizer.pipeline, self._meft_amid
-        if amid is None and (
-            pipeline.has_begun or pipeline.applying or inside_backward() or update_gates.inside_forward(self.module)
-        ):
-            amid = "a step"
-        if amid is not None:
-            raise RuntimeError(
-                f"meft-ds: {what} was called in the middle of {amid}, from a signal handler perhaps. Let the handler "
-                "set a flag, and save after engine.step() has returned"
-            )
+    def _loss_factor(self) -> float:
+        """What the next window's losses are multiplied by before their backward."""
+        return self.optimizer.cur_scale / self.gradient_accumulation_steps()
 
-    def _load_methods(self, folder: Path, manifest: dict[str, Any], *, moments: bool) -> None:
-        for method in self._meft_methods:
-            saved = state.method_state(folder, manifest, method.name)
-            if saved is None:
-                continue
-            if units := method.load_state(self._meft_run, *saved, moments=moments):
-                self._admit(units)
-                self._announce(method)
+    def _warn_untrained(self, *, at_end: bool = False) -> None:
+        """Called before the model's state is read, and at the end."""
+        if self.global_steps:
+            self._meft.warn_untrained(self.optimizer.applied_steps, at_end=at_end)
 
     def _about(self) -> dict[str, Any]:
         """What a checkpoint's state belongs to: everything that shapes the function or the state's layout."""
         about = {
-            "method": "+".join(method.name for method in self._meft_methods),
+            "method": "+".join(method.name for method in self._meft.methods),
             "model": type(self.module).__name__,
             "param_groups": len(self.optimizer.param_groups),
         }
-        for method in self._meft_methods:
+        for method in self._meft.methods:
             about |= method.fingerprint()
         return about
-
-
-def trained_by(model: nn.Module) -> list[SavingEngine]:
-    """Engines that live and were given `model`, and have not been destroyed."""
-    hooks = [hook for hook in model._state_dict_pre_hooks.values() if isinstance(hook, _BeforeExport)]
-    return [engine for hook in hooks if hook.find is not None and (engine := hook.find()) is not None]
-
-
-class _BeforeExport(ModelHook):
-    """Before a model's `state_dict`."""
-
-    def __init__(self, engine: SavingEngine | None = None) -> None:
-        self.find = None if engine is None else weakref.ref(engine)
-
-    def __call__(self, model: nn.Module, prefix: str, keep_vars: bool) -> None:
-        if self.find is not None and (engine := self.find()) is not None:
-            engine._say_untrained()

@@ -19,7 +19,17 @@ from torch import Tensor
 from meft_ds import files
 from meft_ds.offload.ranks import Ranks
 from meft_ds.offload.unit import Unit
-from meft_ds.plugin.checkpoint.transaction import FOLDER, MANIFEST, Saving, finish, read_sealed
+from meft_ds.plugin.checkpoint.transaction import (
+    FOLDER,
+    MANIFEST,
+    Manifest,
+    MethodEntry,
+    Saving,
+    SharedEntry,
+    SliceEntry,
+    finish,
+    read_sealed,
+)
 
 FORMAT = 1
 
@@ -49,8 +59,9 @@ def save(
         RuntimeError: on every rank, when a file cannot be written; a checkpoint of the same tag is as it was then.
     """
     folder, ranks, first = saving.folder, saving.ranks, saving.ranks.rank == 0
-    ours, shared = {}, {}
-    of_methods: dict[str, Any] = {}
+    ours: dict[str, SliceEntry] = {}
+    shared: dict[str, SharedEntry] = {}
+    of_methods: dict[str, MethodEntry] = {}
     with saving.attempt(folder):
         for unit in (unit for unit in units if unit.saves_state):
             lo, hi, total = unit.state_range()
@@ -62,10 +73,9 @@ def save(
                 name = f"{unit.name}.shared.safetensors"
                 shared[name] = {"unit": unit.name, **_write(saving, name, tensors)}
         for method, (state, kept) in (methods or {}).items() if first else ():
-            of_methods[method] = {"state": state, "file": None}
-            if kept:
-                name = f"{method}.method.safetensors"
-                of_methods[method] |= {"file": name, **_write(saving, name, kept)}
+            file = f"{method}.method.safetensors" if kept else None
+            found = files.Fingerprint() if file is None else _write(saving, file, kept)
+            of_methods[method] = {"state": state, "file": file, **found}
     gathered = saving.agree((ours, saving.of_deepspeed))
     if first:
         saving.complete(
@@ -90,7 +100,7 @@ def verify(
     *,
     about: dict[str, Any],
     accepts: Callable[[str, Any], bool] = lambda key, saved: False,
-) -> dict[str, Any]:
+) -> Manifest:
     """Read the manifest and check it and every file this rank needs, before anything is changed. Collective.
 
     `accepts`: whether another value of `about` under a key, the checkpoint's, is no fault.
@@ -99,7 +109,7 @@ def verify(
         ValueError: on every rank, naming the file or setting, when the state is missing, unfinished, damaged or
             belongs to another model or configuration.
     """
-    problem, manifest = None, {}
+    problem, manifest = None, None
     if ranks.rank == 0 and folder.is_dir():
         try:
             finish(folder)
@@ -110,7 +120,7 @@ def verify(
         manifest = _read_manifest(folder)
         _check_about(manifest["about"], about, folder, accepts)
         _check_files(folder, manifest, units)
-        for name, entry in manifest.get("deepspeed", {}).items() if ranks.rank == 0 else ():
+        for name, entry in manifest["deepspeed"].items() if ranks.rank == 0 else ():
             _check_file(folder.parent / name, entry)
     except (ValueError, OSError) as e:
         problem = problem or str(e)
@@ -119,10 +129,11 @@ def verify(
     problems = [p for p in ranks.gather(problem) if p is not None]
     if problems:
         raise ValueError(problems[0])
+    assert manifest is not None
     return manifest
 
 
-def load(folder: Path, manifest: dict[str, Any], units: list[Unit], *, moments: bool) -> None:
+def load(folder: Path, manifest: Manifest, units: list[Unit], *, moments: bool) -> None:
     """Fill the units' host state from a verified folder; any number of ranks may have written it.
 
     Args:
@@ -141,9 +152,9 @@ def load(folder: Path, manifest: dict[str, Any], units: list[Unit], *, moments: 
         unit.after_load()
 
 
-def method_state(folder: Path, manifest: dict[str, Any], method: str) -> MethodState | None:
+def method_state(folder: Path, manifest: Manifest, method: str) -> MethodState | None:
     """What `save` was given under `methods`; None if it was nothing. From a verified folder."""
-    entry = manifest.get("methods", {}).get(method)
+    entry = manifest["methods"].get(method)
     if entry is None:
         return None
     return entry["state"], {} if entry["file"] is None else _read_all(folder / entry["file"])
@@ -169,13 +180,13 @@ def latest_tag(load_dir: Path) -> str | None:
     return tag
 
 
-def _write(saving: Saving, name: str, tensors: dict[str, Tensor]) -> dict[str, Any]:
+def _write(saving: Saving, name: str, tensors: dict[str, Tensor]) -> files.Fingerprint:
     return saving.write(
         saving.folder / name, lambda path: save_file({k: t.contiguous() for k, t in tensors.items()}, path)
     )
 
 
-def _read_manifest(folder: Path) -> dict[str, Any]:
+def _read_manifest(folder: Path) -> Manifest:
     path = folder / MANIFEST
     if not folder.parent.is_dir():
         raise ValueError(f"{folder.parent} does not exist: there is no checkpoint of that tag")
@@ -204,7 +215,7 @@ def _check_about(
         raise ValueError(f"{folder} belongs to another model or configuration ({listed}); make the settings equal")
 
 
-def _check_files(folder: Path, manifest: dict[str, Any], units: list[Unit]) -> None:
+def _check_files(folder: Path, manifest: Manifest, units: list[Unit]) -> None:
     for unit in units:
         lo, hi, total = unit.state_range()
         mine = [(n, e) for n, e in manifest["files"].items() if e["unit"] == unit.name]
@@ -220,16 +231,17 @@ def _check_files(folder: Path, manifest: dict[str, Any], units: list[Unit]) -> N
             _check_file(folder / name, manifest["shared"][name])
     known = {unit.name for unit in units}
     # units that come with the checkpoint (a method's choice): whole, since nobody knows yet which part is this rank's
-    for name, entry in {**manifest["files"], **manifest.get("shared", {})}.items():
-        if entry["unit"] not in known:
-            _check_file(folder / name, entry)
-    for entry in manifest.get("methods", {}).values():
-        if entry["file"] is not None:
-            _check_file(folder / entry["file"], entry)
+    of_units: dict[str, SharedEntry] = {**manifest["files"], **manifest["shared"]}
+    for name, of_unit in of_units.items():
+        if of_unit["unit"] not in known:
+            _check_file(folder / name, of_unit)
+    for of_method in manifest["methods"].values():
+        if of_method["file"] is not None:
+            _check_file(folder / of_method["file"], of_method)
 
 
-def _shared_files(manifest: dict[str, Any], unit: Unit) -> list[str]:
-    return [name for name, entry in manifest.get("shared", {}).items() if entry["unit"] == unit.name]
+def _shared_files(manifest: Manifest, unit: Unit) -> list[str]:
+    return [name for name, entry in manifest["shared"].items() if entry["unit"] == unit.name]
 
 
 def _read_all(path: Path) -> dict[str, Tensor]:
@@ -239,7 +251,7 @@ def _read_all(path: Path) -> dict[str, Tensor]:
         raise ValueError(f"{path} cannot be read: {e}; load an earlier checkpoint") from None
 
 
-def _check_file(path: Path, entry: dict[str, Any]) -> None:
+def _check_file(path: Path, entry: files.Fingerprint) -> None:
     try:
         size = files.check_file(path).st_size
     except (FileNotFoundError, NotADirectoryError):

@@ -18,7 +18,7 @@ import secrets
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, TypedDict, cast
 
 from meft_ds import files
 from meft_ds.offload.host.memory import in_units
@@ -27,6 +27,50 @@ from meft_ds.offload.ranks import Ranks
 FOLDER = "meft"
 MANIFEST = "meft_state.json"
 _MARK = "meft-"  # in the suffix of files of a save in progress
+
+
+class SliceEntry(files.Fingerprint):
+    """A rank's slice of a unit's state: items [lo, hi) of `total`."""
+
+    unit: str
+    lo: int
+    hi: int
+    total: int
+
+
+class SharedEntry(files.Fingerprint):
+    """What every rank holds of a unit's state."""
+
+    unit: str
+
+
+class MethodEntry(files.Fingerprint):
+    """What a method keeps beside its units: JSON, and the name of a file of tensors."""
+
+    state: dict[str, Any]
+    file: str | None
+
+
+class UnitEntry(TypedDict):
+    """A unit's numbers, and the format that it trains in."""
+
+    wire: str
+    scalars: dict[str, Any]
+
+
+class Manifest(TypedDict):
+    """What is in a checkpoint. Files and units go by their names."""
+
+    format: int
+    about: dict[str, Any]
+    counters: dict[str, Any]
+    units: dict[str, UnitEntry]
+    files: dict[str, SliceEntry]
+    shared: dict[str, SharedEntry]
+    methods: dict[str, MethodEntry]
+    deepspeed: dict[str, files.Fingerprint]
+    generation: NotRequired[str]
+    sha256: NotRequired[str]
 
 
 class Saving:
@@ -50,7 +94,7 @@ class Saving:
         self._cause: Exception | None = None
         self._written: list[Path] = []
         self._complete = False
-        self.of_deepspeed: dict[str, Any] = {}
+        self.of_deepspeed: dict[str, files.Fingerprint] = {}
         with self.attempt(self.folder):
             if ranks.rank == 0:
                 self.folder.mkdir(parents=True, exist_ok=True)
@@ -91,9 +135,9 @@ class Saving:
             "before are as they were."
         ) from self._cause
 
-    def write(self, path: Path, writer: Callable[[Path], Any]) -> dict[str, Any]:
+    def write(self, path: Path, writer: Callable[[Path], Any]) -> files.Fingerprint:
         """Write the file that will be `path`; returns its size and SHA-256. After a failure it writes nothing."""
-        found: dict[str, Any] = {}
+        found = files.Fingerprint()
         if self._problem is not None:
             return found
         staged = path.with_name(f".{path.name}.{_MARK}{self.generation}")
@@ -108,10 +152,11 @@ class Saving:
         """`write` for a file that DeepSpeed expects in the checkpoint's folder."""
         self.of_deepspeed[str(path.relative_to(self.folder.parent))] = self.write(path, writer)
 
-    def complete(self, manifest: dict[str, Any]) -> None:
+    def complete(self, manifest: Manifest) -> None:
         """Make this the checkpoint of its tag; on the rank that has gathered what all wrote."""
         with self.attempt(self.folder / MANIFEST):
-            content = sealed({**manifest, "generation": self.generation})
+            manifest["generation"] = self.generation
+            content = sealed(manifest)
             # the names that the manifest relies on must not be lost when power is: <tag>/meft, <tag>, save_dir's own
             for folder in (self.folder, *self.folder.parents[:3]):
                 files.sync_names(folder)
@@ -155,19 +200,19 @@ def finish(folder: Path) -> None:
             os.replace(path, path.with_name(path.name[1 : -len(f".{_MARK}{generation}")]))
 
 
-def files_of(manifest: dict[str, Any]) -> set[str]:
+def files_of(manifest: Manifest) -> set[str]:
     """Names of all our files of a checkpoint."""
-    methods = [entry["file"] for entry in manifest.get("methods", {}).values() if entry["file"] is not None]
-    return {*manifest["files"], *manifest.get("shared", {}), *methods}
+    methods = [entry["file"] for entry in manifest["methods"].values() if entry["file"] is not None]
+    return {*manifest["files"], *manifest["shared"], *methods}
 
 
-def sealed(manifest: dict[str, Any]) -> dict[str, Any]:
+def sealed(manifest: Manifest) -> Manifest:
     """The manifest as JSON gives it back, with a checksum of its own."""
     plain = json.loads(json.dumps({k: v for k, v in manifest.items() if k != "sha256"}))
-    return {**plain, "sha256": _seal(plain)}
+    return cast(Manifest, {**plain, "sha256": _seal(plain)})
 
 
-def read_sealed(path: Path) -> dict[str, Any]:
+def read_sealed(path: Path) -> Manifest:
     """A manifest whose checksum holds.
 
     Raises:
@@ -177,14 +222,14 @@ def read_sealed(path: Path) -> dict[str, Any]:
     content = files.read_bytes(path)
     if not content.strip():
         raise ValueError("it is empty")
-    manifest = files.parse_json(content)
+    manifest: Any = files.parse_json(content)
     if not isinstance(manifest, dict):
         raise ValueError("it is no JSON object")
     if "sha256" not in manifest:
         raise ValueError("it has no checksum")
     if _seal({k: v for k, v in manifest.items() if k != "sha256"}) != manifest["sha256"]:
         raise ValueError("its content is not what its checksum was made of")
-    return manifest
+    return cast(Manifest, manifest)
 
 
 def _seal(plain: dict[str, Any]) -> str:
