@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from graphlib import TopologicalSorter
 from pathlib import Path
@@ -122,3 +123,10 @@ def test_a_file_is_short(name: str) -> None:
         pytest.xfail("on its way")
     lines = MODULES[name].read_text(encoding="utf-8").count("\n")
     assert lines <= LONGEST, f"meft_ds.{name} has {lines} lines: give it one reason to change"
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.glob("*/**/__init__.py")), ids=lambda p: p.parent.name)
+def test_a_rooms_tour_names_its_files(path: Path) -> None:
+    words = set(re.findall(r"\w+", ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""))
+    here = {p.stem for p in path.parent.glob("*.py")} | {p.parent.name for p in path.parent.glob("*/__init__.py")}
+    assert here - {"__init__"} <= words, f"name them in the docstring of {path.relative_to(PACKAGE)}"

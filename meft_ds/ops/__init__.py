@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Host kernels: AdamW over tensors and over rows, moving rows, sums of squares, the sparse adapter's function.
+"""Kernels with one Python face each: AdamW over tensors and rows, row moves, sketches, the sparse adapter's function.
 
-Every op has two paths on CPU tensors with the same results: C++ (OpenMP, compiled on first use and cached) and plain
-torch, taken when nothing can be compiled or when ``MEFT_DS_OPS=torch`` is set. `sketch`, `combine` and
-`subspace_apply_` also work on the accelerator, in Triton or plain torch. Wrong inputs raise
-ValueError; both paths share the checks.
+Every op has a C++ path (OpenMP, compiled on first use and cached) and a plain torch path with the same results. Plain
+torch runs where nothing can be compiled, or where `MEFT_DS_OPS=torch` is set. On an accelerator `sketch`, `combine` and
+`subspace_apply_` run in Triton or plain torch. Wrong inputs raise ValueError; all paths share the checks.
+
+Files: adam, moves, sketch, experts (the faces); projector (sparse projectors); torch_adam, torch_sketch, torch_experts
+and triton_sketch (other paths); pool (threads of the plain path); build (compiles csrc/), checks.
 """
 
 from meft_ds.ops.adam import adamw_, adamw_lazy_rows_, adamw_rows_

@@ -1,2 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which tiles train: scores, the choice within the budget, and its file."""
+"""Which tiles train.
+
+Files: score (tiles by their gradients), select (from scores to tiles within the budget), choice (the tiles and their
+JSON file).
+"""
