@@ -53,30 +53,34 @@ class TileGroup:
         return _take(_take(weight, self.rows, 0), self.cols, 1)
 
     def write(self, weight: Tensor, values: Tensor) -> None:
-        """Put the group's values into a weight [m, n], which may lie on another device (ZeRO-3's offload_param)."""
-        rows, cols = (at if isinstance(at, slice) else at.to(weight.device) for at in (self.rows, self.cols))
-        values = values.to(weight.device)
-        if isinstance(rows, slice) and isinstance(cols, slice):
-            weight[rows, cols].copy_(values)
-        elif isinstance(rows, slice):
-            weight[rows].index_copy_(1, cols, values)  # type: ignore[arg-type]
-        elif isinstance(cols, slice):
-            weight[:, cols].index_copy_(0, rows, values)
+        """Put the group's values into a weight [m, n]."""
+        values = values.to(weight.device)  # what ZeRO-3's offload_param holds is on the host
+        if isinstance(self.rows, slice) and isinstance(self.cols, slice):
+            weight[self.rows, self.cols].copy_(values)
+        elif isinstance(self.rows, slice):
+            weight[self.rows].index_copy_(1, self.cols, values)  # type: ignore[arg-type]
+        elif isinstance(self.cols, slice):
+            weight[:, self.cols].index_copy_(0, self.rows, values)
         else:
-            weight.index_put_((rows[:, None], cols[None, :]), values)
+            weight.index_put_((self.rows[:, None], self.cols[None, :]), values)
 
-    def within(self, rows: slice, cols: slice) -> tuple[TileGroup, slice, slice]:
-        """Return the part of the group that lies in a rectangle of the weight, with indices counted in the rectangle,
-        and which rows and columns of the group's values that part is."""
-        a, b = (_count(self.row_ranges, edge) for edge in (rows.start, rows.stop))
-        c, d = (_count(self.col_ranges, edge) for edge in (cols.start, cols.stop))
+    def within(self, piece: Piece) -> _Part | None:
+        """Return what of the group lies in a piece of the weight; None where that is nothing."""
+        a, b = (_count(self.row_ranges, edge) for edge in (piece.rows.start, piece.rows.stop))
+        c, d = (_count(self.col_ranges, edge) for edge in (piece.cols.start, piece.cols.stop))
+        if a == b or c == d:
+            return None
         inside = replace(
             self,
             shape=(b - a, d - c),
-            rows=_from(self.rows, a, b, rows.start),
-            cols=_from(self.cols, c, d, cols.start),
+            rows=_from(self.rows, a, b, piece.rows.start, piece.weight.device),
+            cols=_from(self.cols, c, d, piece.cols.start, piece.weight.device),
         )
-        return inside, slice(a, b), slice(c, d)
+        return self, inside, slice(a, b), slice(c, d)
+
+
+# a group, the part of it that lies in a piece with indices counted there, and which of the group's values that part has
+_Part = tuple[TileGroup, TileGroup, slice, slice]
 
 
 class Tiles:
@@ -112,6 +116,7 @@ class Tiles:
         self.keep: Tensor | None = None if bool(kept.all()) else kept.nonzero()[:, 0].to(device)
         among_kept = kept.cumsum(0) - 1
         self.groups: list[TileGroup] = []
+        self._parts: dict[tuple[int, int, int, int], list[_Part]] = {}
         self.numel = 0
         for row_ranges, col_ranges in grouped:
             rows, cols = _indices(row_ranges), _indices(col_ranges)
@@ -162,14 +167,15 @@ class Tiles:
 
     def write(self, piece: Piece, flat: Tensor) -> None:
         """Put the tiles' values, flat [numel], into a piece of the weight, as far as they lie in it."""
-        for group in self.groups:
-            values = group.of(flat)
-            if piece.first is None:
-                group.write(piece.weight, values)
-                continue
-            inside, rows, cols = group.within(piece.rows, piece.cols)
-            if min(inside.shape) > 0:
-                inside.write(piece.weight, values[rows, cols])
+        if piece.first is None:
+            for group in self.groups:
+                group.write(piece.weight, group.of(flat))
+            return
+        where = piece.rows.start, piece.rows.stop, piece.cols.start, piece.cols.stop
+        if where not in self._parts:  # a rank's pieces are the same in every step
+            self._parts[where] = [part for group in self.groups if (part := group.within(piece)) is not None]
+        for group, inside, rows, cols in self._parts[where]:
+            inside.write(piece.weight, group.of(flat)[rows, cols])
 
     def tiles(self, flat: Tensor) -> Iterator[tuple[RowsCols, Tensor]]:
         """Yield each tile with its values in the matrix's payload, a view."""
@@ -220,11 +226,11 @@ def _count(ranges: Iterable[Range], edge: int) -> int:
     return sum(min(max(edge - lo, 0), hi - lo) for lo, hi in ranges)
 
 
-def _from(index: _Index, first: int, end: int, origin: int) -> _Index:
-    """Return the indices [first, end) of `index`, counted from `origin`."""
+def _from(index: _Index, first: int, end: int, origin: int, device: torch.device) -> _Index:
+    """Return the indices [first, end) of `index`, counted from `origin`, on a device."""
     if isinstance(index, slice):
         return slice(index.start + first - origin, index.start + end - origin)
-    return index[first:end] - origin
+    return (index[first:end] - origin).to(device)
 
 
 def _take(t: Tensor, index: _Index, dim: int) -> Tensor:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from meft_ds.offload.model.weights import WHOLE
+from meft_ds.offload.model.weights import WHOLE, Piece, rectangles
 from meft_ds.sparse_matrix.tiles import RowsCols, Tiles
 from tests.toy import ds_config, make_engine, tiny_llama, train
 
@@ -53,6 +53,20 @@ def test_what_is_written_is_read_again_and_nothing_else_changes(cuda: torch.devi
         chosen.write(piece, values)
     assert torch.equal(chosen.read(weight), values)
     assert int((weight != before).sum()) == chosen.numel
+
+
+@pytest.mark.parametrize("input_first", [False, True])
+def test_slices_that_lie_on_the_host_are_written_as_those_on_the_device(cuda: torch.device, input_first: bool) -> None:
+    chosen = tiles_on(cuda, input_first=input_first)
+    values = torch.arange(1.0, chosen.numel + 1, device=cuda)
+    written = []
+    for device in (cuda, torch.device("cpu")):
+        flat = torch.zeros(300 * 200, device=device)
+        for first, end, rows, cols in rectangles(777, 50_505, 200):
+            part = flat[first:end].view(rows.stop - rows.start, cols.stop - cols.start)
+            tiles_on(cuda, input_first=input_first).write(Piece(part, rows, cols, first), values)
+        written.append(flat.cpu())
+    assert written[0].any() and torch.equal(*written)
 
 
 @pytest.mark.parametrize("state", ["cpu", "accelerator"])
