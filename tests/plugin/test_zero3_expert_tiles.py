@@ -28,11 +28,12 @@ def test_they_go_on_in_the_other_stage_and_adopt_what_a_program_writes(run_pytho
 def check(folder: str) -> None:
     for stage in (2, 3):
         check_resuming(stage, f"{folder}/{stage}")
-    check_adopting()
+    for persists_below in (0, 100_000):
+        check_adopting(persists_below)
 
 
-def made(stage: int) -> Any:
-    zero = {"stage": stage, "stage3_param_persistence_threshold": 0}
+def made(stage: int, persists_below: int = 0) -> Any:
+    zero = {"stage": stage, "stage3_param_persistence_threshold": persists_below}
     return make_engine({**config(eps=1e-4, block_size=8), "zero_optimization": zero}, tiny_model("mixtral").train())
 
 
@@ -46,8 +47,8 @@ def check_resuming(stage: int, folder: str) -> None:
     assert steps(resumed, range(5, 9)) == pytest.approx(steps(engine, range(5, 9)), abs=1e-5)
 
 
-def check_adopting() -> None:
-    engine = made(3)
+def check_adopting(persists_below: int) -> None:
+    engine = made(3, persists_below)
     steps(engine, range(5))
     name = next(name for name in method_of(engine).choice.shapes if "experts" in name)
     p = engine.module.get_parameter(name)
