@@ -7,6 +7,8 @@ autograd, read and dropped at once. Of a partitioned weight (ZeRO-3) each rank w
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor, nn
 
@@ -128,11 +130,8 @@ class TilesUnit(FlatUnit):
     @torch.no_grad()
     def adopt_one(self, p: Tensor) -> None:
         index = next(i for i, (_, q) in enumerate(self.params) if q is p)
-        for tiles in self._of_param[index]:
-            lo, hi = self._owned(tiles)
-            if lo < hi:
-                now = tiles.read(self._matrix(tiles))[lo - tiles.offset : hi - tiles.offset]
-                self._adam.adopt(now.to(self._reply.device), self._reply, lo - self._lo)
+        for first, now in self._own_tiles(index, p.detach()):
+            self._adam.adopt(now.to(self._reply.device), self._reply, first)
 
     # -- values --------------------------------------------------------------------------------------------------------
 
@@ -145,7 +144,7 @@ class TilesUnit(FlatUnit):
         parts = []
         for index, (_, p) in enumerate(self.params):
             with self.weights.whole([p]):
-                parts += [tiles.read(self._matrix(tiles)) for tiles in self._of_param[index]]
+                parts += [tiles.read(tiles.matrix(p.detach())) for tiles in self._of_param[index]]
         return torch.cat(parts)
 
     def originals(self) -> Tensor:
@@ -184,18 +183,15 @@ class TilesUnit(FlatUnit):
 
     def _take_tiles(self, own: Tensor, index: int, value: Tensor) -> None:
         """Write the tiles of `value` [m, n] into this rank's slice of a vector, as far as they lie in it."""
+        for first, tiles in self._own_tiles(index, value):
+            own[first : first + tiles.numel()] = tiles.to(own)
+
+    def _own_tiles(self, index: int, whole: Tensor) -> Iterator[tuple[int, Tensor]]:
+        """Yield this rank's part of the tiles of `whole` [m, n], and where each begins in the rank's slice."""
         for tiles in self._of_param[index]:
-            lo, hi = self._owned(tiles)
+            lo, hi = max(self._lo, tiles.offset), min(self._hi, tiles.offset + tiles.numel)
             if lo < hi:
-                values = tiles.read(tiles.matrix(value))[lo - tiles.offset : hi - tiles.offset]
-                own[lo - self._lo : hi - self._lo] = values.to(own)
-
-    def _owned(self, tiles: Tiles) -> tuple[int, int]:
-        """Return [lo, hi) of the unit's payload that is both the matrix's and this rank's."""
-        return max(self._lo, tiles.offset), min(self._hi, tiles.offset + tiles.numel)
-
-    def _matrix(self, tiles: Tiles) -> Tensor:
-        return tiles.matrix(self.params[tiles.param][1].detach())
+                yield lo - self._lo, tiles.read(tiles.matrix(whole))[lo - tiles.offset : hi - tiles.offset]
 
     # -- state ---------------------------------------------------------------------------------------------------------
 
