@@ -88,7 +88,7 @@ def trainable_parameters(model: PreTrainedModel, stats: dict[str, Any]) -> int:
     inside = sum(int(getattr(p, "ds_numel", p.numel())) for p in model.parameters() if p.requires_grad)
     tiles = stats.get("sparse_matrix", {"parameters": 0, "matrix_parameters": 0})
     inside += tiles["parameters"] - tiles["matrix_parameters"]
-    return inside + int(stats.get("rows_total", 0)) * 2 * int(model.config.hidden_size)
+    return inside + int(stats.get("sparse_adapter", {}).get("rows_total", 0)) * 2 * int(model.config.hidden_size)
 
 
 def draw_loss(history: list[dict[str, Any]], path: Path) -> bool:

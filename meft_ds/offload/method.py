@@ -8,9 +8,10 @@ cast and on its device, `claim`, `footprints` and `specs` (nothing is allocated 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -53,10 +54,60 @@ def base_lr(group: dict[str, Any]) -> float:
     return max(float(group["lr"]), float(group.get("initial_lr", 0.0)))
 
 
+class Extras(ABC):
+    """What a method puts into a model beside the base: modules of its own, which have files of their own.
+
+    It answers for any model, whether an engine trains it or not. Parameters may be partitioned.
+    """
+
+    @abstractmethod
+    def present(self, model: nn.Module) -> bool:
+        """Return whether `model` has them."""
+
+    @abstractmethod
+    def owns(self, name: str) -> bool:
+        """Return whether a tensor of this name in a state dict is one of theirs; all others are the base's."""
+
+    @abstractmethod
+    def needed(self, model: nn.Module) -> dict[str, nn.Parameter]:
+        """Return the parameters that `write` writes, by name."""
+
+    @abstractmethod
+    def write(
+        self, folder: Path, model: nn.Module, state: Mapping[str, Tensor] | None = None, *, beside_base: bool = False
+    ) -> None:
+        """Write them to `folder`, on one rank. Nothing may be under way.
+
+        Args:
+            folder: made when missing.
+            model: has them.
+            state: whole tensors of `needed` where the model's own are partitioned.
+            beside_base: the base is in `folder` too, and whoever loads it must be told of them.
+
+        Raises:
+            OSError: when the files cannot be written.
+        """
+
+    @abstractmethod
+    def remember(self, model: nn.Module, names: Iterable[str], elsewhere: Iterable[str]) -> None:
+        """Keep with `model` what an engine trains beside them.
+
+        Args:
+            model: has them, or will.
+            names: of whole tensors of the base, which `write` then writes too.
+            elsewhere: names of other methods, whose part of the base is not in the files.
+        """
+
+    @abstractmethod
+    def remove(self, model: nn.Module) -> None:
+        """Take them out, if there are any: the model computes what its base does."""
+
+
 class Method(ABC):
     """One method at work in one engine."""
 
-    name: str
+    name: str  # its key in the block, in checkpoints and in `meft_stats`
+    extras: ClassVar[Extras | None] = None
     memory_hint: str  # how a user makes it take less host memory
     freezes_base: bool  # whether the base trains only where the block's "train" says so
 
@@ -160,11 +211,24 @@ class Method(ABC):
         """Whether a checkpoint whose `about` has another value `saved` under `key` may be loaded all the same."""
         return False
 
+    def export(self) -> Callable[[str | Path], Any] | None:
+        """Gather what the method's own file holds. Return what writes it, on one rank. Collective.
+
+        None where the method has no such file.
+
+        Raises:
+            ValueError: when there is nothing to write yet.
+        """
+        return None
+
     # -- what is told of it --------------------------------------------------------------------------------------------
 
     @abstractmethod
     def fingerprint(self) -> dict[str, Any]:
-        """What shapes the function or the layout of the state (JSON types): a checkpoint must agree in it."""
+        """Return what shapes the function or the layout of the state (JSON types): a checkpoint must agree in it.
+
+        Keys begin with the method's name and a dot.
+        """
 
     @abstractmethod
     def summary(self) -> str:

@@ -279,11 +279,6 @@ class Pipeline(Windows):
         """What resuming needs beside the units' own state, as JSON."""
         return {"steps": {e.unit.name: e.steps for e in self._entries}, "tuner": self.tuner.state()}
 
-    def start_from(self, steps: int) -> None:
-        """Every unit has been updated `steps` times."""
-        for entry in self._entries:
-            entry.steps = steps
-
     def load_state(self, state: dict[str, Any]) -> None:
         """Counterpart of `state`."""
         for entry in self._entries:

@@ -185,6 +185,7 @@ def build_units(run: Run, methods: list[Method], config: MeftConfig) -> tuple[li
         device=sum(f.device for f in footprints),
         down=sum(f.down for f in footprints),
         up=sum(f.up for f in footprints),
+        dense_names=tuple(name for unit in dense for name, _ in unit.params),
         dense_parameters=sum(unit.numel for unit in dense),
         dense_device=sum(unit.footprint().device for unit in dense),
     )

@@ -218,9 +218,7 @@ class MeftEngine(CheckpointOverrides):
         self._meft_undo.callback(model.register_state_dict_pre_hook(successor.BeforeExport(self)).remove)
         model.zero_grad = ModuleZeroGrad(model, self)
         model.meft_stats = _ModelStats(self)
-        export.remember_trained(model, runtime.pipeline.units, self._meft_methods)
-        if self._meft_config.sparse_adapter is not None or self._meft_config.sparse_matrix is not None:
-            export.save_plain_weights(model)
+        export.begin(model, runtime.plan.dense_names, self._meft_methods)
         if self.global_rank == 0:
             plan = runtime.plan
             _log.info(

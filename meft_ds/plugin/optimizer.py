@@ -212,10 +212,7 @@ class MeftOptimizer(ZeROOptimizer):
         vars(self.loss_scaler).update(counters["loss_scaler"])
         for group, saved in zip(self.param_groups, counters["param_groups"], strict=True):
             group.update({k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()})
-        if "pipeline" in counters:
-            self.pipeline.load_state(counters["pipeline"])
-        else:  # saved before units counted their own updates
-            self.pipeline.start_from(self.applied_steps)
+        self.pipeline.load_state(counters["pipeline"])
 
     def destroy(self) -> None:
         """Called by the engine when it is taken down: finish what is under way and stop listening to the model."""

@@ -3,21 +3,23 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from meft_ds.config import MeftConfig
-from meft_ds.offload.method import Method
+from meft_ds.offload.method import Extras, Method
 from meft_ds.sparse_adapter.method import SparseAdapterMethod
 from meft_ds.sparse_matrix.method import SparseMatrixMethod
 from meft_ds.subspace.method import SubspaceMethod
 
+# tiles come first: what they count and look through is the model without adapters
+_METHODS: tuple[Any, ...] = (SparseMatrixMethod, SparseAdapterMethod, SubspaceMethod)
+
+EXTRAS: tuple[Extras, ...] = tuple(method.extras for method in _METHODS if method.extras is not None)
+"""What methods put into models, whichever of them an engine has."""
+
 
 def chosen(config: MeftConfig) -> list[Method]:
-    """The block's methods; at least one."""
-    methods: list[Method] = []
-    if config.sparse_matrix is not None:  # first: what it counts and looks through is the model without adapters
-        methods.append(SparseMatrixMethod(config.sparse_matrix))
-    if config.sparse_adapter is not None:
-        methods.append(SparseAdapterMethod(config.sparse_adapter))
-    if config.subspace is not None:
-        methods.append(SubspaceMethod(config.subspace))
-    assert methods, "the block's model fills in the sparse adapter when no method is named"
+    """Return the block's methods; at least one."""
+    methods = [method(found) for method in _METHODS if (found := getattr(config, method.name)) is not None]
+    assert methods, "the block's model fills in a method when none is named"
     return methods

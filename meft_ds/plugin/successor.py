@@ -10,8 +10,7 @@ from typing import Any
 from torch import nn
 
 from meft_ds.offload.model.hooks import ModelHook
-from meft_ds.plugin import trainable
-from meft_ds.sparse_adapter import attach, base
+from meft_ds.plugin import registry, trainable
 
 _logger = logging.getLogger("meft_ds")
 
@@ -31,9 +30,8 @@ def detach(model_or_engine: nn.Module) -> None:
     """
     model = getattr(model_or_engine, "module", model_or_engine)
     make_way(model)
-    for module in list(model.modules()):
-        attach.detach(module)
-        base.forget(module)
+    for extras in registry.EXTRAS:
+        extras.remove(model)
     trainable.thaw(model)
     model.__dict__.pop("save_pretrained", None)  # what wrote the adapter beside the base
 

@@ -30,13 +30,15 @@ class Plan:
     Attributes:
         host: bytes of this node's memory.
         device, down, up: bytes of this rank.
-        dense_parameters, dense_device: how many parameters train whole, and the device bytes of their units.
+        dense_names: of the tensors that train whole.
+        dense_parameters, dense_device: how many parameters they have, and the device bytes of their units.
     """
 
     host: int
     device: int
     down: int
     up: int
+    dense_names: tuple[str, ...]
     dense_parameters: int
     dense_device: int
 
@@ -110,7 +112,6 @@ class Telemetry:
             "bytes": counts,
             "device_bytes": on_device + self._plan.dense_device,
             "host_bytes": self._plan.host,
-            **of_methods.pop("sparse_adapter", {}),  # at the top level since before there were other methods
             **of_methods,
             **self._schedule(),
         }

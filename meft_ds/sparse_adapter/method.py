@@ -14,6 +14,7 @@ from meft_ds.offload.ranks import owned_range
 from meft_ds.offload.unit import Footprint, Unit
 from meft_ds.sparse_adapter.attach import Site, attach, find_ffns
 from meft_ds.sparse_adapter.config import ResolvedCompress, ResolvedSparseAdapter, SparseAdapterConfig
+from meft_ds.sparse_adapter.extras import AdapterExtras
 from meft_ds.sparse_adapter.forward.router import init_keys
 from meft_ds.sparse_adapter.layer import SparseAdapter
 from meft_ds.sparse_adapter.rows.compression import RowCompression
@@ -33,6 +34,7 @@ class SparseAdapterMethod(Method):
     """
 
     name = "sparse_adapter"
+    extras = AdapterExtras()
     memory_hint = 'lower "sparse_adapter.rows"'
     freezes_base = True
 
@@ -144,11 +146,11 @@ class SparseAdapterMethod(Method):
             rows.expect_nothing()
 
     def fingerprint(self) -> dict[str, Any]:
-        about = {"method": self.name, "layers": self.layers, **{key: getattr(self.sizes, key) for key in _SHAPING}}
+        about: dict[str, Any] = {"layers": self.layers, **{key: getattr(self.sizes, key) for key in _SHAPING}}
         if self._compress is not None:  # moments mean nothing under another Q
             about |= {"compress.dim": self._compress.dim, "compress.nonzeros": self._compress.nonzeros}
             about["compress.seed"] = self.sizes.seed
-        return about
+        return {f"{self.name}.{key}": value for key, value in about.items()}
 
     def summary(self) -> str:
         sizes, compress = self.sizes, self._compress

@@ -5,8 +5,9 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from meft_ds.sparse_matrix.choice.choice import Choice, check_choice
 from meft_ds.sparse_matrix.choice.score import Scorer
 from meft_ds.sparse_matrix.config import SparseMatrixConfig
 from meft_ds.sparse_matrix.discover import Site, elements_of_2d_weights, find_sites
+from meft_ds.sparse_matrix.files import collect_tiles, write_tiles
 from meft_ds.sparse_matrix.plan import Plan, make_plan
 from meft_ds.sparse_matrix.tiles import RowsCols, Tiles
 from meft_ds.sparse_matrix.unit import TilesUnit
@@ -191,6 +193,17 @@ class SparseMatrixMethod(Method):
         for site in self._plan.sites:
             needs = run.weights.anchor is None or not site.tapped
             site.weight.requires_grad_(needs and id(site) in chosen)
+
+    def export(self) -> Callable[[str | Path], Any]:
+        if (choice := self.choice) is None:
+            raise ValueError(
+                f"tiles are still being scored ({self.stats()['scored_steps']} steps so far) and nothing has been "
+                "trained; call save_tiles when training has begun"
+            )
+        units = self._units
+        originals = [unit.originals().cpu() for unit in units]
+        values = [unit.values().cpu() for unit in units]
+        return lambda path: write_tiles(path, collect_tiles(choice, units, values, originals))
 
     # -- about ---------------------------------------------------------------------------------------------------------
 

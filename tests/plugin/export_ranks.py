@@ -12,8 +12,7 @@ import torch
 import torch.distributed as dist
 
 import meft_ds
-from meft_ds.plugin.checkpoint import export
-from meft_ds.sparse_adapter import files
+from meft_ds.sparse_adapter import extras, files
 from tests.plugin.fault_ranks import state
 from tests.toy import ADAPTER, batch, ds_config, make_engine, tiny_llama
 
@@ -71,6 +70,6 @@ def save(engine: Any, what: str, folder: Path) -> None:
 def writers(folder: Path, stage: int) -> int:
     """How many adapters this rank writes for one `save_16bit_model`."""
     engine = engine_for(stage)
-    with patch.object(export, "write_adapter", wraps=export.write_adapter) as counted:
+    with patch.object(extras, "write_adapter", wraps=extras.write_adapter) as counted:
         engine.save_16bit_model(str(folder))
     return int(counted.call_count)

@@ -229,9 +229,12 @@ def test_a_model_without_adapter_cannot_be_saved_as_one(tmp_path: Path) -> None:
 
 
 def test_manifest_tells_what_the_state_belongs_to(tmp_path: Path) -> None:
-    engine = make_engine(config())
+    block = {"sparse_adapter": dict(ADAPTER), "subspace": {"dim": 8, "nonzeros": 2}}
+    engine = make_engine(ds_config(block=block))
     train(engine, 2)
     engine.save_checkpoint(str(tmp_path), tag="t")
     manifest = json.loads((tmp_path / "t" / "meft" / "meft_state.json").read_text())
-    assert manifest["about"]["model"] == "LlamaForCausalLM" and manifest["about"]["rows"] == 40
+    about = manifest["about"]
+    assert about["model"] == "LlamaForCausalLM" and about["method"] == "sparse_adapter+subspace"
+    assert about["sparse_adapter.rows"] == 40 and about["subspace.dim"] == 8
     assert manifest["counters"]["applied_steps"] == 2

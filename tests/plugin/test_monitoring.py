@@ -67,7 +67,9 @@ def test_csv_files_hold_one_line_per_step_with_the_bytes_of_the_formula(mode: st
             zip(samples, [stats[f"bytes_{way}_per_step"] for stats in expected], strict=True)
         )
     for stats, (_, bytes_down) in zip(expected, found["meft_bytes_down"], strict=True):
-        assert stats["bytes"]["rows"]["down"] == 2 * 16 * sum(stats["active_rows"]) * 2  # 2 * d * U * bytes of bf16
+        assert (
+            stats["bytes"]["rows"]["down"] == 2 * 16 * sum(stats["sparse_adapter"]["active_rows"]) * 2
+        )  # 2 * d * U * bytes of bf16
         assert bytes_down == sum(channel["down"] for channel in stats["bytes"].values())
 
 

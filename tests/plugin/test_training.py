@@ -241,7 +241,7 @@ def test_counted_bytes_equal_the_formula_and_accumulation_saves_refetching() -> 
         train(engine, 2)
         stats = engine.meft_stats()
         rows = stats["bytes"]["rows"]
-        return rows["up"], rows["down"], stats["active_rows"]
+        return rows["up"], rows["down"], stats["sparse_adapter"]["active_rows"]
 
     for gas in (1, 4):
         up, down, active = window(gas)

@@ -37,7 +37,7 @@ def run(block: dict[str, Any]) -> dict[str, Any]:
         with counting() as counts:
             step_of(engine, step, slice(rank * (4 // world), (rank + 1) * (4 // world)))
     flat = [unit for unit in engine.optimizer.pipeline.units if unit.wire != "rows"]
-    rows = sum(engine.meft_stats().get("active_rows", []))
+    rows = sum(engine.meft_stats().get("sparse_adapter", {}).get("active_rows", []))
     expected = {
         # the payload's float32 sum, and the updated slice padded to the longest
         "all_reduce": sum(4 * unit.numel for unit in flat),

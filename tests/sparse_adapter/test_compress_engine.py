@@ -117,8 +117,8 @@ def test_an_engine_counts_fewer_bytes_down_and_says_what_is_active(caplog: pytes
     train(engine, 2)
     stats = engine.meft_stats()
     assert stats["bytes"]["rows"] == {
-        "up": sum(2 * 16 * u * 2 for u in stats["active_rows"]),
-        "down": sum(2 * 8 * u * 2 for u in stats["active_rows"]),
+        "up": sum(2 * 16 * u * 2 for u in stats["sparse_adapter"]["active_rows"]),
+        "down": sum(2 * 8 * u * 2 for u in stats["sparse_adapter"]["active_rows"]),
     }
     assert stats["host_bytes"] < make_engine(config("bf16", compress=None)).meft_stats()["host_bytes"]
 

@@ -14,17 +14,9 @@ import deepspeed
 from torch import Tensor, nn
 
 from meft_ds.offload import update_gates
-from meft_ds.offload.dense_unit import DenseUnit
-from meft_ds.offload.method import Method
+from meft_ds.offload.method import Extras, Method
 from meft_ds.offload.ranks import Ranks
-from meft_ds.offload.unit import Unit
-from meft_ds.plugin.checkpoint.folder import tell_of_adapter
-from meft_ds.sparse_adapter.attach import ADAPTER_NAME, find_adapters
-from meft_ds.sparse_adapter.base import remember
-from meft_ds.sparse_adapter.files import needed_from, write_adapter
-from meft_ds.sparse_matrix.files import collect_tiles, write_tiles
-from meft_ds.sparse_matrix.method import SparseMatrixMethod
-from meft_ds.sparse_matrix.unit import TilesUnit
+from meft_ds.plugin import registry
 
 _logger = logging.getLogger("meft_ds")
 
@@ -53,8 +45,8 @@ def save_adapter(model_or_engine: nn.Module, directory: str | Path) -> None:
         meft_ds.save_adapter(engine, "adapter")
     """
     model = getattr(model_or_engine, "module", model_or_engine)
-    adapters = find_adapters(model)
-    if not adapters:
+    present = _present(model)
+    if not present:
         raise ValueError(
             f"{type(model).__name__} has no meft-ds adapter; pass the engine that deepspeed.initialize returned for a "
             'config with a "meft_offload" block'
@@ -63,28 +55,28 @@ def save_adapter(model_or_engine: nn.Module, directory: str | Path) -> None:
     if runtime is not None:
         runtime.refuse_inside_step("save_adapter")
     update_gates.flush(model)  # rows wait for their update by themselves, routers do not
-    if any(map(is_partitioned, needed_from(model).values())):
-        write_adapter_together(directory, model, Ranks.everyone())
+    if any(is_partitioned(p) for extras in present for p in extras.needed(model).values()):
+        write_extras(directory, model, Ranks.everyone())
     else:
-        write_adapter(Path(directory), model)
+        for extras in present:
+            extras.write(Path(directory), model)
 
 
-def write_adapter_together(directory: str | Path, model: nn.Module, ranks: Ranks, *, beside_base: bool = False) -> None:
-    """`write_adapter` on the first rank; parameters may be partitioned, nothing may be under way. Collective.
+def write_extras(directory: str | Path, model: nn.Module, ranks: Ranks, *, beside_base: bool = False) -> None:
+    """Write what methods have put into `model` on the first rank, if there is anything. Collective.
 
-    `beside_base`: the base is in `directory` too, so that somebody may take it for the whole model.
+    Parameters may be partitioned, and nothing may be under way. `beside_base`: as in `Extras.write`.
     """
-    state: dict[str, Tensor] = {}
-    for name, p in needed_from(model).items():
-        # one after another: what was trained of the base may be large
-        with deepspeed.zero.GatheredParameters([p]) if is_partitioned(p) else contextlib.nullcontext():
+    for extras in _present(model):
+        state: dict[str, Tensor] = {}
+        for name, p in extras.needed(model).items():
+            # one after another: what was trained of the base may be large
+            with deepspeed.zero.GatheredParameters([p]) if is_partitioned(p) else contextlib.nullcontext():
+                if ranks.rank == 0:
+                    state[name] = p.detach().cpu().clone()
+        with first_writes(directory, ranks):
             if ranks.rank == 0:
-                state[name] = p.detach().cpu().clone()
-    with first_writes(directory, ranks):
-        if ranks.rank == 0:
-            write_adapter(Path(directory), model, state)
-            if beside_base:
-                tell_of_adapter(directory, model)
+                extras.write(Path(directory), model, state, beside_base=beside_base)
 
 
 @contextlib.contextmanager
@@ -126,38 +118,37 @@ def save_tiles(engine: Any, path: str | Path) -> None:
         trainer.train()
         meft_ds.save_tiles(trainer.deepspeed, "tiles.safetensors")
     """
-    method = next((m for m in getattr(engine, "_meft_methods", ()) if isinstance(m, SparseMatrixMethod)), None)
-    if method is None:
+    runtime: Any = getattr(engine, "_meft", None)
+    if runtime is not None:
+        engine.meft_flush()
+    methods = () if runtime is None else runtime.methods
+    # gathered here and not below: of partitioned weights it takes all ranks
+    write = next((found for method in methods if (found := method.export()) is not None), None)
+    if write is None:
         raise ValueError(
             f"this {type(engine).__name__} trains no tiles; pass the engine that deepspeed.initialize returned for a "
             'config with a "sparse_matrix" object in its "meft_offload" block'
         )
-    if method.choice is None:
-        raise ValueError(
-            f"tiles are still being scored ({method.stats()['scored_steps']} steps so far) and nothing has been "
-            "trained; call save_tiles when training has begun"
-        )
-    engine.meft_flush()
-    ranks = engine._meft.run.ranks
-    units = [unit for unit in engine._meft.pipeline.units if isinstance(unit, TilesUnit)]
-    originals = [unit.originals().cpu() for unit in units]
-    values = [unit.values().cpu() for unit in units]  # here and not below: of partitioned weights it takes all ranks
-    with first_writes(path, ranks):
-        if ranks.rank == 0:
-            write_tiles(path, collect_tiles(method.choice, units, values, originals))
+    with first_writes(path, runtime.run.ranks):
+        if runtime.is_first:
+            write(path)
 
 
-def remember_trained(model: nn.Module, units: Sequence[Unit], methods: Sequence[Method]) -> None:
-    """Let who saves an adapter of `model` know what else these units train, and that these methods do."""
-    params = [pair for unit in units if isinstance(unit, DenseUnit) for pair in unit.params]
-    names = [name for name, _ in params if ADAPTER_NAME not in name.split(".")]
-    remember(model, names, [method.name for method in methods if method.name != "sparse_adapter"])
+def begin(model: nn.Module, dense: Sequence[str], methods: Sequence[Method]) -> None:
+    """Let whoever saves `model` or a part of it know what an engine trains.
 
+    Where methods leave the base alone, `save_pretrained` then writes the base's weights without tensors of ours, and
+    an adapter beside them.
 
-def save_plain_weights(model: nn.Module) -> None:
-    """Make the model's `save_pretrained` write the base's weights without tensors of ours, and an adapter beside
-    them."""
-    if hasattr(model, "save_pretrained"):
+    Args:
+        model: of the engine.
+        dense: names of the tensors that train whole.
+        methods: of the engine.
+    """
+    for extras in registry.EXTRAS:
+        others = [method.name for method in methods if method.extras is not extras]
+        extras.remember(model, [name for name in dense if not extras.owns(name)], others)
+    if any(method.freezes_base for method in methods) and hasattr(model, "save_pretrained"):
         # a method, so that copies of the model save themselves
         model.save_pretrained = MethodType(_save_pretrained, model)  # type: ignore[assignment]
 
@@ -169,21 +160,24 @@ def _save_pretrained(model: Any, directory: Any, *args: Any, **kwargs: Any) -> A
         state = model.state_dict()
     kwargs["state_dict"] = plain_weights(state)
     result = type(model).save_pretrained(model, directory, *args, **kwargs)
-    if kwargs.get("is_main_process", True) and find_adapters(model):
-        missing = [name for name in needed_from(model) if name not in state]
+    for extras in _present(model) if kwargs.get("is_main_process", True) else ():
+        missing = [name for name in extras.needed(model) if name not in state]
         if missing and any(is_partitioned(p) for p in model.parameters()):
             _logger.warning("no adapter is written to %s: the state dict lacks %s", directory, missing[0])
             return result
         update_gates.flush(model)
         # the given state's, because this one rank could not gather the model's
-        write_adapter(Path(directory), model, None if missing else state)
-        tell_of_adapter(directory, model)
+        extras.write(Path(directory), model, None if missing else state, beside_base=True)
     return result
 
 
 def plain_weights(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the base's own tensors of a state dict."""
-    return {key: t for key, t in state.items() if ADAPTER_NAME not in key.split(".")}
+    return {name: t for name, t in state.items() if not any(extras.owns(name) for extras in registry.EXTRAS)}
+
+
+def _present(model: nn.Module) -> list[Extras]:
+    return [extras for extras in registry.EXTRAS if extras.present(model)]
 
 
 def is_partitioned(p: Tensor) -> bool:

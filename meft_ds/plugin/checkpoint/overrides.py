@@ -98,8 +98,7 @@ class CheckpointOverrides(DeepSpeedEngine):
                     exclude_frozen_parameters=exclude_frozen_parameters,
                 )
             if saving.ranks.rank == 0:
-                rows = any(method.name == "sparse_adapter" for method in methods)
-                ds_files.write_optimizer_file(saving, rows=rows)
+                ds_files.write_optimizer_file(saving, rows=any(method.extras is not None for method in methods))
             state.save(
                 saving,
                 self._meft.pipeline.units,
@@ -218,8 +217,8 @@ class CheckpointOverrides(DeepSpeedEngine):
                     saved = super().save_16bit_model(save_dir, save_filename, exclude_frozen_parameters)
             finally:
                 self._meft_plain = False
-            if saved and export.find_adapters(self.module):
-                export.write_adapter_together(save_dir, self.module, ranks, beside_base=True)
+            if saved:
+                export.write_extras(save_dir, self.module, ranks, beside_base=True)
         return saved
 
     def _zero3_consolidated_16bit_state_dict(self, exclude_frozen_parameters: bool = False) -> Any:

@@ -31,7 +31,7 @@ from meft_ds.plugin.checkpoint.transaction import (
     read_sealed,
 )
 
-FORMAT = 1
+FORMAT = 2
 
 MethodState = tuple[dict[str, Any], dict[str, Tensor]]
 _LONGEST_TAG = 4096  # bytes, as of a path
