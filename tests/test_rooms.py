@@ -23,7 +23,7 @@ LEVELS = [
     [*METHODS],
     ["offload", "offload.update_gates", "offload.pipeline", "offload.method"],
     ["offload.schedule"],
-    ["offload.unit", "offload.flat_unit", "offload.dense_unit", "offload.waiting"],
+    ["offload.unit", "offload.flat_unit", "offload.master_unit", "offload.dense_unit", "offload.waiting"],
     ["offload.host", "offload.model", "offload.ranks"],
     ["ops", "options", "files"],
 ]

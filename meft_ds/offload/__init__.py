@@ -16,8 +16,9 @@ A *lane* is one worker thread. Stages of different units overlap; those of one u
 forward wait for the pending update of what it reads. Words in stars are in the glossary of
 docs/explanation/architecture.md.
 
-Files in reading order: unit (the contract), flat_unit (units whose payload is one vector), dense_unit (tensors that
-train whole), method (what an engine asks of a method), pipeline (a step), updates (from the host into the weights),
-broken_windows (windows without a step), update_gates and waiting (nobody reads a weight under update), ranks (who owns
-what). Rooms: schedule (when stages run), host (memory, copies, AdamW), model (how gradients leave a model).
+Files in reading order: unit (the contract), flat_unit (units whose payload is one vector), master_unit (those with
+float32 masters), dense_unit (tensors that train whole), method (what an engine asks of a method), pipeline (a step),
+updates (from the host into the weights), broken_windows (windows without a step), update_gates and waiting (nobody
+reads a weight under update), ranks (who owns what). Rooms: schedule (when stages run), host (memory, copies, AdamW),
+model (how gradients leave a model).
 """

@@ -7,17 +7,17 @@ own dtype. Each rank holds master and moments of its 1/N of the layer's flattene
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor, nn
 
-from meft_ds.offload.flat_unit import MOMENTS, FlatUnit
-from meft_ds.offload.host.adam import FlatAdam
-from meft_ds.offload.model.weights import WHOLE, Weights, numel_of, shape_of
+from meft_ds.offload.master_unit import MasterUnit
+from meft_ds.offload.model.weights import WHOLE, Weights, numel_of
 from meft_ds.offload.ranks import Ranks
-from meft_ds.offload.unit import AdamHyper
 
 
-class DenseUnit(FlatUnit):
+class DenseUnit(MasterUnit):
     """All trainable tensors of one layer, one dtype and one parameter group, flattened one after another.
 
     Args:
@@ -53,86 +53,34 @@ class DenseUnit(FlatUnit):
             device=device,
         )
         self._moments_dtype = moments_dtype
-        self._offsets = [sum(sizes[:index]) for index in range(len(sizes))]
-        self._adam: FlatAdam | None = None
+        self._offsets = [sum(sizes[:index]) for index in range(len(sizes) + 1)]
 
     def allocate(self) -> None:
-        """Also take master and moments; the master starts as the parameters are now."""
+        """Take the memory; masters start as the parameters are now."""
         super().allocate()
-        own = torch.cat([self._own_part(p, offset) for (_, p), offset in zip(self.params, self._offsets, strict=True)])
-        self._adam = FlatAdam(own.float().clone(), self._reply, self._moments_dtype)
-        self._reply.copy_(own)
+        own = torch.empty(self._hi - self._lo, dtype=self._dtype)
+        for index, (_, p) in enumerate(self.params):
+            with self.weights.whole([p]):
+                for first, part in self._own_parts(index, p.detach()):
+                    own[first : first + part.numel()] = part
+        self._start_from(own, self._moments_dtype)
 
     def add_gradient(self, index: int, grad: Tensor) -> None:
-        offset = self._offsets[index]
-        self._acc[offset : offset + grad.numel()].add_(grad.reshape(-1))
-
-    def update(self, grad: Tensor, reply: Tensor, hyper: AdamHyper, *, step: int, grad_scale: float) -> None:
-        assert self._adam is not None and reply is self._adam.replica
-        self._adam.step(grad, hyper, step=step, grad_scale=grad_scale)
+        self._part(index, self._acc).add_(grad.reshape(-1))
 
     def change(self, reply: Tensor) -> None:
-        for (_, p), offset in zip(self.params, self._offsets, strict=True):
-            self.weights.write(p, reply[offset : offset + numel_of(p)])
+        for index, (_, p) in enumerate(self.params):
+            self.weights.write(p, self._part(index, reply))
 
-    @torch.no_grad()
-    def adopt_one(self, p: Tensor) -> None:
-        assert self._adam is not None
-        offset = next(at for (_, q), at in zip(self.params, self._offsets, strict=True) if q is p)
-        lo, hi = self._own_range(p, offset)
-        now = p.detach().reshape(-1)[lo:hi].cpu()
-        self._adam.adopt(now, self._reply, max(offset - self._lo, 0))
+    def _part(self, index: int, flat: Tensor) -> Tensor:
+        """Return parameter `index`'s part of a vector [numel], a view."""
+        return flat[self._offsets[index] : self._offsets[index + 1]]
 
-    def full(self, index: int) -> Tensor:
-        assert self._adam is not None
-        return self._of(index, self.gathered(self._adam.master))
-
-    @torch.no_grad()
-    def set_full(self, index: int, value: Tensor) -> None:
-        assert self._adam is not None
-        self._put(index, self._adam.master, self._checked(index, value))
-        super().set_full(index, value)
-        self.after_load()
-
-    def full_moment(self, index: int, key: str) -> Tensor:
-        return self._of(index, self.gathered(self._moment(index, key)).float())
-
-    @torch.no_grad()
-    def set_full_moment(self, index: int, value: Tensor, key: str) -> None:
-        self._put(index, self._moment(index, key), self._checked(index, value))
-
-    def _moment(self, index: int, key: str) -> Tensor:
-        if key not in MOMENTS:
-            raise ValueError(self._no_moment(index, key))
-        return self.state_tensors()[key]
-
-    def _of(self, index: int, flat: Tensor) -> Tensor:
-        """Parameter `index`'s part of a vector [numel], in its shape."""
-        _, p = self.params[index]
-        return flat[self._offsets[index] : self._offsets[index] + numel_of(p)].view(shape_of(p)).clone()
-
-    def _put(self, index: int, own: Tensor, value: Tensor) -> None:
-        """Write parameter `index`'s value into this rank's slice `own` of a vector, as far as it lies in it."""
-        offset, n = self._offsets[index], value.numel()
-        lo, hi = max(self._lo, offset), min(self._hi, offset + n)
+    def _own_parts(self, index: int, whole: Tensor) -> Iterator[tuple[int, Tensor]]:
+        offset, end = self._offsets[index : index + 2]
+        lo, hi = max(self._lo, offset), min(self._hi, end)
         if lo < hi:
-            own[lo - self._lo : hi - self._lo] = value.reshape(-1)[lo - offset : hi - offset].to(own)
+            yield lo - self._lo, whole.reshape(-1)[lo - offset : hi - offset]
 
-    def _own_part(self, p: nn.Parameter, offset: int) -> Tensor:
-        """What this rank owns of a parameter, as it is now, on the host."""
-        lo, hi = self._own_range(p, offset)
-        with self.weights.whole([p]):
-            return p.detach().reshape(-1)[lo:hi].cpu()
-
-    def _own_range(self, p: Tensor, offset: int) -> tuple[int, int]:
-        """[lo, hi) of a flattened parameter's elements that this rank owns."""
-        lo, hi = (min(max(edge - offset, 0), numel_of(p)) for edge in (self._lo, self._hi))
-        return lo, hi
-
-    def state_tensors(self) -> dict[str, Tensor]:
-        assert self._adam is not None
-        return self._adam.tensors()
-
-    def after_load(self) -> None:
-        assert self._adam is not None
-        self._reply.copy_(self._adam.master)
+    def _show(self, index: int, flat: Tensor, whole: Tensor) -> None:
+        whole.view(-1).copy_(self._part(index, flat))

@@ -12,16 +12,14 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from meft_ds.offload.flat_unit import MOMENTS, FlatUnit
-from meft_ds.offload.host.adam import FlatAdam
+from meft_ds.offload.master_unit import MasterUnit
 from meft_ds.offload.model.capture import tap, untap
-from meft_ds.offload.model.weights import WHOLE, Weights, shape_of
+from meft_ds.offload.model.weights import WHOLE, Weights
 from meft_ds.offload.ranks import Ranks
-from meft_ds.offload.unit import AdamHyper
 from meft_ds.sparse_matrix.tiles import Tiles
 
 
-class TilesUnit(FlatUnit):
+class TilesUnit(MasterUnit):
     """The chosen tiles of one layer's weights of one dtype and one parameter group.
 
     Args:
@@ -67,19 +65,13 @@ class TilesUnit(FlatUnit):
         self.matrices, self._modules = matrices, modules
         self._of_param = [[m for m in matrices if m.param == index] for index in range(len(params))]
         self._moments_dtype = moments_dtype
-        self._adam: FlatAdam  # made by `allocate`
 
     def allocate(self) -> None:
         """Take the memory, keep the tiles' values as their originals, and listen to parameters and modules."""
         super().allocate()
         where = self._device if self.on_device else torch.device("cpu")
         self.original = self.values()[self._lo : self._hi].to(where, copy=True)
-        self._adam = FlatAdam(
-            self.original.float() if self._dtype != torch.float32 else self.original.clone(),
-            self._reply,
-            self._moments_dtype,
-        )
-        self.after_load()
+        self._start_from(self.original, self._moments_dtype)
         for index, module in enumerate(self._modules):
             if module is not None:
                 (tiles,) = self._of_param[index]
@@ -116,22 +108,12 @@ class TilesUnit(FlatUnit):
 
     # -- stages --------------------------------------------------------------------------------------------------------
 
-    def update(self, grad: Tensor, reply: Tensor, hyper: AdamHyper, *, step: int, grad_scale: float) -> None:
-        assert reply is self._adam.replica
-        self._adam.step(grad, hyper, step=step, grad_scale=grad_scale)
-
     def change(self, reply: Tensor) -> None:
         for index, (_, p) in enumerate(self.params):
             for tiles in self._of_param[index]:
                 for piece in self.weights.pieces(p, tiles.expert, write_only=True):
                     tiles.write(piece, tiles.part(reply))
             self.weights.changed(p)
-
-    @torch.no_grad()
-    def adopt_one(self, p: Tensor) -> None:
-        index = next(i for i, (_, q) in enumerate(self.params) if q is p)
-        for first, now in self._own_tiles(index, p.detach()):
-            self._adam.adopt(now.to(self._reply.device), self._reply, first)
 
     # -- values --------------------------------------------------------------------------------------------------------
 
@@ -151,43 +133,12 @@ class TilesUnit(FlatUnit):
         """Return what the tiles were before training: flat [numel] in their dtype, on the device. Collective."""
         return self.gathered(self.original)
 
-    def full(self, index: int) -> Tensor:
-        return self._with_tiles(super().full(index), index, self._adam.master)
-
-    @torch.no_grad()
-    def set_full(self, index: int, value: Tensor) -> None:
-        super().set_full(index, value)
-        self._take_tiles(self._adam.master, index, self._checked(index, value))
-        self.after_load()
-
-    def full_moment(self, index: int, key: str) -> Tensor:
-        zeros = torch.zeros(shape_of(self.params[index][1]), device=self._device)
-        return self._with_tiles(zeros, index, self._moment(index, key))
-
-    @torch.no_grad()
-    def set_full_moment(self, index: int, value: Tensor, key: str) -> None:
-        self._take_tiles(self._moment(index, key), index, self._checked(index, value))
-
-    def _moment(self, index: int, key: str) -> Tensor:
-        if key not in MOMENTS:
-            raise ValueError(self._no_moment(index, key))
-        return self._adam.tensors()[key]
-
-    def _with_tiles(self, whole: Tensor, index: int, own: Tensor) -> Tensor:
-        """Write the tiles of a vector, of which this rank has its slice `own`, into `whole` [m, n]. Collective."""
-        flat = self.gathered(own).float()
+    def _show(self, index: int, flat: Tensor, whole: Tensor) -> None:
         for tiles in self._of_param[index]:
             for piece in WHOLE.pieces(whole, tiles.expert):
                 tiles.write(piece, tiles.part(flat))
-        return whole
 
-    def _take_tiles(self, own: Tensor, index: int, value: Tensor) -> None:
-        """Write the tiles of `value` [m, n] into this rank's slice of a vector, as far as they lie in it."""
-        for first, tiles in self._own_tiles(index, value):
-            own[first : first + tiles.numel()] = tiles.to(own)
-
-    def _own_tiles(self, index: int, whole: Tensor) -> Iterator[tuple[int, Tensor]]:
-        """Yield this rank's part of the tiles of `whole` [m, n], and where each begins in the rank's slice."""
+    def _own_parts(self, index: int, whole: Tensor) -> Iterator[tuple[int, Tensor]]:
         for tiles in self._of_param[index]:
             lo, hi = max(self._lo, tiles.offset), min(self._hi, tiles.offset + tiles.numel)
             if lo < hi:
@@ -196,7 +147,4 @@ class TilesUnit(FlatUnit):
     # -- state ---------------------------------------------------------------------------------------------------------
 
     def state_tensors(self) -> dict[str, Tensor]:
-        return {**self._adam.tensors(), "original": self.original}
-
-    def after_load(self) -> None:
-        self._reply.copy_(self._adam.master)
+        return {**super().state_tensors(), "original": self.original}
