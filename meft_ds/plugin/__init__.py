@@ -4,11 +4,11 @@
 A config with a `"meft_offload"` block yields `MeftEngine`, unless the engine cannot train; any other config yields
 exactly what DeepSpeed would have built. Nothing else of DeepSpeed's is touched.
 
-Files: decision (whose engine?), engine (the overrides), build (ranks, plan, memory check, units, pipeline), registry
-(the methods), ds_config (what does not go with the block), optimizer and hyper (what DeepSpeed sees of the pipeline),
-trainable (what trains of the base), zero3 (partitioned weights), telemetry (`meft_stats()` and monitors), full_params,
-replaced and zero_grad (what programs do to parameters between steps), successor (a second engine on a model), console
-(log lines). Room: checkpoint (files).
+Files: decision (whose engine?), engine (the overrides), build (ranks, plan, memory check, units, pipeline), runtime
+(what build made), registry (the methods), ds_config (what does not go with the block), optimizer and hyper (what
+DeepSpeed sees of the pipeline), trainable (what trains of the base), zero3 (partitioned weights), telemetry
+(`meft_stats()` and monitors), full_params, replaced and zero_grad (what programs do to parameters between steps),
+successor (a second engine on a model), console (log lines). Room: checkpoint (files).
 """
 
 from __future__ import annotations
