@@ -46,7 +46,7 @@ def bus() -> Bus:
 
 def test_bytes_that_go_up_after_the_step_are_written_with_the_window_they_belong_to(bus: Bus) -> None:
     writer = Writer()
-    monitor = WindowMonitor(writer, bus)
+    monitor = WindowMonitor(writer)
     bus.count("rows", down=100, up=10)
     window = bus.close_window()
     monitor.note(window, step_result())
@@ -61,7 +61,7 @@ def test_bytes_that_go_up_after_the_step_are_written_with_the_window_they_belong
 
 def test_rows_that_an_evaluation_fetched_are_not_counted(bus: Bus) -> None:
     writer = Writer()
-    monitor = WindowMonitor(writer, bus)
+    monitor = WindowMonitor(writer)
     bus.count("eval_rows", up=5)
     bus.count("rows", up=3)
     monitor.note(bus.close_window(), step_result())
@@ -71,7 +71,7 @@ def test_rows_that_an_evaluation_fetched_are_not_counted(bus: Bus) -> None:
 
 def test_every_time_of_the_window_is_written_in_seconds(bus: Bus) -> None:
     writer = Writer()
-    monitor = WindowMonitor(writer, bus)
+    monitor = WindowMonitor(writer)
     times = {"step_s": 4.0, "forward_s": 1.5, "stall_s": 0.5, "norm_wait_s": 0.25, "host_update_s": 2.0, "tail_s": 1.0}
     monitor.note(bus.close_window(), step_result(**times))
     monitor.write(1)
@@ -91,7 +91,7 @@ def test_every_time_of_the_window_is_written_in_seconds(bus: Bus) -> None:
 
 def test_a_window_is_written_once(bus: Bus) -> None:
     writer = Writer()
-    monitor = WindowMonitor(writer, bus)
+    monitor = WindowMonitor(writer)
     monitor.write(0)
     monitor.note(bus.close_window(), step_result())
     monitor.write(1)
@@ -101,13 +101,13 @@ def test_a_window_is_written_once(bus: Bus) -> None:
 
 def test_a_skipped_step_has_no_gradient_norm(bus: Bus) -> None:
     writer = Writer()
-    monitor = WindowMonitor(writer, bus)
+    monitor = WindowMonitor(writer)
     monitor.note(bus.close_window(), step_result(overflow=True))
     monitor.write(1)
     assert "grad_norm" not in writer.values() and "bytes_up" in writer.values()
 
 
 def test_a_monitor_that_is_off_gets_no_call_and_no_figure_is_computed(bus: Bus) -> None:
-    monitor = WindowMonitor(Writer(enabled=False), bus)
+    monitor = WindowMonitor(Writer(enabled=False))
     monitor.note(bus.close_window(), Untouchable())  # type: ignore[arg-type]
     monitor.write(1)

@@ -28,7 +28,7 @@ import torch
 from torch.autograd import Variable
 
 from meft_ds.offload.broken_windows import Windows
-from meft_ds.offload.host.transfer import Bus
+from meft_ds.offload.host.transfer import Bus, WindowBytes
 from meft_ds.offload.model.gradient_checkpointing import inside_backward
 from meft_ds.offload.ranks import LaneRanks, Ranks
 from meft_ds.offload.schedule.eager import Mode, Tuner
@@ -325,7 +325,7 @@ class Pipeline(Windows):
         self._lanes.down.submit(partial(self._down_job, entry, self.bus.mark(), self.bus.window))
         self._window.sending = False
 
-    def _down_job(self, entry: UnitProgress, after: Any, window: int) -> None:
+    def _down_job(self, entry: UnitProgress, after: Any, window: WindowBytes) -> None:
         unit = entry.unit
         with (
             self.timeline.span("down", "send", unit.name),

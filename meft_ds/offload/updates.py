@@ -10,7 +10,7 @@ from functools import partial
 
 import torch
 
-from meft_ds.offload.host.transfer import Bus
+from meft_ds.offload.host.transfer import Bus, WindowBytes
 from meft_ds.offload.model.gradient_checkpointing import inside_backward
 from meft_ds.offload.ranks import LaneRanks
 from meft_ds.offload.schedule.eager import Tuner
@@ -88,12 +88,12 @@ class Updates:
         entry.steps += 1
         self._lanes.host.submit(partial(self._host_job, entry, hyper, entry.steps, scale, self.bus.window))
 
-    def _host_job(self, entry: UnitProgress, hyper: AdamHyper, step: int, scale: float, window: int) -> None:
+    def _host_job(self, entry: UnitProgress, hyper: AdamHyper, step: int, scale: float, window: WindowBytes) -> None:
         with self.timeline.span("host", "update", entry.unit.name):
             entry.unit.host_step(hyper, step=step, grad_scale=scale)
         self._lanes.up.submit(partial(self._up_job, entry, window))
 
-    def _up_job(self, entry: UnitProgress, window: int) -> None:
+    def _up_job(self, entry: UnitProgress, window: WindowBytes) -> None:
         with (
             self.timeline.span("up", "fetch", entry.unit.name),
             self.bus.lane("up"),

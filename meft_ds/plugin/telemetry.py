@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
-from meft_ds.offload.host.transfer import Bus, training_bytes
+from meft_ds.offload.host.transfer import WindowBytes, training_bytes
 from meft_ds.offload.method import Method
 from meft_ds.offload.pipeline import Pipeline
 from meft_ds.offload.schedule.timing import WindowTimes
@@ -70,9 +70,9 @@ class Telemetry:
         self, *, pipeline: Pipeline, methods: Sequence[Method], plan: Plan, writer: Writer, trace: Trace | None = None
     ) -> None:
         self._pipeline, self._methods, self._plan = pipeline, methods, plan
-        self._monitor = WindowMonitor(writer, pipeline.bus)
+        self._monitor = WindowMonitor(writer)
         self.trace = trace
-        self._closed: int | None = None
+        self._closed = WindowBytes()
         self._times: WindowTimes | None = None
         self.steps = 0
 
@@ -101,7 +101,7 @@ class Telemetry:
     def report(self) -> dict[str, Any]:
         """Return plain numbers and lists, ready for JSON."""
         self._pipeline.flush()  # the window's last bytes go up only then
-        counts = {} if self._closed is None else self._pipeline.bus.counts_of(self._closed)
+        counts = self._closed.by_channel()
         down, up = training_bytes(counts)
         of_methods = {method.name: method.stats() for method in self._methods}
         on_device = sum(stats.pop("device_bytes") for stats in of_methods.values())
@@ -128,15 +128,14 @@ class WindowMonitor:
 
     Args:
         writer: DeepSpeed's monitor.
-        bus: counts the bytes.
     """
 
-    def __init__(self, writer: Writer, bus: Bus) -> None:
-        self._writer, self._bus = writer, bus
-        self._closed: tuple[int, dict[str, float]] | None = None
+    def __init__(self, writer: Writer) -> None:
+        self._writer = writer
+        self._closed: tuple[WindowBytes, dict[str, float]] | None = None
 
-    def note(self, window: int, result: StepResult) -> None:
-        """Keep what `write` will write: `window` has just been closed by the step that gave `result`."""
+    def note(self, window: WindowBytes, result: StepResult) -> None:
+        """Keep what `write` will write: the step that gave `result` has just closed `window`."""
         if not self._writer.enabled:
             return
         values = {name: float(getattr(result.times, name)) for name in MONITORED}
@@ -145,9 +144,7 @@ class WindowMonitor:
         self._closed = window, values
 
     def write(self, samples: int) -> None:
-        """Write the window noted last, unless that was done.
-
-        Call it when all its updates are applied, and before the bus closes the window after it.
+        """Write the window noted last, unless that was done. Call it when all its updates are applied.
 
         Args:
             samples: trained on until the end of the noted window.
@@ -155,6 +152,6 @@ class WindowMonitor:
         if self._closed is None:
             return
         (window, values), self._closed = self._closed, None
-        down, up = training_bytes(self._bus.counts_of(window))
+        down, up = training_bytes(window.by_channel())
         values = {"bytes_down": float(down), "bytes_up": float(up), **values}
         self._writer.write_events([(TAG + name, value, samples) for name, value in values.items()])

@@ -47,11 +47,11 @@ def test_an_evaluation_without_grad_writes_nothing_in_either_mode(training: bool
     rows = adapters_of(engine)[0].rows
     engine.backward(engine(**batch(0)).loss)
     tokens, load = rows.window_tokens, rows.expert_load.clone()
-    counts = engine.optimizer.pipeline.bus.counts_of(engine.optimizer.pipeline.bus.window)
+    counts = engine.optimizer.pipeline.bus.window.by_channel()
     for guard in (torch.no_grad, torch.inference_mode):
         with guard():
             engine(**batch(1000, rows=7))
-    after = engine.optimizer.pipeline.bus.counts_of(engine.optimizer.pipeline.bus.window)
+    after = engine.optimizer.pipeline.bus.window.by_channel()
     assert (rows.window_tokens, len(adapters_of(engine)[0]._replay)) == (tokens, 0)
     assert torch.equal(rows.expert_load, load)
     assert {k: n for k, n in after.items() if not k.startswith("eval_")} == counts

@@ -32,20 +32,41 @@ def training_bytes(counts: Counts) -> tuple[int, int]:
     return sum(entry["down"] for entry in entries), sum(entry["up"] for entry in entries)
 
 
+class WindowBytes:
+    """What crossed for one accumulation window. Lanes still add to it when the next one is open."""
+
+    def __init__(self) -> None:
+        self._adding = threading.Lock()
+        self._of: dict[str, tuple[int, int]] = {}
+
+    def add(self, channel: str, down: int, up: int) -> None:
+        """Add bytes to a channel."""
+        with self._adding:
+            before = self._of.get(channel, (0, 0))
+            self._of[channel] = before[0] + down, before[1] + up
+
+    def by_channel(self) -> Counts:
+        """Return {channel: {"down": bytes, "up": bytes}}."""
+        with self._adding:
+            return {name: {"down": down, "up": up} for name, (down, up) in sorted(self._of.items())}
+
+
 class Bus:
     """Counts and performs transfers between `device` and the host.
 
     Args:
         device: where the model computes.
+
+    Attributes:
+        window: bytes of the open accumulation window.
+        allocations: page-locked blocks taken so far.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.is_host = device.type == "cpu"
-        self.window = 0
-        self.allocations = 0  # page-locked blocks taken so far
-        self._counts: dict[int, dict[str, list[int]]] = {0: {}}
-        self._counting = threading.Lock()
+        self.window = WindowBytes()
+        self.allocations = 0
         self._of_thread = threading.local()
         self._staging: dict[Hashable, Tensor] = {}
         self._runtime: Any = None if self.is_host else torch.get_device_module(device)
@@ -58,16 +79,11 @@ class Bus:
 
     def count(self, channel: str, *, down: int = 0, up: int = 0) -> None:
         """Add bytes to a channel's counters of the window that the calling thread works for."""
-        window = getattr(self._of_thread, "window", None)
-        with self._counting:
-            counts = self._counts.setdefault(self.window if window is None else window, {})
-            entry = counts.setdefault(channel, [0, 0])
-            entry[0] += down
-            entry[1] += up
+        (getattr(self._of_thread, "window", None) or self.window).add(channel, down, up)
 
     @contextlib.contextmanager
-    def counting_for(self, window: int) -> Iterator[None]:
-        """What this thread moves inside belongs to `window`, although a later one may be open by now."""
+    def counting_for(self, window: WindowBytes) -> Iterator[None]:
+        """Inside, what this thread moves belongs to `window`, although a later one may be open by now."""
         before = getattr(self._of_thread, "window", None)
         self._of_thread.window = window
         try:
@@ -75,23 +91,14 @@ class Bus:
         finally:
             self._of_thread.window = before
 
-    def close_window(self) -> int:
-        """Open the next window's counters; returns the number of the one closed. Only the last two are kept."""
-        with self._counting:
-            closed, self.window = self.window, self.window + 1
-            self._counts.setdefault(self.window, {})
-            for old in [w for w in self._counts if w < closed]:
-                del self._counts[old]
+    def close_window(self) -> WindowBytes:
+        """Open the next window's counters; return those of the one closed."""
+        closed, self.window = self.window, WindowBytes()
         return closed
-
-    def counts_of(self, window: int) -> Counts:
-        """A window's counters as {channel: {"down": bytes, "up": bytes}}."""
-        with self._counting:
-            return {name: {"down": down, "up": up} for name, (down, up) in sorted(self._counts.get(window, {}).items())}
 
     def take_counts(self) -> Counts:
         """Close the window and return its counters."""
-        return self.counts_of(self.close_window())
+        return self.close_window().by_channel()
 
     # -- buffers -------------------------------------------------------------------------------------------------------
 
