@@ -16,7 +16,7 @@ from meft_ds.offload.ranks import Ranks
 from meft_ds.offload.schedule.eager import MEASURED_WINDOWS, Mode
 from meft_ds.offload.schedule.host_threads import HostThreads, allowed_cpus, enter
 from meft_ds.offload.schedule.lanes import ThreadLane
-from meft_ds.offload.schedule.timing import Span
+from meft_ds.offload.schedule.timing import LaneName, Span
 from meft_ds.offload.schedule.window import StepResult, StepSettings
 from meft_ds.offload.unit import AdamHyper
 
@@ -157,7 +157,7 @@ def _steps(run: Run, warmup: int, steps: int) -> Iterator[int]:
     run.begins.append(time.perf_counter())
 
 
-def _timed(spans: list[Span], lane: str, what: str, unit: str, work: Callable[[], None]) -> None:
+def _timed(spans: list[Span], lane: LaneName, what: str, unit: str, work: Callable[[], None]) -> None:
     begun = time.perf_counter()
     work()
     spans.append(Span(lane, what, unit, begun, time.perf_counter()))

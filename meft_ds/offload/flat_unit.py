@@ -20,10 +20,8 @@ from meft_ds.offload.host.transfer import Bus
 from meft_ds.offload.model.capture import hand_over
 from meft_ds.offload.model.weights import WHOLE, Weights, shape_of
 from meft_ds.offload.ranks import Ranks, owned_range
-from meft_ds.offload.unit import AdamHyper, Footprint, Unit
+from meft_ds.offload.unit import MOMENTS, AdamHyper, Footprint, Unit
 from meft_ds.offload.waiting import unwatch, watch
-
-MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class FlatUnit(Unit):

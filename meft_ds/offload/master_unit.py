@@ -12,15 +12,16 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from meft_ds.offload.flat_unit import MOMENTS, FlatUnit
+from meft_ds.offload.flat_unit import FlatUnit
 from meft_ds.offload.host.adam import FlatAdam
 from meft_ds.offload.model.weights import shape_of
-from meft_ds.offload.unit import AdamHyper
+from meft_ds.offload.unit import MOMENTS, AdamHyper
 
 
 class MasterUnit(FlatUnit):
     """One layer's elements that train in their own shape."""
 
+    weight_state = frozenset({"master"})
     _adam: FlatAdam
 
     def _start_from(self, own: Tensor, moments_dtype: torch.dtype) -> None:

@@ -55,6 +55,10 @@ class AdamHyper:
     weight_decay: float
 
 
+MOMENTS = ("exp_avg", "exp_avg_sq")
+"""Names of AdamW's moments in `Unit.state_tensors`. They may be loaded in another dtype than they were saved in."""
+
+
 class Listener(Protocol):
     """Whom a unit tells what happens to it on the thread that trains."""
 
@@ -77,6 +81,7 @@ class Unit(ABC):
     group: int  # index of the user's parameter group whose lr, betas, eps and weight decay apply
     listener: Listener | None = None
     params: Sequence[tuple[str, nn.Parameter]] = ()  # of the model, by name, that the unit changes
+    weight_state: frozenset[str] = frozenset()  # what of `state_tensors` belongs to the weights, not to the optimizer
 
     def release(self) -> None:  # noqa: B027 - most units listen to nothing
         """Stop listening to the model; called once, at the end."""

@@ -177,8 +177,7 @@ def build_units(run: Run, methods: list[Method], config: MeftConfig) -> tuple[li
     host = preflight(run, methods, footprints, specs, config)
     for unit in dense:
         unit.allocate()
-    pinned = {name for name in specs if name.endswith("replica")} if run.bus.device.type != "cpu" else set()
-    memory = allocate(specs, run.ranks.here, pinned=pinned) if specs else {}
+    memory = allocate(specs, run.ranks.here) if specs else {}
     units: list[Unit] = [*dense, *(unit for method in methods for unit in method.build(run, memory))]
     plan = Plan(
         host=host,

@@ -93,7 +93,7 @@ class SparseAdapterMethod(Method):
         specs: Specs = {}
         for layer, adapter in enumerate(self.adapters):
             if kept_store(adapter, run.dtype) is None:
-                specs |= store_specs(f"layer{layer}", self.sizes.rows, self.sizes.d, run.dtype)
+                specs |= store_specs(f"layer{layer}", self.sizes.rows, self.sizes.d, run.dtype, run.bus.device)
         return specs
 
     def build(self, run: Run, memory: Mapping[str, Tensor]) -> list[Unit]:

@@ -39,6 +39,7 @@ class RowsUnit(Unit):
     """
 
     wire = "rows"
+    weight_state = frozenset({"master"})
 
     def __init__(
         self,

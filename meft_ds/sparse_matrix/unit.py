@@ -31,6 +31,7 @@ class TilesUnit(MasterUnit):
     """
 
     wire = "blocks"
+    weight_state = frozenset({"master", "original"})
 
     def __init__(
         self,

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from meft_ds.offload.host.shared_memory import allocate, arena_bytes, remove_stale
+from meft_ds.offload.host.shared_memory import TensorSpec, allocate, arena_bytes, remove_stale
 from meft_ds.offload.ranks import Ranks
 from tests.ranks import run_ranks, start_ranks
 
@@ -17,14 +17,14 @@ SCRIPT = """
 import os, sys, time
 from pathlib import Path
 import torch, torch.distributed as dist
-from meft_ds.offload.host.shared_memory import allocate
+from meft_ds.offload.host.shared_memory import TensorSpec, allocate
 from meft_ds.offload.ranks import Ranks
 
 dist.init_process_group("gloo")
 ranks = Ranks(rank=dist.get_rank(), world=dist.get_world_size(), group=dist.group.WORLD)
 directory = Path(sys.argv[1])
-specs = {"a": ((5, 3), torch.float32), "b": ((7,), torch.bfloat16)}
-t = allocate(specs, ranks, pinned=set(), directory=directory)
+specs = {"a": TensorSpec((5, 3), torch.float32), "b": TensorSpec((7,), torch.bfloat16)}
+t = allocate(specs, ranks, directory=directory)
 assert list(directory.iterdir()) == [], "the file must be gone as soon as everybody has mapped it"
 if ranks.rank == 0:
     t["a"].fill_(3.0)
@@ -72,9 +72,10 @@ def unregister(address):
 
 shared_memory._register, shared_memory._unregister = register, unregister
 torch.cuda.is_available, torch.cuda.current_device, torch.cuda.synchronize = lambda: True, lambda: 0, lambda d: None
-specs = {"a": ((5, 3), torch.float32), "b": ((5000,), torch.uint8), "c": ((4,), torch.uint8)}
+specs = {"a": ((5, 3), torch.float32), "b": ((5000,), torch.uint8, True), "c": ((4,), torch.uint8, True)}
+specs = {name: shared_memory.TensorSpec(*spec) for name, spec in specs.items()}
 try:
-    t = shared_memory.allocate(specs, ranks, pinned={"b", "c"}, directory=directory)
+    t = shared_memory.allocate(specs, ranks, directory=directory)
 except ValueError as e:
     print(e)
 else:
@@ -95,8 +96,8 @@ dist.destroy_process_group()
 
 
 def test_one_rank_gets_private_zeroed_memory(tmp_path: Path) -> None:
-    specs = {"a": ((4, 2), torch.float32), "b": ((3,), torch.bfloat16)}
-    t = allocate(specs, Ranks(), pinned=set(), directory=tmp_path)
+    specs = {"a": TensorSpec((4, 2), torch.float32), "b": TensorSpec((3,), torch.bfloat16)}
+    t = allocate(specs, Ranks(), directory=tmp_path)
     assert t["a"].shape == (4, 2) and t["b"].dtype == torch.bfloat16 and t["a"].sum() == 0
     assert list(tmp_path.iterdir()) == []
     assert arena_bytes(specs) == 2 * 4096
@@ -161,13 +162,13 @@ shared_memory._make_nameless = make
 """
     caught = """
 try:
-    t = allocate(specs, ranks, pinned=set(), directory=directory)
+    t = allocate(specs, ranks, directory=directory)
 except ValueError as e:
     print("planted" in str(e), flush=True)
     dist.destroy_process_group()
     os._exit(0)
 """
-    line = "t = allocate(specs, ranks, pinned=set(), directory=directory)\n"
+    line = "t = allocate(specs, ranks, directory=directory)\n"
     script = tmp_path / "fails.py"
     script.write_text(SCRIPT.replace("dist.init", fails + "dist.init", 1).replace(line, caught))
     (shm := tmp_path / "shm").mkdir()

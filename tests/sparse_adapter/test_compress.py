@@ -316,7 +316,7 @@ def test_a_window_without_active_rows_still_moves_rows_in_dense_mode_and_none_in
 
 RANKS = """
 import hashlib, torch, torch.distributed as dist
-from meft_ds.offload.host.shared_memory import allocate
+from meft_ds.offload.host.shared_memory import TensorSpec, allocate
 from meft_ds.offload.host.transfer import Bus
 from meft_ds.offload.ranks import Ranks
 from meft_ds.offload.unit import AdamHyper
@@ -331,7 +331,7 @@ together = Ranks(rank=me, world=world, group=dist.group.WORLD)
 R, D, settings = 41, 12, ResolvedCompress(dim=5, nonzeros=2, scale=1.5)
 
 def train(mode, ranks, mine):
-    master = allocate({"m": ((R, 2 * D), torch.float32)}, ranks, pinned=set())["m"]
+    master = allocate({"m": TensorSpec((R, 2 * D), torch.float32)}, ranks)["m"]
     if ranks.rank == 0:
         master.copy_(torch.randn(R, 2 * D, generator=torch.Generator().manual_seed(0)))
     ranks.barrier()

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import math
 import mmap
 import os
 import re
@@ -18,6 +19,7 @@ import secrets
 import weakref
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,40 +31,55 @@ _PREFIX = "meft-ds"
 _OURS = re.compile(_PREFIX + r"-(?P<uid>\d{1,10})-(?P<pid>\d{1,10})-(?P<started>\d{1,20})-[0-9a-f]{16}", re.ASCII)
 _ALIGN = 4096
 
-Specs = dict[str, tuple[tuple[int, ...], torch.dtype]]
+
+class TensorSpec(NamedTuple):
+    """A host tensor to allocate; `pinned`: page-locked, because an accelerator copies from it."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    pinned: bool = False
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its values."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    @property
+    def padded(self) -> int:
+        """Bytes that it takes in a block."""
+        return -(-self.nbytes // _ALIGN) * _ALIGN
+
+
+Specs = dict[str, TensorSpec]
 
 
 def arena_bytes(specs: Specs) -> int:
-    """Size of the block that holds `specs`, alignment included."""
-    return sum(_padded(shape, dtype) for shape, dtype in specs.values())
+    """Return the size of the block that holds `specs`, alignment included."""
+    return sum(spec.padded for spec in specs.values())
 
 
-def allocate(specs: Specs, ranks: Ranks, *, pinned: set[str], directory: Path = SHM_DIR) -> dict[str, Tensor]:
-    """Zero-filled host tensors by name; the same memory on every rank of the node when there are several.
+def allocate(specs: Specs, ranks: Ranks, *, directory: Path = SHM_DIR) -> dict[str, Tensor]:
+    """Return zero-filled host tensors by name; the same memory on every rank of the node when there are several.
 
     Args:
-        specs: {name: (shape, dtype)}; equal on all ranks.
+        specs: by name; equal on all ranks.
         ranks: who shares. Collective when `ranks.world > 1`.
-        pinned: names whose memory the accelerator copies from (page-locked on an accelerator, nothing on a CPU device).
         directory: where shared blocks live.
 
     Raises:
         ValueError: on every rank, when a shared block cannot be had or page-locked.
     """
     if ranks.world == 1:
-        return {
-            name: torch.zeros(shape, dtype=dtype, pin_memory=name in pinned) for name, (shape, dtype) in specs.items()
-        }
+        return {name: torch.zeros(s.shape, dtype=s.dtype, pin_memory=s.pinned) for name, s in specs.items()}
     memory = _map_shared(arena_bytes(specs), ranks, directory)
     view = memoryview(memory)  # lives as long as the tensors do, and can be watched
     block = torch.frombuffer(view, dtype=torch.uint8)
     tensors, offset = {}, 0
-    for name, (shape, dtype) in specs.items():
-        nbytes = torch.Size(shape).numel() * dtype.itemsize
-        tensors[name] = block[offset : offset + nbytes].view(dtype).view(shape)
-        offset += _padded(shape, dtype)
-    if pinned:
-        _lock_pages(view, memory, [t for name, t in tensors.items() if name in pinned], ranks)
+    for name, spec in specs.items():
+        tensors[name] = block[offset : offset + spec.nbytes].view(spec.dtype).view(spec.shape)
+        offset += spec.padded
+    if pinned := [tensors[name] for name, spec in specs.items() if spec.pinned]:
+        _lock_pages(view, memory, pinned, ranks)
     return tensors
 
 
@@ -83,10 +100,6 @@ def remove_stale(directory: Path = SHM_DIR) -> list[str]:
                     os.unlink(entry.path)
                     removed.append(entry.name)
     return removed
-
-
-def _padded(shape: tuple[int, ...], dtype: torch.dtype) -> int:
-    return -(-torch.Size(shape).numel() * dtype.itemsize // _ALIGN) * _ALIGN
 
 
 def _map_shared(nbytes: int, ranks: Ranks, directory: Path) -> mmap.mmap:

@@ -21,7 +21,7 @@ from typing import Protocol
 
 import torch
 
-from meft_ds.offload.schedule.window import UnitProgress
+from meft_ds.offload.schedule.window import Reached, UnitProgress
 
 _PATIENCE_S = 5.0  # how long an exit waits for the job that a lane is running
 
@@ -203,7 +203,7 @@ class Progress:
         self.failure: BaseException | None = None
         self.torn: BaseException | None = None
 
-    def tell(self, entry: UnitProgress, what: str) -> None:
+    def tell(self, entry: UnitProgress, what: Reached) -> None:
         """Called on a lane: set `entry`'s field `what`."""
         with self._changed:
             setattr(entry, what, True)
@@ -219,7 +219,7 @@ class Progress:
         """Let waits end with an error from then on."""
         self._deadline = time.monotonic() + seconds
 
-    def wait_for(self, entries: Sequence[UnitProgress], what: str) -> None:
+    def wait_for(self, entries: Sequence[UnitProgress], what: Reached) -> None:
         """Return once the field `what` of all of them is set.
 
         Raises:

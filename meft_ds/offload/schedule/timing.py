@@ -11,17 +11,22 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 from torch.profiler import record_function
 
 from meft_ds.offload.host.transfer import Bus
 
+LaneName = Literal["compute", "main", "down", "host", "up"]
+"""Where work runs: in the model, elsewhere on the training thread, or on one of the three lanes."""
+MarkName = Literal["forward", "forward_end", "backward_end", "step", "end"]
+"""Points of a window on the training thread."""
+
 
 class Span(NamedTuple):
     """Work or waiting on one lane. Times are `time.perf_counter` seconds."""
 
-    lane: str  # "main", "down", "host" or "up"
+    lane: LaneName
     what: str  # on "main": stall, norm, collect, apply; elsewhere the stage
     unit: str  # "" for what concerns all units
     start: float
@@ -55,7 +60,7 @@ class WindowTimes:
     tail_s: float  # down + host + up of the shallowest layer
     payloads: int
     spans: Sequence[Span] = ()
-    marks: Sequence[tuple[str, float]] = ()
+    marks: Sequence[tuple[MarkName, float]] = ()
 
     @property
     def compute_s(self) -> float:
@@ -86,10 +91,10 @@ class Timeline:
         self._shallowest = frozenset(shallowest)
         self._spans: list[Span] = []
         self._adding = threading.Lock()
-        self._marks: list[tuple[str, float, Any]] = []
+        self._marks: list[tuple[MarkName, float, Any]] = []
 
     @contextlib.contextmanager
-    def span(self, lane: str, what: str, unit: str = "") -> Iterator[None]:
+    def span(self, lane: LaneName, what: str, unit: str = "") -> Iterator[None]:
         """Time what runs inside."""
         with record_function(f"meft.{lane}.{what}" + (f" {unit}" if unit else "")):
             start = time.perf_counter()
@@ -100,8 +105,8 @@ class Timeline:
                 with self._adding:
                     self._spans.append(span)
 
-    def mark(self, what: str) -> None:
-        """A point of the window: "forward", "forward_end", "backward_end" or "step"."""
+    def mark(self, what: MarkName) -> None:
+        """Note a point of the window."""
         self._marks.append((what, time.perf_counter(), self._timed_event()))
 
     def close_window(self) -> WindowTimes:

@@ -13,13 +13,13 @@ import os
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from meft_ds.files import check_writable, write_text
-from meft_ds.offload.schedule.timing import WindowTimes, phases
+from meft_ds.offload.schedule.timing import LaneName, WindowTimes, phases
 from meft_ds.options import shown
 
-LANES = ("compute", "main", "down", "host", "up")
+LANES: tuple[LaneName, ...] = get_args(LaneName)
 """Rows from top to bottom; "compute" holds the model's forwards and backwards."""
 
 _logger = logging.getLogger("meft_ds")
@@ -96,7 +96,7 @@ def _events(times: WindowTimes, window: int, rank: int) -> Iterator[dict[str, An
         yield _event(span.lane, name, span.start, span.end, rank, {**about, "window": window})
 
 
-def _event(lane: str, name: str, start: float, end: float, rank: int, args: dict[str, Any]) -> dict[str, Any]:
+def _event(lane: LaneName, name: str, start: float, end: float, rank: int, args: dict[str, Any]) -> dict[str, Any]:
     # whole numbers, and both ends rounded, not the duration: viewers drop neighbours that overlap by a rounding error
     ts, until = round(start * 1e6), round(end * 1e6)
     place = {"pid": rank, "tid": LANES.index(lane)}

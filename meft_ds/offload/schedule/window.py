@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -41,6 +41,10 @@ class StepResult:
     overflow: bool
     grad_norm: float
     times: WindowTimes
+
+
+Reached = Literal["measured", "updated"]
+"""Fields of `UnitProgress` that a lane sets and the training thread waits for."""
 
 
 @dataclass(eq=False)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from meft_ds import files
 from meft_ds.offload.ranks import Ranks
-from meft_ds.offload.unit import Unit
+from meft_ds.offload.unit import MOMENTS, Unit
 from meft_ds.plugin.checkpoint.transaction import (
     FOLDER,
     MANIFEST,
@@ -35,7 +35,6 @@ FORMAT = 2
 
 MethodState = tuple[dict[str, Any], dict[str, Tensor]]
 _LONGEST_TAG = 4096  # bytes, as of a path
-_WEIGHTS = ("master", "original")  # state that belongs to the model's weights; the rest is the optimizer's
 
 
 def save(
@@ -141,7 +140,7 @@ def load(folder: Path, manifest: Manifest, units: list[Unit], *, moments: bool) 
     """
     for unit in units:
         lo, hi, _ = unit.state_range()
-        targets = {k: t for k, t in unit.state_tensors().items() if moments or k in _WEIGHTS}
+        targets = {k: t for k, t in unit.state_tensors().items() if moments or k in unit.weight_state}
         for name, entry in manifest["files"].items():
             if entry["unit"] == unit.name and entry["lo"] < hi and lo < entry["hi"]:
                 _copy_overlap(folder / name, entry["lo"], entry["hi"], targets, lo, hi)
@@ -270,6 +269,6 @@ def _copy_overlap(path: Path, file_lo: int, file_hi: int, targets: dict[str, Ten
         with safe_open(path, framework="pt") as f:
             for key, target in targets.items():
                 part = f.get_slice(key)[first - file_lo : last - file_lo]
-                target[first - lo : last - lo] = part.to(target.dtype) if key.startswith("exp_avg") else part
+                target[first - lo : last - lo] = part.to(target.dtype) if key in MOMENTS else part
     except SafetensorError as e:
         raise ValueError(f"{path} cannot be read: {e}; load an earlier checkpoint") from None

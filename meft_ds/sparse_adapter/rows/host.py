@@ -18,17 +18,18 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from meft_ds.offload.host.shared_memory import Specs
+from meft_ds.offload.host.shared_memory import Specs, TensorSpec
 from meft_ds.offload.host.transfer import Bus
 
 _FIRST_ROWS = 256  # first size of a window; it doubles on demand up to the capacity
 
 
-def store_specs(name: str, r: int, d: int, dtype: torch.dtype) -> Specs:
-    """Host tensors that one layer's rows need, shared by a node's ranks; fp32 compute needs no replica."""
-    specs: Specs = {f"{name}.master": ((r, 2 * d), torch.float32)}
+def store_specs(name: str, r: int, d: int, dtype: torch.dtype, device: torch.device) -> Specs:
+    """Return the host tensors that one layer's rows need, shared by a node's ranks; fp32 compute needs no replica."""
+    specs: Specs = {f"{name}.master": TensorSpec((r, 2 * d), torch.float32)}
     if dtype != torch.float32:
-        specs[f"{name}.replica"] = ((r, 2 * d), dtype)
+        # the device's copies of rows come from the replica
+        specs[f"{name}.replica"] = TensorSpec((r, 2 * d), dtype, pinned=device.type != "cpu")
     return specs
 
 
