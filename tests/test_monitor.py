@@ -2,14 +2,16 @@
 """What is written to DeepSpeed's monitor, and when."""
 
 import math
-from typing import Any
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from meft_ds.offload.host.transfer import Bus
+from meft_ds.offload.schedule.timing import WindowTimes
 from meft_ds.offload.schedule.window import StepResult
-from meft_ds.plugin.telemetry import TAG, Event, WindowMonitor
+from meft_ds.plugin.telemetry import TAG, Event, Plan, Telemetry
 from tests.offload.times import window_times
 
 
@@ -27,16 +29,22 @@ class Writer:
         return {tag.removeprefix(TAG): value for tag, value, _ in events}
 
 
-class Untouchable:
-    """No attribute of a result may be read while the monitor is off."""
+class Untouchable(WindowTimes):
+    """No figure may be computed while the monitor is off."""
 
-    def __getattr__(self, name: str) -> Any:
-        raise AssertionError(name)
+    @property
+    def bound_s(self) -> float:
+        raise AssertionError("bound_s")
 
 
 def step_result(*, overflow: bool = False, **times: float) -> StepResult:
     all_times = window_times(payloads=4, **times)
     return StepResult(overflow=overflow, grad_norm=math.inf if overflow else 2.5, times=all_times)
+
+
+def telemetry(writer: Writer, bus: Bus) -> Telemetry:
+    plan = Plan(host=0, device=0, down=0, up=0, dense_names=(), dense_parameters=0, dense_device=0)
+    return Telemetry(pipeline=SimpleNamespace(bus=bus), methods=(), plan=plan, writer=writer)  # type: ignore[arg-type]
 
 
 @pytest.fixture
@@ -46,10 +54,10 @@ def bus() -> Bus:
 
 def test_bytes_that_go_up_after_the_step_are_written_with_the_window_they_belong_to(bus: Bus) -> None:
     writer = Writer()
-    monitor = WindowMonitor(writer)
+    monitor = telemetry(writer, bus)
     bus.count("rows", down=100, up=10)
-    window = bus.close_window()
-    monitor.note(window, step_result())
+    window = bus.window
+    monitor.close_window(step_result(), 0)
     assert writer.calls == []
     with bus.counting_for(window):
         bus.count("dense", up=7)
@@ -61,19 +69,19 @@ def test_bytes_that_go_up_after_the_step_are_written_with_the_window_they_belong
 
 def test_rows_that_an_evaluation_fetched_are_not_counted(bus: Bus) -> None:
     writer = Writer()
-    monitor = WindowMonitor(writer)
+    monitor = telemetry(writer, bus)
     bus.count("eval_rows", up=5)
     bus.count("rows", up=3)
-    monitor.note(bus.close_window(), step_result())
+    monitor.close_window(step_result(), 0)
     monitor.write(1)
     assert writer.values()["bytes_up"] == 3
 
 
 def test_every_time_of_the_window_is_written_in_seconds(bus: Bus) -> None:
     writer = Writer()
-    monitor = WindowMonitor(writer)
+    monitor = telemetry(writer, bus)
     times = {"step_s": 4.0, "forward_s": 1.5, "stall_s": 0.5, "norm_wait_s": 0.25, "host_update_s": 2.0, "tail_s": 1.0}
-    monitor.note(bus.close_window(), step_result(**times))
+    monitor.close_window(step_result(**times), 0)
     monitor.write(1)
     assert writer.values() == {
         "bytes_down": 0.0,
@@ -91,9 +99,9 @@ def test_every_time_of_the_window_is_written_in_seconds(bus: Bus) -> None:
 
 def test_a_window_is_written_once(bus: Bus) -> None:
     writer = Writer()
-    monitor = WindowMonitor(writer)
+    monitor = telemetry(writer, bus)
     monitor.write(0)
-    monitor.note(bus.close_window(), step_result())
+    monitor.close_window(step_result(), 0)
     monitor.write(1)
     monitor.write(1)
     assert len(writer.calls) == 1
@@ -101,13 +109,14 @@ def test_a_window_is_written_once(bus: Bus) -> None:
 
 def test_a_skipped_step_has_no_gradient_norm(bus: Bus) -> None:
     writer = Writer()
-    monitor = WindowMonitor(writer)
-    monitor.note(bus.close_window(), step_result(overflow=True))
+    monitor = telemetry(writer, bus)
+    monitor.close_window(step_result(overflow=True), 0)
     monitor.write(1)
     assert "grad_norm" not in writer.values() and "bytes_up" in writer.values()
 
 
 def test_a_monitor_that_is_off_gets_no_call_and_no_figure_is_computed(bus: Bus) -> None:
-    monitor = WindowMonitor(Writer(enabled=False))
-    monitor.note(bus.close_window(), Untouchable())  # type: ignore[arg-type]
+    monitor = telemetry(Writer(enabled=False), bus)
+    result = step_result()
+    monitor.close_window(replace(result, times=Untouchable(**vars(result.times))), 0)
     monitor.write(1)

@@ -28,11 +28,12 @@ def attach(model: nn.Module, pipeline: Pipeline) -> None:
         if hasattr(p, "ds_id"):
             held._z3_optimizer = state
         else:
-            held._hp_mapping = _Answer(state, name)  # not None: DeepSpeed looks whether it is there
-            held.get_full_hp_param = _Answer(state, name, state.get_full_hp_param, p)
-            held.set_full_hp_param = _Answer(state, name, state.set_for, p)
-            held.get_full_hp_grad = _Answer(state, name, state.get_fp32_grad_for_param, p)
-            held.set_full_hp_grad = _Answer(state, name, state.refuse_grad, p)
+            # DeepSpeed only looks whether it is there; our class tells it from DeepSpeed's own
+            held._hp_mapping = _Answer(state.get_full_hp_param, p)
+            held.get_full_hp_param = _Answer(state.get_full_hp_param, p)
+            held.set_full_hp_param = _Answer(state.set_for, p)
+            held.get_full_hp_grad = _Answer(state.get_fp32_grad_for_param, p)
+            held.set_full_hp_grad = _Answer(state.refuse_grad, p)
         state.names[id(p)] = name
 
 
@@ -133,14 +134,10 @@ class _FullState:
 class _Answer:
     """A call about one parameter. It does not hold the parameter, which holds it."""
 
-    def __init__(
-        self, state: _FullState, name: str, call: Callable[..., Any] | None = None, p: Tensor | None = None
-    ) -> None:
-        self._state, self._name, self._call = state, name, call
-        self._find = None if p is None else weakref.ref(p)
+    def __init__(self, call: Callable[..., Any], p: Tensor) -> None:
+        self._call, self._find = call, weakref.ref(p)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        assert self._call is not None and self._find is not None
         return self._call(self._find(), *args, **kwargs)
 
     def __reduce__(self) -> Any:

@@ -70,10 +70,10 @@ class Telemetry:
         self, *, pipeline: Pipeline, methods: Sequence[Method], plan: Plan, writer: Writer, trace: Trace | None = None
     ) -> None:
         self._pipeline, self._methods, self._plan = pipeline, methods, plan
-        self._monitor = WindowMonitor(writer)
-        self.trace = trace
+        self._writer, self.trace = writer, trace
         self._closed = WindowBytes()
         self._times: WindowTimes | None = None
+        self._unwritten: dict[str, float] | None = None  # of the last window, while DeepSpeed's monitor has not got it
         self.steps = 0
 
     def close_window(self, result: StepResult, samples: int) -> None:
@@ -81,17 +81,28 @@ class Telemetry:
 
         The step has applied what the one before it left under way, so the window before is complete now.
         """
-        self._monitor.write(samples)
+        self.write(samples)
         self._closed = self._pipeline.bus.close_window()
-        self._times = replace(result.times, spans=(), marks=())  # sums are all that is reported
+        self._times = times = replace(result.times, spans=(), marks=())  # sums are all that is reported
         self.steps += 1
-        self._monitor.note(self._closed, result)
+        if self._writer.enabled:
+            self._unwritten = {name: float(getattr(times, name)) for name in MONITORED}
+            if not result.overflow:  # a skipped step has no norm
+                self._unwritten["grad_norm"] = result.grad_norm
         if self.trace is not None:
             self.trace.add(result.times)
 
     def write(self, samples: int) -> None:
-        """Hand the last window to DeepSpeed's monitor, unless it has been. All its updates must be applied."""
-        self._monitor.write(samples)
+        """Hand the last window to DeepSpeed's monitor once. All its updates must be applied.
+
+        `samples` were trained on until the end of that window.
+        """
+        if self._unwritten is None:
+            return
+        values, self._unwritten = self._unwritten, None
+        down, up = training_bytes(self._closed.by_channel())
+        values = {"bytes_down": float(down), "bytes_up": float(up), **values}
+        self._writer.write_events([(TAG + name, value, samples) for name, value in values.items()])
 
     def close(self) -> None:
         """Write the trace, if it has not been written."""
@@ -121,37 +132,3 @@ class Telemetry:
             return {}
         tuner = self._pipeline.tuner
         return {"schedule_mode": tuner.choice or tuner.mode, **{name: getattr(self._times, name) for name in REPORTED}}
-
-
-class WindowMonitor:
-    """Writes each closed window to DeepSpeed's monitor once. Does nothing while the monitor is off.
-
-    Args:
-        writer: DeepSpeed's monitor.
-    """
-
-    def __init__(self, writer: Writer) -> None:
-        self._writer = writer
-        self._closed: tuple[WindowBytes, dict[str, float]] | None = None
-
-    def note(self, window: WindowBytes, result: StepResult) -> None:
-        """Keep what `write` will write: the step that gave `result` has just closed `window`."""
-        if not self._writer.enabled:
-            return
-        values = {name: float(getattr(result.times, name)) for name in MONITORED}
-        if not result.overflow:  # a skipped step has no norm
-            values["grad_norm"] = result.grad_norm
-        self._closed = window, values
-
-    def write(self, samples: int) -> None:
-        """Write the window noted last, unless that was done. Call it when all its updates are applied.
-
-        Args:
-            samples: trained on until the end of the noted window.
-        """
-        if self._closed is None:
-            return
-        (window, values), self._closed = self._closed, None
-        down, up = training_bytes(window.by_channel())
-        values = {"bytes_down": float(down), "bytes_up": float(up), **values}
-        self._writer.write_events([(TAG + name, value, samples) for name, value in values.items()])
