@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Who owns what among data-parallel ranks, and the deterministic reduction of sparse rows onto their owners."""
+"""Data-parallel ranks: who owns what, and every exchange of objects, numbers and sparse rows between them."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Ranks:
 
     @property
     def here(self) -> Ranks:
-        """The ranks of this node."""
+        """The ranks of this node, which share memory."""
         return self if self.node is None else self.node
 
     @property
@@ -90,7 +90,7 @@ class Ranks:
             dist.barrier(self.group if self.host_group is None else self.host_group)
 
     def of_its_own(self, device: torch.device) -> Ranks:
-        """The same ranks with groups of their own, for a thread whose collectives must not mix with others'.
+        """Return the same ranks with groups of their own, for a thread whose collectives must not mix with others'.
 
         Collective over all processes of the run.
         """
@@ -102,7 +102,9 @@ class Ranks:
         return replace(self, group=group, host_group=host_group).on_nodes(self.layout, device)
 
     def on_nodes(self, layout: Sequence[Sequence[int]], device: torch.device) -> Ranks:
-        """The same ranks, which lie on these nodes (global ranks of each, equally many); with groups for them.
+        """Return the same ranks with process groups within and across nodes.
+
+        `layout` lists the global ranks of each node, equally many.
 
         Collective over all processes of the run.
         """
@@ -133,17 +135,17 @@ class LaneRanks:
 
     @classmethod
     def shared(cls, ranks: Ranks) -> LaneRanks:
-        """One group for all, for the serial order."""
+        """Use one group for all, for the serial order."""
         return cls(down=ranks, host=ranks, up=ranks)
 
     @classmethod
     def apart(cls, ranks: Ranks, device: torch.device) -> LaneRanks:
-        """Groups of their own. Collective over all processes of the run."""
+        """Give each lane groups of its own. Collective over all processes of the run."""
         down, host, up = (ranks.of_its_own(device) for _ in range(3))
         return cls(down=down, host=host, up=up, made=True)
 
     def close(self) -> None:
-        """Give groups of their own back, each of which has threads and connections."""
+        """Destroy groups of their own, each of which has threads and connections."""
         if not (self.made and dist.is_initialized()):
             return
         parts = [part for lane in (self.down, self.host, self.up) for part in (lane, lane.node, lane.across)]
@@ -154,12 +156,12 @@ class LaneRanks:
 
 
 def owned_range(n: int, ranks: Ranks) -> tuple[int, int]:
-    """[lo, hi) of `n` items that this rank owns: contiguous slices whose sizes differ by at most one."""
+    """Return [lo, hi) of `n` items that this rank owns; sizes of the ranks' slices differ by at most one."""
     return boundary(n, ranks.rank, ranks.world), boundary(n, ranks.rank + 1, ranks.world)
 
 
 def boundary(n: int, rank: int, world: int) -> int:
-    """First item of `rank`'s slice of `n` items."""
+    """Return the first item of `rank`'s slice of `n` items."""
     return n * rank // world
 
 
@@ -197,7 +199,7 @@ def reduce_rows_to_owners(ids: Tensor, rows: Tensor, n: int, ranks: Ranks) -> tu
 
 
 def sum_rows_across(ids: Tensor, rows: Tensor, ranks: Ranks) -> tuple[Tensor, Tensor]:
-    """Sum sparse rows over ranks, each of which gets all of them: what nodes owe each other.
+    """Sum sparse rows over ranks, each of which gets all of them. Nodes exchange their rows so.
 
     Args and result as of `reduce_rows_to_owners`, contributions in the order of `ranks`; the same bits on every rank.
     """
@@ -225,7 +227,7 @@ def sum_rows_across(ids: Tensor, rows: Tensor, ranks: Ranks) -> tuple[Tensor, Te
 
 
 def _summed(ids: Tensor, rows: Tensor, splits: list[int]) -> tuple[Tensor, Tensor]:
-    """One row per id, float32, from the contributions of several ranks one after another."""
+    """Add up one row per id, float32, from the contributions of several ranks one after another."""
     union, where = torch.unique(ids, sorted=True, return_inverse=True)
     where = where.to(rows.device)
     total = torch.zeros(union.numel(), rows.shape[1], dtype=torch.float32, device=rows.device)

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Gates: hooks before a model's forwards that let no parameter be read while its update is under way.
+"""Update gates: hooks before a model's forwards that let no forward read a parameter while its update is under way.
 
-A parameter's gates are the module that holds it and, for parameters inside a numbered block (`layers.3`), that block,
-which may read them without calling their module. They are where a forward waits as late as it can. Whoever reads a
-parameter elsewhere waits too (`meft_ds.offload.waiting`).
+A parameter has two gates: the module that holds it, and its numbered block (`layers.3`), which may read it without
+calling that module. There a forward waits as late as it can. Reads outside a forward wait too
+(`meft_ds.offload.waiting`).
 
-A forward may begin at the model, at a model inside it or at any gate: programs with a loss of their own call what is
+A forward may begin at the model, at a model inside it, or at any gate: programs with a loss of their own call what is
 inside.
 """
 
@@ -30,7 +30,7 @@ _CALL = nn.Module._wrapped_call_impl.__code__
 
 
 def install(model: nn.Module, units: Sequence[Unit], pipeline: Pipeline) -> list[Any]:
-    """Register the hooks; returns their handles."""
+    """Register the hooks, and return their handles."""
     gates = _Gates(pipeline, units, model.modules())
     guarded: dict[nn.Module, set[int]] = defaultdict(set)
     names = {id(p): name for name, p in model.named_parameters()}
@@ -50,7 +50,7 @@ def install(model: nn.Module, units: Sequence[Unit], pipeline: Pipeline) -> list
             _BeforeStateDict(gates)
         ),  # what is under way would overwrite what was loaded
     ]
-    # first, because under ZeRO-3 a hook of DeepSpeed's gathers what the gate may still change
+    # these come first: under ZeRO-3 DeepSpeed's hook gathers what the gate may still change
     handles += [
         module.register_forward_pre_hook(_BeforeBlockForward(gates, found), prepend=True)
         for module, found in guarded.items()
@@ -67,9 +67,10 @@ def flush(model: nn.Module) -> None:
 
 
 def inside_forward(model: nn.Module) -> bool:
-    """Whether a forward of `model` is running, which whoever asks has then interrupted, as signal handlers do.
+    """Return whether a forward of `model` is running, so that the caller is a signal handler which interrupted it.
 
-    It is looked up on the stacks: a flag would stay up when Ctrl-C ends a forward, for which torch calls no hook.
+    We look on the stacks of all threads. A flag would stay up when Ctrl-C ends a forward, because torch then calls no
+    hook.
     """
     for frame in sys._current_frames().values():
         below: FrameType | None = frame
@@ -81,7 +82,7 @@ def inside_forward(model: nn.Module) -> bool:
 
 
 class _Gates:
-    """What the hooks share. It holds the pipeline weakly: a model may outlive its engine."""
+    """What the hooks share. It holds the pipeline weakly, because a model may outlive its engine."""
 
     def __init__(self, pipeline: Pipeline | None, units: Sequence[Unit], modules: Iterable[nn.Module] = ()) -> None:
         self.find = weakref.ref(pipeline) if pipeline is not None else _nobody
@@ -95,7 +96,7 @@ class _Gates:
 
     @property
     def compiled(self) -> bool:
-        """Whether something runs as compiled code: its guards must not meet a parameter that waits."""
+        """Whether something runs as compiled code, whose guards must not meet a parameter that waits."""
         return any(module._compiled_call_impl is not None for module in self._modules)
 
 
@@ -113,7 +114,7 @@ class _BeforeModelForward(_Hook):
         pipeline = gates.find()
         if pipeline is None or inside_backward():
             return
-        # not module.training: models that `from_pretrained` leaves in eval mode train too
+        # not module.training: a model that `from_pretrained` leaves in eval mode trains too
         training = torch.is_grad_enabled()
         pipeline.begin_forward(training=training)
         if gates.outermost in (None, module):
@@ -143,7 +144,7 @@ class _BeforeStateDict(_Hook):
 
 
 class _BeforeBlockForward(_Hook):
-    """Gate of units by their index."""
+    """Before a module's forward: wait for the updates of these units (indices)."""
 
     def __init__(self, gates: _Gates | None = None, units: Iterable[int] = ()) -> None:
         super().__init__(gates)
@@ -155,9 +156,7 @@ class _BeforeBlockForward(_Hook):
         if pipeline is None:
             return
         if not pipeline.window_begun and torch.is_grad_enabled() and not inside_backward():
-            pipeline.begin_forward(
-                training=True
-            )  # the program called a part that no `_BeforeModelForward` stands before
+            pipeline.begin_forward(training=True)  # the program called a part without `_BeforeModelForward`
         for index in self.units:
             self.gates.need(pipeline, index)
 
@@ -167,7 +166,7 @@ def _nobody() -> None:
 
 
 def _holders(model: nn.Module) -> dict[int, list[nn.Module]]:
-    """Modules that hold each parameter themselves, by its id; several for tied weights."""
+    """Map the id of each parameter to the modules that hold it themselves; tied weights have several."""
     found: dict[int, list[nn.Module]] = defaultdict(list)
     for module in model.modules():
         for p in module._parameters.values():
@@ -177,14 +176,14 @@ def _holders(model: nn.Module) -> dict[int, list[nn.Module]]:
 
 
 def _blocks(name: str, modules: dict[str, nn.Module]) -> list[nn.Module]:
-    """The outermost numbered module on the way to a parameter, and those between it and the parameter."""
+    """Find the outermost numbered module on the way to a parameter, and those between it and the parameter."""
     parts = name.split(".")[:-1]
     number = _first_number(parts)
     return [modules[".".join(parts[:end])] for end in range(number + 1, len(parts) + 1)]
 
 
 def _around(name: str) -> list[str]:
-    """Names of the modules around a parameter's block, or around the module that holds it: the model's is ""."""
+    """List the names of the modules around a parameter's block, or around its module; the model's name is ""."""
     parts = name.split(".")[:-1]
     return [".".join(parts[:end]) for end in range(min(_first_number(parts), max(len(parts) - 1, 0)) + 1)]
 

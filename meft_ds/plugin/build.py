@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Builds what an engine runs: ranks, the plan and its memory check, the row stores, and all units."""
+"""Builds a `Runtime`: ranks, the plan and its memory check, shared memory, all units, and the pipeline."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def build(run: Run, methods: list[Method], config: MeftConfig, *, writer: Writer
 
 
 def find_ranks(group: dist.ProcessGroup | None, world: int, device: torch.device) -> Ranks:
-    """The data-parallel ranks, and the nodes that they are on. Collective.
+    """Find the data-parallel ranks, and the nodes that they are on. Collective.
 
     Raises:
         ValueError: when nodes have different numbers of them.
@@ -76,7 +76,7 @@ def find_ranks(group: dist.ProcessGroup | None, world: int, device: torch.device
 
 
 def by_node(members: Sequence[int], nodes: Sequence[str]) -> list[list[int]]:
-    """Members in the order of the nodes' first ones.
+    """Sort members by node, in the order of the nodes' first members.
 
     Raises:
         ValueError: when nodes have different numbers of them.
@@ -93,8 +93,9 @@ def by_node(members: Sequence[int], nodes: Sequence[str]) -> list[list[int]]:
 
 
 def dense_units(run: Run, layers: int, elsewhere: set[int]) -> list[DenseUnit]:
-    """Units for every trainable parameter of the model whose id is not in `elsewhere`, one per layer, parameter group
-    and dtype; not yet allocated.
+    """Make units for all trainable parameters but those whose ids are in `elsewhere`. They are not yet allocated.
+
+    There is one unit per layer, parameter group and dtype.
 
     Parameters that no group names (routers, and base tensors the program did not hand to its optimizer) follow
     `run.group`.
@@ -138,7 +139,7 @@ def refuse_what_cannot_fit(model: nn.Module, methods: list[Method], config: Meft
 
 
 def preflight(run: Run, methods: list[Method], footprints: list[Footprint], specs: Specs, config: MeftConfig) -> int:
-    """Check the plan against the memory that is free on this node; returns the host bytes of the whole node.
+    """Check the plan against the free memory of every node, and return the host bytes of a whole node. Collective.
 
     Raises:
         ValueError: the same on every rank.
@@ -192,7 +193,7 @@ def build_units(run: Run, methods: list[Method], config: MeftConfig) -> tuple[li
 
 
 def _pipeline(units: list[Unit], run: Run, config: ScheduleConfig) -> Pipeline:
-    """The pipeline in the configured mode. Collective."""
+    """Make the pipeline in the configured mode. Collective: its lanes get process groups of their own."""
     bus, ranks = run.bus, run.ranks
     if config.mode == "serial":
         return Pipeline(units, bus, ranks)
@@ -214,7 +215,7 @@ def _pipeline(units: list[Unit], run: Run, config: ScheduleConfig) -> Pipeline:
 
 
 def standing_still(run: Run, scheduler: Any) -> str:
-    """A warning where rows and parameters in no group get a learning rate of 0 and no scheduler is known; else ""."""
+    """Return a warning if rows and parameters in no group get a learning rate of 0 for good; "" if not."""
     if scheduler is not None or base_lr(run.groups[run.group]) > 0:
         return ""
     return (
@@ -224,12 +225,12 @@ def standing_still(run: Run, scheduler: Any) -> str:
 
 
 def grad_dtype(config: MeftConfig, compute: torch.dtype) -> torch.dtype:
-    """Dtype of row gradients on the bus."""
+    """Return the dtype of a method's gradients on the bus."""
     return compute if config.grad_dtype == "auto" else torch.float32
 
 
 def _places(ranks: Ranks) -> list[list[int]]:
-    """Data-parallel ranks by node."""
+    """List the data-parallel ranks of each node."""
     if not ranks.layout:
         return [list(range(ranks.world))]
     if ranks.group is None:
@@ -238,7 +239,7 @@ def _places(ranks: Ranks) -> list[list[int]]:
 
 
 def _this_node() -> str:
-    """Equal for ranks that can share memory."""
+    """Name the node: equal for ranks that can share memory, and only for them."""
     told = os.environ.get("MEFT_DS_NODE")
     if told:
         return told

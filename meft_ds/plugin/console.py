@@ -12,7 +12,7 @@ _logger = logging.getLogger("meft_ds")
 
 
 def show_log() -> None:
-    """Let lines of level INFO through, once each: by the program's own handlers if it has any, else on stderr."""
+    """Show lines of level INFO once: by the program's own handlers if it has any, otherwise on stderr."""
     if _logger.level == logging.NOTSET:
         _logger.setLevel(logging.INFO)
     if not _logger.handlers:

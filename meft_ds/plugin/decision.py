@@ -18,7 +18,7 @@ _told: set[str] = set()  # one warning for each key, however often the program c
 
 
 def ds_config_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The ds_config dict among an engine's constructor arguments.
+    """Return the ds_config dict among an engine's constructor arguments.
 
     `config` may still be a file name (DeepSpeed 0.18), but `config_class` always holds the dict that was read from it.
     """
@@ -29,7 +29,7 @@ def ds_config_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Mapping[st
 
 
 def only_evaluates(kwargs: Mapping[str, Any], ds_config: Mapping[str, Any]) -> str | None:
-    """Why an engine with these constructor arguments cannot train, or None if it can.
+    """Return why an engine with these constructor arguments cannot train, or None if it can.
 
     An optimizer that the program made itself always means training: adapters train beside a base that is all frozen.
     """
@@ -47,7 +47,7 @@ def only_evaluates(kwargs: Mapping[str, Any], ds_config: Mapping[str, Any]) -> s
 
 
 def say_why(it_only_evaluates: str) -> None:
-    """One line on the first rank: this engine is DeepSpeed's own, and what would make it ours."""
+    """Log on the first rank that this engine is DeepSpeed's own, and what would make it ours."""
     if not _first_rank():
         return
     _log.info(
@@ -58,7 +58,7 @@ def say_why(it_only_evaluates: str) -> None:
 
 
 def without_training(kwargs: Mapping[str, Any], ds_config: Mapping[str, Any]) -> None:
-    """Take out of the parsed config what DeepSpeed accepts only with an optimizer, as programs that copy it should."""
+    """Take out of the parsed config what DeepSpeed accepts only with an optimizer."""
     left = {key: value for key, value in ds_config.items() if key not in ("optimizer", "scheduler", BLOCK)}
     if isinstance(zero := ds_config.get("zero_optimization"), Mapping):
         left["zero_optimization"] = {key: value for key, value in zero.items() if key != "offload_optimizer"}
@@ -68,7 +68,7 @@ def without_training(kwargs: Mapping[str, Any], ds_config: Mapping[str, Any]) ->
 
 
 def warn_of_misspelt_block(ds_config: Mapping[str, Any]) -> None:
-    """One warning on the first rank for a key that may be meant for the block: DeepSpeed ignores unknown ones."""
+    """Warn once, on the first rank, of a key that may be meant for the block: DeepSpeed ignores unknown keys."""
     for path in _near_misses(ds_config):
         if path not in _told and _first_rank():
             _log.warning(
@@ -107,7 +107,7 @@ def _is_near(key: Any) -> bool:
 
 
 def _are_none(model_parameters: Any) -> bool:
-    """Whether a list of parameters or groups has nothing in it; iterators are not looked into."""
+    """Return whether a list of parameters or groups has nothing in it; iterators are not looked into."""
     if not isinstance(model_parameters, list | tuple):
         return False
     return not any(group.get("params") if isinstance(group, Mapping) else True for group in model_parameters)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What in the rest of the ds_config does not go with the block: faults stop the run, skips are warned of."""
+"""The rest of the ds_config beside the block: conflicts stop the run, settings without effect are warned of."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def tell(ds_config: Mapping[str, Any]) -> None:
 
 
 def version_warnings() -> list[str]:
-    """One line for each installed package outside its tested range."""
+    """Return one line for each installed package outside its tested range."""
     lines = []
     for package, (oldest, newest) in TESTED.items():
         here = Version(version(package))
@@ -46,13 +46,13 @@ def version_warnings() -> list[str]:
 
 
 def zero_settings(ds_config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The "zero_optimization" object as DeepSpeed reads it: true is stage 1."""
+    """Return the "zero_optimization" object as DeepSpeed reads it: true is stage 1."""
     zero = ds_config.get("zero_optimization")
     return {"stage": 1} if zero is True else _section(ds_config, "zero_optimization", [])
 
 
 def conflicts(ds_config: Mapping[str, Any]) -> list[str]:
-    """Settings elsewhere in the ds_config that the block cannot work with, one line each with the fix."""
+    """Return the settings that the block cannot work with, one line each with the fix."""
     faults: list[str] = []
     if not isinstance(ds_config.get("zero_optimization"), bool):
         _section(ds_config, "zero_optimization", faults)
@@ -99,7 +99,7 @@ def conflicts(ds_config: Mapping[str, Any]) -> list[str]:
 
 
 def skipped(ds_config: Mapping[str, Any]) -> list[str]:
-    """Settings that have no effect under the block, one line each."""
+    """Return the settings that have no effect under the block, one line each."""
     lines = []
     if _is_on(zero_settings(ds_config).get("offload_optimizer")):
         lines.append(
@@ -114,8 +114,10 @@ def skipped(ds_config: Mapping[str, Any]) -> list[str]:
 
 
 def tell_of_broken_weights(model: nn.Module) -> None:
-    """Warn, on the first rank, of parameters with NaN or infinite values: with one that the loss depends on, every step
-    is skipped. Parameters that no forward reads may hold anything, so this is no error. Collective."""
+    """Warn of parameters with NaN or infinite values, on the first rank. Collective.
+
+    If the loss depends on one, every step is skipped. It is no error, because no forward may read it.
+    """
     floats = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
     names, finite = [], []
     for name, p in model.named_parameters():
@@ -217,7 +219,7 @@ def _optimizer_faults(ds_config: Mapping[str, Any]) -> list[str]:
 
 
 def _section(holder: Mapping[str, Any], key: str, faults: list[str], prefix: str = "") -> Mapping[str, Any]:
-    """The object under `key`; {} where there is none, with a fault where there is something else."""
+    """Return the object under `key`; {} where there is none, with a fault where there is something else."""
     found = holder.get(key)
     if found is None or isinstance(found, Mapping):
         return found or {}
@@ -238,7 +240,7 @@ def _are_betas(value: Any) -> bool:
 
 
 def _above(value: Any, limit: float) -> bool:
-    """Whether it is a number above `limit`; what is none is named by DeepSpeed's own checks."""
+    """Return whether it is a number above `limit`; DeepSpeed's own checks name what is no number."""
     return isinstance(value, int | float) and value > limit
 
 

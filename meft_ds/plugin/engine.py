@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """`MeftEngine`: DeepSpeed's engine with the fewest overrides that let the pipeline own gradients and updates.
 
-Each override says in one line why it is needed. ZeRO stages 0 to 2 are the same thing here: the base is whole on every
-rank, and partitioning of the little state that is left is the pipeline's own. Stage 3 and files:
-`meft_ds.plugin.checkpoint.overrides`.
+Each override says why DeepSpeed's own method would not do. ZeRO stages 0 to 2 are the same thing here: the base is
+whole on every rank, and the pipeline partitions the little state that is left. The overrides for stage 3 and for files
+are in `meft_ds.plugin.checkpoint.overrides`.
 """
 
 from __future__ import annotations
@@ -79,10 +79,10 @@ class MeftEngine(CheckpointOverrides):
     # -- overrides ---------------------------------------------------------------------------------------------------
 
     def _configure_distributed_model(self, model: nn.Module) -> None:
-        """Adapters must be in the model before DeepSpeed casts, moves and broadcasts it."""
+        """Let methods change the model first: DeepSpeed casts, moves and broadcasts it, adapters included."""
         successor.make_way(model)
         for p in model.parameters():
-            # of a backward before the engine: hooks would take it for the first batch's, and what gets frozen keeps it
+            # a gradient from before the engine: hooks would take it for the first batch's, and a frozen tensor keep it
             p.grad = None
         # frozen embeddings would keep a reentrant checkpoint out of backward, with all that trains inside
         feed_too(CheckpointFunction)
@@ -99,7 +99,7 @@ class MeftEngine(CheckpointOverrides):
         checks.tell_of_broken_weights(self.module)
 
     def _configure_optimizer(self, client_optimizer: Any, model_parameters: list[Any]) -> None:
-        """The pipeline takes the place of the optimizer; the user's own one only holds the hyperparameters."""
+        """Put the pipeline in the place of the optimizer; the user's own one only holds the hyperparameters."""
         self.basic_optimizer = holder_of_groups(client_optimizer, model_parameters, self.optimizer_params() or {})
         self._meft = build.build(
             self._settled(), self._meft_methods, self._meft_config, writer=self.monitor, rank=self.global_rank
@@ -109,7 +109,7 @@ class MeftEngine(CheckpointOverrides):
         self._enter_model()
 
     def backward(self, *args: Any, **kwargs: Any) -> Any:
-        """Nobody is to train on half a backward, which an exception leaves."""
+        """Forget the window of a backward that an exception ended: no step may train on half of it."""
         self._meft.pipeline.backward_begins()
         try:
             return super().backward(*args, **kwargs)
@@ -119,13 +119,12 @@ class MeftEngine(CheckpointOverrides):
             raise
 
     def forward(self, *inputs: Any, **kwargs: Any) -> Any:
-        """What trains must still be in the model."""
+        """Refuse a model in which the program has replaced a parameter that trains."""
         self._meft.check_places()
         return super().forward(*inputs, **kwargs)
 
     def step(self, *args: Any, **kwargs: Any) -> None:
-        """A signal handler may run in the middle, and what it would save there is the state of no step at all; nor may
-        what an exception leaves behind be saved."""
+        """Refuse saves from a signal handler while this runs, and state that an exception leaves half changed."""
         pipeline = self._meft.pipeline
         with self._meft.at_once("a step"):
             pipeline.handed_over = False
@@ -138,17 +137,17 @@ class MeftEngine(CheckpointOverrides):
             pipeline.handed_over = False
 
     def allreduce_gradients(self, *args: Any, **kwargs: Any) -> None:
-        """Ranks reduce payloads inside the step, never dense gradients after each backward."""
+        """Reduce nothing here: ranks reduce payloads inside the step, never dense gradients after each backward."""
         self._meft.closing = self.is_gradient_accumulation_boundary()
         self.optimizer.backward_epilogue()  # DeepSpeed 0.18 calls only this after a backward in fp32
 
     def zero_grad(self) -> None:
-        """Gradients are in the pipeline."""
+        """Forget the gradients, which are in the pipeline."""
         super().zero_grad()
         self._forget_window("engine")
 
     def clip_fp32_gradients(self) -> None:
-        """Clipping uses the norm over all units, inside the step."""
+        """Do nothing: clipping uses the norm over all units, inside the step."""
 
     # -- for users ---------------------------------------------------------------------------------------------------
 
@@ -166,7 +165,7 @@ class MeftEngine(CheckpointOverrides):
     # -- helpers -----------------------------------------------------------------------------------------------------
 
     def _settled(self) -> Run:
-        """What is known once the model is where it computes. Collective."""
+        """Return what is known once the model is on its device. Collective."""
         dtype = self._compute_dtype()
         weights: Weights = WHOLE
         if self._meft_stage3:
@@ -184,7 +183,7 @@ class MeftEngine(CheckpointOverrides):
         )
 
     def _make_optimizer(self) -> MeftOptimizer:
-        """What DeepSpeed takes for its optimizer, and what drives the pipeline."""
+        """Make what DeepSpeed takes for its optimizer, and let it drive the pipeline."""
         run, pipeline = self._meft.run, self._meft.pipeline
         optimizer = MeftOptimizer(
             self.basic_optimizer,
@@ -210,11 +209,11 @@ class MeftEngine(CheckpointOverrides):
         return optimizer
 
     def _enter_model(self) -> None:
-        """Let the model answer for what its engine has made of it, and begin."""
+        """Give the model the methods and hooks that ask its engine, open the first window, and say what is active."""
         model, runtime = self.module, self._meft
         call_at_exit(self._at_meft_exit)
         runtime.open_window(self._loss_factor())
-        # all ways out of a model take a state dict, the whole weights of stage 3 included
+        # every way of saving a model takes a state dict first, in stage 3 too
         self._meft_undo.callback(model.register_state_dict_pre_hook(successor.BeforeExport(self)).remove)
         model.zero_grad = ModuleZeroGrad(model, self)
         model.meft_stats = _ModelStats(self)
@@ -229,8 +228,11 @@ class MeftEngine(CheckpointOverrides):
             )
 
     def _forget_window(self, call: Call) -> None:
-        """`call` was to forget gradients; inside a step it is DeepSpeed itself, when nothing has been collected yet."""
-        # this rank's backward may be the one that has not come
+        """Forget the open window if plain DeepSpeed would forget gradients at `call`.
+
+        Inside a step DeepSpeed itself calls, when the next window has collected nothing.
+        """
+        # with one backward in a window, another rank's may have come before this rank's
         only = self.gradient_accumulation_steps() == 1 and self.is_gradient_accumulation_boundary()
         if self._meft.amid is None and (
             self._meft.pipeline.is_broken or forgets(call, self._meft_asked_stage, closing=self._meft.closing or only)
@@ -243,7 +245,7 @@ class MeftEngine(CheckpointOverrides):
         return not self.inside_no_sync_ctxt and self.is_gradient_accumulation_boundary()
 
     def _after_meft_step(self, result: StepResult) -> None:
-        # DeepSpeed counts the step's samples after it
+        # DeepSpeed adds the step's samples only after this
         self._meft.end_step(result, samples=self.global_samples, loss_factor=self._loss_factor())
 
     def _at_meft_exit(self) -> None:

@@ -55,9 +55,9 @@ class _FullState:
         self.names: dict[int, str] = {}
 
     def get_full_hp_param(self, param: Tensor, optim_state_key: str | None = None) -> Tensor | None:
-        """The fp32 master (or an AdamW moment by its name) in the parameter's shape, on its device; None where frozen.
+        """Return the fp32 master in the parameter's shape, on its device; None where it is frozen. Collective.
 
-        Collective.
+        `optim_state_key`: return this moment of AdamW's instead.
 
         Raises:
             ValueError: for state that the method does not hold in the parameter's shape.
@@ -69,7 +69,7 @@ class _FullState:
         return unit.full(index) if optim_state_key is None else unit.full_moment(index, optim_state_key)
 
     def set_full_hp_param(self, value: Tensor, param: Tensor, optim_state_key: str | None = None) -> None:
-        """Counterpart of `get_full_hp_param`; the model's own weight follows at once. Collective."""
+        """Take back what `get_full_hp_param` gave; the model's own weight follows at once. Collective."""
         found = self._unit_of(param)
         if found is None:
             raise ValueError(
@@ -83,11 +83,11 @@ class _FullState:
             unit.set_full_moment(index, value, optim_state_key)
 
     def set_for(self, param: Tensor, value: Tensor, optim_state_key: str | None = None) -> None:
-        """The same in the order of arguments of stages 0 to 2."""
+        """Call `set_full_hp_param` with the order of arguments of stages 0 to 2."""
         self.set_full_hp_param(value, param, optim_state_key)
 
     def get_fp32_grad_for_param(self, param: Tensor) -> None:
-        """None, which DeepSpeed documents as "not there": gradients go to the host during backward, in slices."""
+        """Return None, which DeepSpeed documents as "not there": gradients leave for the host during backward."""
 
     def refuse_grad(self, param: Tensor, value: Tensor) -> None:
         """Raise: a gradient that is set would not be the one that trains."""

@@ -15,7 +15,7 @@ _TYPICAL = {"lr": 1e-4, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0}
 
 
 def hyper_of(index: int, group: dict[str, Any]) -> AdamHyper:
-    """What parameter group `index` says now.
+    """Read AdamW's numbers from parameter group `index`, as they are now.
 
     Raises:
         ValueError: naming the group, the key, what was found and what to set.
@@ -32,7 +32,7 @@ def hyper_of(index: int, group: dict[str, Any]) -> AdamHyper:
 
 
 def check_groups(groups: list[dict[str, Any]]) -> None:
-    """Refuse what no run should start with.
+    """Refuse numbers that no run should start with.
 
     Raises:
         ValueError: as `hyper_of`, and for negative numbers. A schedule may end a rounding error below zero.
@@ -54,7 +54,7 @@ def _number(index: int, group: dict[str, Any], key: str) -> float:
 
 
 def _float(value: Any) -> float:
-    """NaN for what is no number; tensors of one element are numbers, strings are not."""
+    """Return NaN for what is no number; tensors of one element are numbers, strings are not."""
     if isinstance(value, str | bytes | bool):
         return math.nan
     try:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The optimizer DeepSpeed's engine sees: it reads the user's hyperparameters and lets the pipeline do the step."""
+"""The optimizer that DeepSpeed's engine sees: it reads the user's hyperparameters and lets the pipeline do the step."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ _IGNORABLE = {"torch_adam", "adam_w_mode", "fp32_optimizer_states", "fused", "fo
 
 
 class MeftOptimizer(ZeROOptimizer):
-    """Takes lr, betas, eps and weight decay from the user's own `param_groups` at every step, so that any LR scheduler
-    that drives them keeps working.
+    """Reads lr, betas, eps and weight decay from the user's own `param_groups` at every step.
 
-    It is a `ZeROOptimizer` because that is what makes DeepSpeed scale losses through it and accept `loss.backward()`.
+    So any LR scheduler that drives them keeps working. It is a `ZeROOptimizer` because DeepSpeed then scales losses
+    through it, and accepts `loss.backward()`.
 
     Args:
         basic: the user's optimizer; only its `param_groups` are used, its `step` is never called.
@@ -81,7 +81,7 @@ class MeftOptimizer(ZeROOptimizer):
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
-        """The user's parameter groups, empty ones included (an LR scheduler counts them)."""
+        """The user's parameter groups. Empty ones are among them, because an LR scheduler counts them."""
         return self.optimizer.param_groups
 
     @property
@@ -103,7 +103,7 @@ class MeftOptimizer(ZeROOptimizer):
         return self.cur_scale
 
     def step(self, closure: Any = None) -> None:
-        """One update from what the window collected, or a skipped one if any gradient was not finite."""
+        """Update from what the window collected, or skip if any gradient was not finite."""
         if closure is not None:
             raise ValueError("MeftOptimizer.step takes no closure; call engine.backward(loss) and engine.step()")
         counts = self._observed()
@@ -130,10 +130,10 @@ class MeftOptimizer(ZeROOptimizer):
         self._after_step(result)
 
     def settings(self) -> StepSettings:
-        """What the pipeline takes for the window that is open now.
+        """Return what the pipeline takes for the window that is open now.
 
         Raises:
-            ValueError: where a unit's parameter group says what AdamW is not defined for.
+            ValueError: where a unit's parameter group has numbers that AdamW is not defined for.
         """
         groups = self.param_groups
         # all of them before any unit is updated
@@ -145,16 +145,19 @@ class MeftOptimizer(ZeROOptimizer):
         )
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Drop gradients of parameters outside the units (none in the usual case), and what the window has collected,
-        where DeepSpeed does (`meft_ds.plugin.zero_grad`)."""
+        """Drop gradients of parameters outside the units, of which there are usually none.
+
+        Where DeepSpeed does, drop what the window has collected too (`meft_ds.plugin.zero_grad`).
+        """
         for group in self.param_groups:
             for p in group["params"]:
                 p.grad = None
         self._zero_grad()
 
     def lend(self, offload: Any) -> None:
-        """Offer what programs read of ZeRO-3's own optimizers; trl takes the hooks of `parameter_offload` off and puts
-        them back around generation.
+        """Offer what programs read of ZeRO-3's own optimizers.
+
+        For generation trl takes the hooks of `parameter_offload` off, and puts them back afterwards.
 
         Args:
             offload: DeepSpeed's parameter hooks (`DeepSpeedZeRoOffload`).
@@ -167,37 +170,40 @@ class MeftOptimizer(ZeROOptimizer):
         self._release = getattr(offload, "release_backward_leftovers", offload.partition_all_parameters)
 
     def backward_prologue(self, loss: Tensor | None = None) -> Tensor | None:
-        """Called by the engine before a backward; older engines hand the loss over here to have it scaled."""
+        """Scale the loss that older engines hand over before a backward; newer ones hand over nothing."""
         return None if loss is None else self.scale_if_loss(loss)
 
     def scale_if_loss(self, value: Any) -> Any:
-        """The loss times the loss scale."""
+        """Return the loss times the loss scale."""
         return value * self.loss_scaler.loss_scale
 
     def needs_scaler(self) -> bool:
-        """Whether a bare loss.backward() would lack loss scaling."""
+        """Return whether a bare loss.backward() would lack loss scaling."""
         return self.cur_scale != 1.0 or self.dynamic_loss_scale
 
     def backward_epilogue(self, **_: Any) -> None:
-        """Called by the engine after a backward: in stage 3 modules whose backward did not end in a hook still hold
-        their parameters, and what the program gathers then could not be let go."""
+        """After a backward, partition again what stage 3 still holds.
+
+        Modules whose backward did not end in a hook hold their parameters. The program could then gather them, but not
+        let them go.
+        """
         if self._release is not None:
             self._release()
 
     def backward(self, loss: Tensor, retain_graph: bool = False, **_: Any) -> None:
-        """Backward as DeepSpeed before 0.19 asks its optimizer for it."""
+        """Run a backward, as DeepSpeed before 0.19 asks its optimizer to."""
         self.scale_if_loss(loss).backward(retain_graph=retain_graph)
         self.backward_epilogue()
 
     def state_dict(self) -> dict[str, Any]:
-        """Nothing for DeepSpeed's own file: `meft_ds.plugin.checkpoint.state` saves all state, `counters` included."""
+        """Give DeepSpeed's own file nothing: `meft_ds.plugin.checkpoint.state` saves all state and `counters`."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any], load_optimizer_states: bool = True, **_: Any) -> None:
-        """Counterpart of `state_dict`."""
+        """Do nothing, as `state_dict` gave nothing."""
 
     def counters(self) -> dict[str, Any]:
-        """What resuming needs beside the units' state, as JSON: steps, loss scaler, the groups' hyperparameters."""
+        """Return what resuming needs beside the units' state, as JSON: steps, loss scaler, hyperparameters."""
         groups = [_plain({k: v for k, v in group.items() if k != "params"}) for group in self.param_groups]
         return {
             "applied_steps": self.applied_steps,
@@ -207,7 +213,7 @@ class MeftOptimizer(ZeROOptimizer):
         }
 
     def load_counters(self, counters: dict[str, Any]) -> None:
-        """Counterpart of `counters`."""
+        """Take back what `counters` gave."""
         self.applied_steps = counters["applied_steps"]
         vars(self.loss_scaler).update(counters["loss_scaler"])
         for group, saved in zip(self.param_groups, counters["param_groups"], strict=True):
@@ -215,7 +221,7 @@ class MeftOptimizer(ZeROOptimizer):
         self.pipeline.load_state(counters["pipeline"])
 
     def destroy(self) -> None:
-        """Called by the engine when it is taken down: finish what is under way and stop listening to the model."""
+        """Finish what is under way and stop listening to the model, when the engine is taken down."""
         try:
             self.pipeline.close()
         finally:
@@ -270,6 +276,6 @@ def _check_client_optimizer(optimizer: Any) -> None:
 
 
 def _plain(values: dict[str, Any]) -> dict[str, Any]:
-    """What JSON can hold; numbers in tensors (capturable optimizers) as floats."""
+    """Keep what JSON can hold; numbers in tensors (capturable optimizers) become floats."""
     numbers = {k: v.item() if isinstance(v, Tensor) and v.numel() == 1 else v for k, v in values.items()}
     return {k: v for k, v in numbers.items() if v is None or isinstance(v, bool | int | float | str | list | tuple)}

@@ -17,7 +17,7 @@ from meft_ds.offload.unit import Unit
 class Places:
     """Where a model keeps the parameters that units train.
 
-    A check looks up each module and parameter once where it was, and walks through the model only when one is gone.
+    A check looks for each module and parameter where it was. Only when one is gone it walks through the model.
     """
 
     def __init__(self, model: nn.Module, units: Iterable[Unit]) -> None:

@@ -71,7 +71,7 @@ def settle(model: nn.Module, train: Sequence[str] | None, methods: Sequence[Meth
 
 
 def thaw(model: nn.Module) -> None:
-    """Let train again what engines before froze, so that it is as the program left it."""
+    """Let train again what engines before froze, so that the model is as the program left it."""
     for module in model.modules():
         names = module.__dict__.pop(_FROZEN, ())
         named = dict(module.named_parameters()) if names else {}
@@ -123,7 +123,7 @@ def _tell(trains: dict[str, str], lost: list[str], fresh: list[str], methods: Se
 
 
 def fresh_parameters(model: nn.Module) -> set[int]:
-    """ids of the parameters that transformers made because the checkpoint did not have them, as far as it tells.
+    """Return the ids of parameters that transformers made because the checkpoint lacks them, as far as it tells.
 
     It marks what it loads (5.x always, 4.57 under ZeRO-3), and marks nothing in models without a checkpoint.
     """

@@ -92,7 +92,7 @@ class PartitionedWeights(Weights):
 
 
 class Streams:
-    """Orders what is written on the stream that trains before gathers on DeepSpeed's own stream."""
+    """Lets gathers on DeepSpeed's own stream wait for what the stream that trains has written."""
 
     def __init__(self, device: torch.device) -> None:
         self._runtime = None if device.type == "cpu" else torch.get_device_module(device)
@@ -101,13 +101,13 @@ class Streams:
         self.enter()
 
     def enter(self) -> None:
-        """The current stream is the one that trains."""
+        """Note the current stream as the one that trains."""
         if self._runtime is not None:
             self._training = self._runtime.current_stream()
 
     @contextlib.contextmanager
     def training(self) -> Iterator[None]:
-        """What is done inside is done on the stream that trains."""
+        """Inside, work on the stream that trains."""
         if self._runtime is None:
             yield
             return
@@ -115,12 +115,12 @@ class Streams:
             yield
 
     def wrote(self) -> None:
-        """The current stream has been given a write."""
+        """Note that the current stream has been given a write."""
         if self._runtime is not None:
             self._written = self._runtime.current_stream().record_event(self._written)
 
     def read(self) -> None:
-        """The current stream is about to read what was written."""
+        """Let the current stream wait for the last write before it reads."""
         if self._written is not None:
             assert self._runtime is not None
             self._runtime.current_stream().wait_event(self._written)
@@ -129,7 +129,7 @@ class Streams:
 def guard_gathers(
     model: nn.Module, units: Sequence[Unit], pipeline: Pipeline, weights: PartitionedWeights
 ) -> list[Any]:
-    """Let no gather read a slice that is being updated; returns handles whose `remove` takes the guard away.
+    """Let no gather read a slice that is being updated. Return handles whose `remove` takes the guard away.
 
     A gate before a module's forward would come too late, because DeepSpeed gathers ahead.
     """
@@ -150,7 +150,7 @@ def guard_gathers(
             if (unit := of.get(id(p), _nobody)()) is not None:
                 unit.adopt_one(p)
 
-    # every parameter, because any of them may be asked to gather a list of others
+    # DeepSpeed may ask any parameter to gather a list of others, so each of them gets a guard
     guards: list[_Guard] = [
         _Guard(p, name, wait_for) for p in model.parameters() for name in ("all_gather", "all_gather_coalesced")
     ]
@@ -208,7 +208,7 @@ def _nobody() -> None:
 
 
 def consolidated(model: nn.Module) -> dict[str, Tensor] | None:
-    """The model's state dict with whole weights, on the host of the first rank (None elsewhere). Collective.
+    """Return the model's state dict with whole weights, on the host of the first rank; None elsewhere. Collective.
 
     One module's parameters are gathered at a time.
     """

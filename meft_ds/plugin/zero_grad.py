@@ -23,7 +23,7 @@ Call = Literal["engine", "optimizer", "module"]
 
 
 def forgets(call: Call, stage: int, *, closing: bool) -> bool:
-    """Whether `call` drops what the open window has collected; `closing`: its last backward has come."""
+    """Return whether `call` drops what the open window has collected. `closing`: its last backward has come."""
     if stage == 3:
         return call == "optimizer"
     return closing if stage == 2 else True

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What `MeftEngine` overrides for ZeRO-3 and for files, each with the reason in a line.
+"""`CheckpointOverrides`: what `MeftEngine` overrides for ZeRO-3 and for files, each with the reason in a line.
 
 Stage 3 is DeepSpeed's own partitioning and gathering without its optimizer. Files are the same in every stage: whole
 weights, so a checkpoint loads in any stage with any number of ranks.
@@ -42,20 +42,19 @@ class CheckpointOverrides(DeepSpeedEngine):
     # -- ZeRO ----------------------------------------------------------------------------------------------------------
 
     def zero_optimization(self) -> bool:
-        """ZeRO's own optimizer is never built: the pipeline partitions the state."""
+        """Say no: ZeRO's own optimizer is never built, because the pipeline partitions the state."""
         return False
 
     def zero_optimization_stage(self) -> int:
-        """As above: no ZeRO path of the engine may wait for a ZeRO optimizer."""
+        """Say 0 for the same reason: no path of DeepSpeed's engine may wait for a ZeRO optimizer."""
         return self._meft_stage
 
     def zero_optimization_partition_weights(self) -> bool:
-        """Stage 3 partitions parameters as ever. Only checkpoints are as in the other stages: whole, and so of any."""
+        """Say yes in stage 3, but not while a checkpoint is written or read: its weights are whole in all stages."""
         return self._meft_stage3 and self._meft_whole is None
 
     def _partitioned_weights(self) -> zero3.PartitionedWeights:
-        """The model's weights under stage 3, with DeepSpeed's own hooks that gather and partition them, but without its
-        optimizer."""
+        """Partition the model: build DeepSpeed's hooks that gather and partition weights, without its optimizer."""
         self._meft_stage = 3
         try:
             hooks = super()._configure_zero_optimizer(optimizer=None)
@@ -65,7 +64,10 @@ class CheckpointOverrides(DeepSpeedEngine):
 
     @contextlib.contextmanager
     def _as_whole(self, *, read: bool = False) -> Iterator[None]:
-        """Inside, stage 3 passes for one with whole weights; `read`: gather them, on the first rank. Collective."""
+        """Inside, let stage 3 pass for a stage with whole weights. Collective.
+
+        `read`: gather them on the first rank, for a file.
+        """
         before = self._meft_whole
         self._meft_whole = (self._consolidated() or {}) if self._meft_stage3 and read else {}
         try:
@@ -83,7 +85,7 @@ class CheckpointOverrides(DeepSpeedEngine):
         save_latest: bool = True,
         exclude_frozen_parameters: bool = False,
     ) -> bool:
-        """DeepSpeed's checkpoint plus ours, under one manifest; `latest` is written when both are complete."""
+        """Write DeepSpeed's files and ours under one manifest, and `latest` when both are complete."""
         tag = f"global_step{self.global_steps}" if tag is None else str(tag)
         run, methods = self._meft.run, self._meft.methods
         with self._meft.at_once("a save", refuses="save_checkpoint"):
@@ -121,10 +123,10 @@ class CheckpointOverrides(DeepSpeedEngine):
         load_module_only: bool = False,
         custom_load_fn: Any = None,
     ) -> tuple[str | None, Any]:
-        """Our state is verified before DeepSpeed touches the model, and loaded after it did."""
+        """Verify our state before DeepSpeed touches the model, and load it afterwards."""
         tag = tag if tag is not None else state.latest_tag(Path(load_dir))
         if tag is None:
-            return super().load_checkpoint(load_dir)  # logs what is missing, as without us
+            return super().load_checkpoint(load_dir)  # DeepSpeed logs that there is nothing to load
         folder, moments = Path(load_dir) / str(tag) / state.FOLDER, load_optimizer_states and not load_module_only
         with self._meft.at_once("a load"):
             manifest = self._verified(folder)
@@ -145,7 +147,7 @@ class CheckpointOverrides(DeepSpeedEngine):
         return path, client_state
 
     def _verified(self, folder: Path) -> state.Manifest:
-        """The manifest of a checkpoint that fits this engine, with nothing under way that could land in it."""
+        """End what is under way, and return the manifest of a checkpoint that fits this engine. Collective."""
         runtime = self._meft
         runtime.pipeline.rest()
         runtime.run.weights.partition_again()  # what an evaluation left gathered would be old
@@ -174,12 +176,12 @@ class CheckpointOverrides(DeepSpeedEngine):
         self.micro_steps, self._running_engine_step, self._unmanaged_backward_count = 0, False, 0
 
     def _configure_checkpointing(self) -> None:
-        """Who writes is decided as in the other stages."""
+        """Let DeepSpeed decide as in the other stages which rank writes."""
         with self._as_whole():
             super()._configure_checkpointing()
 
     def module_state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """In files: whole weights, on the first rank."""
+        """Return whole weights on the first rank while a file is written."""
         if not (self._meft_plain or self._meft_whole is not None):
             return super().module_state_dict(*args, **kwargs)
         if self.global_rank > 0:
@@ -191,7 +193,7 @@ class CheckpointOverrides(DeepSpeedEngine):
         return export.plain_weights(state) if self._meft_plain else state
 
     def load_module_state_dict(self, checkpoint: Any, strict: bool = True, *args: Any, **kwargs: Any) -> None:
-        """In stage 3 every rank takes its slices from the whole weights of the file, and nothing is gathered."""
+        """In stage 3, let every rank take its slices from the whole weights of the file, without a gather."""
         if not self._meft_stage3 or kwargs.get("custom_load_fn") is not None:
             super().load_module_state_dict(checkpoint, strict, *args, **kwargs)
             return
@@ -207,7 +209,7 @@ class CheckpointOverrides(DeepSpeedEngine):
     def save_16bit_model(
         self, save_dir: str, save_filename: str = "pytorch_model.bin", exclude_frozen_parameters: bool = False
     ) -> bool:
-        """Writes what `save_pretrained` would: plain weights of the base, and an adapter beside them."""
+        """Write what `save_pretrained` would: plain weights of the base, and an adapter beside them."""
         ranks = self._meft.run.ranks
         with self._meft.at_once("a save", refuses="save_16bit_model"):
             self._meft.flush(self.global_samples)
@@ -222,7 +224,7 @@ class CheckpointOverrides(DeepSpeedEngine):
         return saved
 
     def _zero3_consolidated_16bit_state_dict(self, exclude_frozen_parameters: bool = False) -> Any:
-        """Nothing may be under way, and tapped weights train although they do not require grad."""
+        """Apply what is under way first, and count tapped weights as trained although they do not require grad."""
         if not self._meft_stage3:
             raise ValueError("this function requires ZeRO-3 mode")
         self._meft.flush(self.global_samples)
@@ -250,16 +252,16 @@ class CheckpointOverrides(DeepSpeedEngine):
     # -- helpers -----------------------------------------------------------------------------------------------------
 
     def _loss_factor(self) -> float:
-        """What the next window's losses are multiplied by before their backward."""
+        """Return what the next window's losses are multiplied by before their backward."""
         return self.optimizer.cur_scale / self.gradient_accumulation_steps()
 
     def _warn_untrained(self, *, at_end: bool = False) -> None:
-        """Called before the model's state is read, and at the end."""
+        """Warn when the model's state is read, or at the end, and methods have only watched so far."""
         if self.global_steps:
             self._meft.warn_untrained(self.optimizer.applied_steps, at_end=at_end)
 
     def _about(self) -> dict[str, Any]:
-        """What a checkpoint's state belongs to: everything that shapes the function or the state's layout."""
+        """Return what a checkpoint's state belongs to: all that shapes the function or the layout of the state."""
         about = {
             "method": "+".join(method.name for method in self._meft.methods),
             "model": type(self.module).__name__,

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Saves and loads the units' state beside DeepSpeed's own files, in `<save_dir>/<tag>/meft/`.
 
-One safetensors file per unit and rank, and one JSON manifest with every file's size and SHA-256, those of DeepSpeed's
-files and its own included. The manifest comes last (`transaction`), so a folder without one is an
+There is one safetensors file per unit and rank. One JSON manifest has the size and SHA-256 of every file, of
+DeepSpeed's too, and a checksum of its own. The manifest comes last (`transaction`), so a folder without one is an
 unfinished save. Nothing of ours needs pickle.
 """
 
@@ -102,7 +102,7 @@ def verify(
 ) -> Manifest:
     """Read the manifest and check it and every file this rank needs, before anything is changed. Collective.
 
-    `accepts`: whether another value of `about` under a key, the checkpoint's, is no fault.
+    `accepts` gets a key of `about` and the checkpoint's value, which differs, and says whether that is no fault.
 
     Raises:
         ValueError: on every rank, naming the file or setting, when the state is missing, unfinished, damaged or
@@ -152,7 +152,7 @@ def load(folder: Path, manifest: Manifest, units: list[Unit], *, moments: bool) 
 
 
 def method_state(folder: Path, manifest: Manifest, method: str) -> MethodState | None:
-    """What `save` was given under `methods`; None if it was nothing. From a verified folder."""
+    """Return what `save` was given for a method, from a verified folder; None if it was nothing."""
     entry = manifest["methods"].get(method)
     if entry is None:
         return None
@@ -160,7 +160,7 @@ def method_state(folder: Path, manifest: Manifest, method: str) -> MethodState |
 
 
 def latest_tag(load_dir: Path) -> str | None:
-    """The tag that `latest` names; None without such a file.
+    """Return the tag that `latest` names; None without such a file.
 
     Raises:
         ValueError: naming the checkpoints that there are, when there is no such folder; and when `latest` is no file.

@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A save in progress: no rank goes on alone when another one fails, and no file of an older checkpoint changes before
-the new one is complete.
+"""A save that happens on all ranks or on none. No file of an older checkpoint changes before the new one is complete.
 
-Every file is written beside its final name, as `.<name>.meft-<generation>`. The manifest names the generation; that it
-is replaced is the one moment at which the new checkpoint takes the place of an older one of the same tag, and all
-other files get their final names after it. A process killed before that moment leaves the old checkpoint as it was;
-one killed after it leaves names that the next to save or load puts right (`finish`).
+Every file is written beside its final name, as `.<name>.meft-<generation>`. The manifest names the generation. The
+moment in which the manifest is replaced is the one in which the new checkpoint takes the place of an older one of the
+same tag. All other files get their final names after it. A process killed before that moment leaves the old checkpoint
+as it was. One killed after it leaves names that the next save or load puts right (`finish`).
 """
 
 from __future__ import annotations
@@ -74,7 +73,7 @@ class Manifest(TypedDict):
 
 
 class Saving:
-    """One save. Work that may fail goes into `attempt`; `agree` then raises on every rank if it failed on any.
+    """One save. Put work that may fail into `attempt`; `agree` then raises on every rank if it failed on any.
 
     Making one is collective.
 
@@ -107,7 +106,7 @@ class Saving:
 
     @contextlib.contextmanager
     def attempt(self, path: Path) -> Iterator[None]:
-        """Keep what the work inside raises for `agree`; `path` is what it is about."""
+        """Keep what the work inside raises for `agree`. `path` is the file that it is about."""
         try:
             yield
         except Exception as e:
@@ -116,10 +115,10 @@ class Saving:
                 self._cause = e
 
     def agree(self, item: Any = None) -> list[Any]:
-        """Every rank's `item`, when all work so far has succeeded on all ranks. Collective.
+        """Return every rank's `item` when all work so far has succeeded on all ranks. Collective.
 
         Raises:
-            RuntimeError: else, on every rank, naming the file; files of this save are removed before.
+            RuntimeError: on every rank, naming the file, when some work failed; files of this save are removed before.
         """
         gathered = self.ranks.gather((self._problem, self._complete, item))
         problems = [problem for problem, _, _ in gathered if problem is not None]
@@ -136,7 +135,7 @@ class Saving:
         ) from self._cause
 
     def write(self, path: Path, writer: Callable[[Path], Any]) -> files.Fingerprint:
-        """Write the file that will be `path`; returns its size and SHA-256. After a failure it writes nothing."""
+        """Write the file that will be `path`, and return its size and SHA-256. After a failure, write nothing."""
         found = files.Fingerprint()
         if self._problem is not None:
             return found
@@ -153,11 +152,11 @@ class Saving:
         self.of_deepspeed[str(path.relative_to(self.folder.parent))] = self.write(path, writer)
 
     def complete(self, manifest: Manifest) -> None:
-        """Make this the checkpoint of its tag; on the rank that has gathered what all wrote."""
+        """Make this the checkpoint of its tag. Call it on the rank that has gathered what all wrote."""
         with self.attempt(self.folder / MANIFEST):
             manifest["generation"] = self.generation
             content = sealed(manifest)
-            # the names that the manifest relies on must not be lost when power is: <tag>/meft, <tag>, save_dir's own
+            # a power cut must not lose the names that the manifest relies on: <tag>/meft, <tag>, save_dir's own
             for folder in (self.folder, *self.folder.parents[:3]):
                 files.sync_names(folder)
             text = json.dumps(content, indent=1, sort_keys=True)
@@ -168,7 +167,7 @@ class Saving:
                     path.unlink()
 
     def _is_complete(self) -> None:
-        self._complete = True  # whatever fails from now on, the new manifest names this save's files
+        self._complete = True  # whatever fails from now on, the manifest already names this save's files
 
     def latest(self) -> None:
         """Let `latest` name this checkpoint."""
@@ -188,7 +187,7 @@ class Saving:
 
 
 def finish(folder: Path) -> None:
-    """Give the files of a complete save their final names, if it was killed while it did that."""
+    """Give the files of a complete save their final names, if a kill kept that save from doing so."""
     try:
         manifest = read_sealed(folder / MANIFEST)
     except (ValueError, FileNotFoundError):
@@ -201,19 +200,19 @@ def finish(folder: Path) -> None:
 
 
 def files_of(manifest: Manifest) -> set[str]:
-    """Names of all our files of a checkpoint."""
+    """Return the names of all our files of a checkpoint."""
     methods = [entry["file"] for entry in manifest["methods"].values() if entry["file"] is not None]
     return {*manifest["files"], *manifest["shared"], *methods}
 
 
 def sealed(manifest: Manifest) -> Manifest:
-    """The manifest as JSON gives it back, with a checksum of its own."""
+    """Return the manifest as JSON gives it back, with a checksum of its own."""
     plain = json.loads(json.dumps({k: v for k, v in manifest.items() if k != "sha256"}))
     return cast(Manifest, {**plain, "sha256": _seal(plain)})
 
 
 def read_sealed(path: Path) -> Manifest:
-    """A manifest whose checksum holds.
+    """Read a manifest whose checksum holds.
 
     Raises:
         ValueError: saying what is wrong with it.
