@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import gc
+import pickle
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch
 from torch import nn
 
 import meft_ds
+from meft_ds.offload.model import gradient_checkpointing
 from meft_ds.sparse_adapter.attach import find_adapters
 from tests.conftest import RunPython
 from tests.forked import Forge, forge
@@ -188,6 +190,27 @@ def test_an_engine_goes_on_with_an_adapter_that_was_loaded(tmp_path: Path) -> No
     assert torch.equal(seen(model), want)
     train(second, 1)
     assert not torch.equal(seen(model), want)
+
+
+@pytest.mark.parametrize("what", BLOCKS)
+def test_a_destroyed_engine_leaves_no_hook_of_its_own(what: str) -> None:
+    model = tiny_llama()
+    before = hooks_of(model)
+    for _ in range(2):
+        engine = make_engine(ds_config(block=BLOCKS[what]), model)
+        train(engine, 2)
+        assert model in gradient_checkpointing._models
+        engine.destroy()
+        assert model not in gradient_checkpointing._models
+    meft_ds.detach(model)
+    assert hooks_of(model) == before
+    copied = pickle.loads(pickle.dumps(model))
+    assert copied.meft_stats() == {} and copied.state_dict().keys() == model.state_dict().keys()
+
+
+def hooks_of(model: nn.Module) -> int:
+    kinds = ("_forward_pre_hooks", "_forward_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks")
+    return sum(len(getattr(module, kind)) for module in model.modules() for kind in kinds)
 
 
 def test_a_copy_of_a_model_is_trained_by_no_engine() -> None:
