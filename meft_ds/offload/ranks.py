@@ -79,10 +79,17 @@ class Ranks:
         """
         if self.world == 1:
             return values
-        on_host = self.host_group is not None
-        t = torch.tensor(values, dtype=torch.float64, device="cpu" if on_host else device)
-        dist.all_reduce(t, group=self.host_group if on_host else self.group)
+        control, group = self.for_numbers(device)
+        t = torch.tensor(values, dtype=torch.float64, device=control)
+        dist.all_reduce(t, group=group)
         return t.tolist()
+
+    def for_numbers(self, device: torch.device) -> tuple[torch.device, dist.ProcessGroup | None]:
+        """Return the device and the group for numbers that the host knows.
+
+        With a host group they cost no wait for the device.
+        """
+        return (device, self.group) if self.host_group is None else (torch.device("cpu"), self.host_group)
 
     def barrier(self) -> None:
         """Return once every rank is here."""
@@ -102,11 +109,9 @@ class Ranks:
         return replace(self, group=group, host_group=host_group).on_nodes(self.layout, device)
 
     def on_nodes(self, layout: Sequence[Sequence[int]], device: torch.device) -> Ranks:
-        """Return the same ranks with process groups within and across nodes.
+        """Return the same ranks with process groups within and across nodes. Collective over all processes of the run.
 
         `layout` lists the global ranks of each node, equally many.
-
-        Collective over all processes of the run.
         """
         if len(layout) < 2:
             return self
@@ -182,9 +187,7 @@ def reduce_rows_to_owners(ids: Tensor, rows: Tensor, n: int, ranks: Ranks) -> tu
     device, width = rows.device, rows.shape[1]
     bounds = torch.tensor([boundary(n, k, ranks.world) for k in range(ranks.world + 1)])
     cuts = torch.searchsorted(ids, bounds)
-    # ids are known on the host, so with a host group the sizes cost no wait for the device
-    control = device if ranks.host_group is None else torch.device("cpu")
-    control_group = ranks.group if ranks.host_group is None else ranks.host_group
+    control, control_group = ranks.for_numbers(device)
     sent = (cuts[1:] - cuts[:-1]).to(control)
     received = torch.empty_like(sent)
     dist.all_to_all_single(received, sent, group=control_group)
@@ -206,9 +209,7 @@ def sum_rows_across(ids: Tensor, rows: Tensor, ranks: Ranks) -> tuple[Tensor, Te
     if ranks.world == 1:
         return ids, rows
     device = rows.device
-    on_host = ranks.host_group is not None
-    control = torch.device("cpu") if on_host else device
-    control_group = ranks.host_group if on_host else ranks.group
+    control, control_group = ranks.for_numbers(device)
     counts = [torch.zeros(1, dtype=torch.int64, device=control) for _ in range(ranks.world)]
     dist.all_gather(counts, torch.tensor([ids.numel()], device=control), group=control_group)
     splits = [int(count) for count in counts]

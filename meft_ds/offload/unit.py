@@ -77,7 +77,7 @@ class Unit(ABC):
 
     name: str
     layer: int
-    wire: str
+    wire: str  # name of the format, in statistics (bytes by channel) and in manifests
     group: int  # index of the user's parameter group whose lr, betas, eps and weight decay apply
     listener: Listener | None = None
     params: Sequence[tuple[str, nn.Parameter]] = ()  # of the model, by name, that the unit changes

@@ -24,11 +24,13 @@ from meft_ds import ops
 _ALIGN = 64
 
 Counts = dict[str, dict[str, int]]
+EVALUATION = "eval_"
+"""What the names of channels begin with that an evaluation uses."""
 
 
 def training_bytes(counts: Counts) -> tuple[int, int]:
-    """Bytes down and up over all channels except those named "eval_..."."""
-    entries = [entry for name, entry in counts.items() if not name.startswith("eval_")]
+    """Return the bytes down and up over all channels but those of evaluations."""
+    entries = [entry for name, entry in counts.items() if not name.startswith(EVALUATION)]
     return sum(entry["down"] for entry in entries), sum(entry["up"] for entry in entries)
 
 

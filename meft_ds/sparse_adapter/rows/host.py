@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from meft_ds.offload.host.shared_memory import Specs, TensorSpec
-from meft_ds.offload.host.transfer import Bus
+from meft_ds.offload.host.transfer import EVALUATION, Bus
 
 _FIRST_ROWS = 256  # first size of a window; it doubles on demand up to the capacity
 
@@ -231,7 +231,7 @@ class HostRows:
     # -- window internals ------------------------------------------------------------------------------------------
 
     def _channel(self, what: str) -> str:
-        return what if self.is_training() else f"eval_{what}"
+        return what if self.is_training() else EVALUATION + what
 
     def _grads_for(self, host_slots: Tensor) -> Tensor:
         """The gradients of the whole window, after which those of `host_slots` count as given."""
