@@ -152,13 +152,24 @@ class MeftEngine(CheckpointOverrides):
     # -- for users ---------------------------------------------------------------------------------------------------
 
     def meft_stats(self) -> dict[str, Any]:
-        """Return counters of the last accumulation window, and what is held where (docs/reference/statistics.md)."""
+        """Return plain numbers of the last accumulation window, and what is held where (docs/reference/statistics.md).
+
+        Example:
+            stats = engine.meft_stats()
+            print(stats["bytes_down_per_step"], stats["device_bytes"], stats["host_bytes"])
+        """
         return self._meft.telemetry.report()
 
     def meft_flush(self) -> None:
-        """Apply the updates that are still under way after a step, before a program reads weights by itself.
+        """Apply the updates that are still pending after a step, before your program reads weights by itself.
 
         Forwards, evaluation, `state_dict`, saving and `meft_stats` do it without being asked.
+
+        Example:
+            kept = model.lm_head.weight.data  # shares the weight's memory
+            engine.step()
+            engine.meft_flush()
+            print(kept.norm())
         """
         self._meft.flush(self.global_samples)
 
