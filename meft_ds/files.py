@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files are written whole or not at all, get the mode that the umask asks for, and are read only if they are files."""
+"""Writes files whole or not at all, with the mode that the umask asks for, and reads nothing but regular files."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def write_whole(
     """Let `writer` write a file beside `path`, then rename it to `path`. Readers see the old one or the new one.
 
     Args:
-        path: in a folder that exists. A link in this place is replaced, what it points to is not touched.
+        path: in a folder that exists. A link in this place is replaced; what it points to stays as it is.
         writer: called with the path to write to.
         sync: whether file and name are on disk before this returns.
         replaced: called after the rename, before anything else can fail.
@@ -59,15 +59,15 @@ def write_whole(
 
 
 def write_text(path: str | Path, text: str, *, sync: bool = True, replaced: Callable[[], None] = lambda: None) -> None:
-    """`write_whole` of a text in UTF-8."""
+    """Write a text in UTF-8 as `write_whole` does."""
     write_whole(path, lambda part: part.write_text(text, encoding="utf-8"), sync=sync, replaced=replaced)
 
 
 def write_new(path: Path, writer: Callable[[Path], Any], *, sync: bool = True) -> None:
-    """Create the file `path`, which nothing may stand in the place of, and let `writer` write it.
+    """Create the file `path` and let `writer` write it. Nothing may be there before.
 
-    Its mode is what the umask, or the folder's default ACL, gives new files, even if `writer` replaces it by a file of
-    its own: safetensors does, with one that only this user can read.
+    The file gets the mode that the umask, or the folder's default ACL, gives new files. So it does if `writer` puts a
+    file of its own there: safetensors does, and only this user could read that one.
     """
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666)
     try:
@@ -82,12 +82,12 @@ def write_new(path: Path, writer: Callable[[Path], Any], *, sync: bool = True) -
 
 def sync_names(folder: Path) -> None:
     """Put the names in `folder` on disk, where the file system can do that."""
-    with contextlib.suppress(OSError):  # some network file systems refuse it: no reason to give up a save
+    with contextlib.suppress(OSError):  # some network file systems refuse it, which is no reason to give up a save
         _to_disk(folder)
 
 
 def checked_target(path: str | Path) -> Path:
-    """`path`, if it can be the path of a file to write.
+    """Return `path` if it can be the path of a file to write.
 
     Raises:
         ValueError: when it is empty, has a NUL in it, or is something that is no regular file.
@@ -96,13 +96,13 @@ def checked_target(path: str | Path) -> Path:
     path = Path(path)
     if not path.name:
         raise ValueError(f"expected the path of a file, got {str(path)!r}; add a file name")
-    with contextlib.suppress(OSError):  # nothing is there, or nothing that we may look at: writing will tell
+    with contextlib.suppress(OSError):  # nothing is there, or nothing that we may look at; the write will tell
         _check_kind(os.lstat(path).st_mode, path)
     return path
 
 
 def checked_folder(path: str | Path) -> Path:
-    """`path`, if it can be that of a folder. Raises ValueError when it is empty or has a NUL in it."""
+    """Return `path` if it can be that of a folder. Raise ValueError when it is empty or has a NUL in it."""
     _check_name(path)
     return Path(path)
 
@@ -127,7 +127,7 @@ def check_writable(path: str | Path) -> None:
 
 @contextlib.contextmanager
 def named(path: Path) -> Iterator[None]:
-    """Errors of the file system inside carry `path`, which the user knows; those of safetensors become OSErrors."""
+    """Inside, let errors of the file system name `path`, which the user knows. Those of safetensors become OSErrors."""
     try:
         yield
     except OSError as e:
@@ -145,8 +145,9 @@ def named(path: Path) -> Iterator[None]:
 
 
 def check_file(path: str | Path) -> os.stat_result:
-    """The state of a regular file, or of the one that a link leads to. Look before you read: a read of a FIFO waits
-    for ever.
+    """Return the state of a regular file, or of the one that a link leads to.
+
+    Call it before a read: a read of a FIFO waits for ever.
 
     Raises:
         FileNotFoundError, PermissionError: when there is none, or none to be seen.
@@ -159,14 +160,14 @@ def check_file(path: str | Path) -> os.stat_result:
 
 
 def read_bytes(path: str | Path, most: int = -1) -> bytes:
-    """What is in a file, or its first `most` bytes. Raises as `check_file`."""
+    """Return what is in a file, or its first `most` bytes. Raise as `check_file`."""
     check_file(path)
     with open(path, "rb") as file:
         return file.read(most)
 
 
 def parse_json(text: str | bytes) -> Any:
-    """What a JSON text says. Raises ValueError, also for one that is nested too deeply to be read."""
+    """Return what a JSON text says. Raise ValueError, also for one that is nested too deeply."""
     try:
         return json.loads(text)
     except RecursionError:
@@ -181,7 +182,7 @@ class Fingerprint(TypedDict, total=False):
 
 
 def fingerprint(path: str | Path) -> Fingerprint:
-    """Return what the file is. Raises as `check_file`."""
+    """Read a file for its size and SHA-256. Raise as `check_file`."""
     size, digest = check_file(path).st_size, hashlib.sha256()
     with open(path, "rb") as file:
         while block := file.read(1 << 20):

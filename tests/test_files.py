@@ -35,7 +35,7 @@ CHOICE = Choice(tiles=(Tile("w", None, (0, 2), (0, 2), "q", 0),), shapes={"w": (
 TILES = SavedTiles(
     digest="d",
     shapes={"w": (4, 4)},
-    places={"w": [(None, (0, 2), (0, 2))]},
+    tiles={"w": [(None, (0, 2), (0, 2))]},
     values={"w": torch.ones(4)},
     originals={"w": torch.zeros(4)},
 )

@@ -73,7 +73,7 @@ def test_rows_are_fetched_once_per_window_and_counted_exactly() -> None:
             rows.add_grad(table, torch.ones(len(table), 2 * D))
     unit.collect()
     unit.send(bus)
-    counts = bus.take_counts()
+    counts = bus.close_window().by_channel()
     u_win, nbytes = 3, 2
     assert counts["rows"] == {"up": 2 * D * u_win * nbytes, "down": 2 * D * u_win * nbytes}
 
@@ -86,7 +86,7 @@ def test_rows_that_only_evaluation_fetched_are_not_active() -> None:
     rows.gather(torch.tensor([3, 4]))
     rows.add_grad(torch.tensor([3, 4]), torch.ones(2, 2 * D))
     assert rows.close_window()[0].tolist() == [3, 4]
-    counts = bus.take_counts()
+    counts = bus.close_window().by_channel()
     assert counts["eval_rows"]["up"] == 2 * 2 * D * 4 and counts["rows"]["up"] == 1 * 2 * D * 4
 
 

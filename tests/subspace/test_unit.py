@@ -356,7 +356,7 @@ def test_state_on_the_accelerator_gives_the_same_bits_and_moves_none_over_the_bu
         for step in range(4):
             backward(model, step)
             pipeline.step()
-        counts = pipeline.bus.take_counts()
+        counts = pipeline.bus.close_window().by_channel()
         assert ("subspace" in counts) == (where == "cpu") and counts["dense"]["down"] > 0
         states.append(everything(pipeline, model))
     assert differing(*states) == []
@@ -369,7 +369,7 @@ def test_the_payload_is_d_by_d(where: str) -> None:
     backward(model, 0)
     pipeline.step()
     elements = sum(m.shape[0] * m.shape[1] for u in subspace_units(pipeline) for m in u.matrices)
-    moved = pipeline.bus.take_counts().get("subspace", {"down": 0, "up": 0})
+    moved = pipeline.bus.close_window().by_channel().get("subspace", {"down": 0, "up": 0})
     assert moved == ({"down": 4 * elements, "up": 4 * elements} if where == "cpu" else {"down": 0, "up": 0})
     assert elements * 3.5 < sum(p.numel() for u in subspace_units(pipeline) for _, p in u.params)
 

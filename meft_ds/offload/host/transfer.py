@@ -98,10 +98,6 @@ class Bus:
         closed, self.window = self.window, WindowBytes()
         return closed
 
-    def take_counts(self) -> Counts:
-        """Close the window and return its counters."""
-        return self.close_window().by_channel()
-
     # -- buffers -------------------------------------------------------------------------------------------------------
 
     def reserve(self, sizes: Mapping[Hashable, int]) -> None:
@@ -114,10 +110,6 @@ class Bus:
         for key, size in padded.items():
             self._staging[key] = block[offset : offset + size]
             offset += size
-
-    def staging_bytes(self) -> int:
-        """Host bytes held by the staging buffers."""
-        return sum(buffer.numel() for buffer in self._staging.values())
 
     # -- on the thread that trains -------------------------------------------------------------------------------------
 
