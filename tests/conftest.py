@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What all tests share: a fresh interpreter for tests whose subject is import order or process-wide state."""
+"""What all tests share: ranks that are forked, fresh interpreters, and how many examples hypothesis tries."""
 
 import os
 
@@ -12,10 +12,24 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 
 import tests.toy  # noqa: F401  fp16 for tests that build their engines without it
+from tests.forked import Forge
 
 RunPython = Callable[..., subprocess.CompletedProcess[str]]
+
+# Machines that run other things too make deadlines fail.
+settings.register_profile("dev", max_examples=20, deadline=None)
+settings.register_profile("ci", max_examples=200, deadline=None)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "dev"))
+
+
+@pytest.fixture(scope="session")
+def forge() -> Iterator[Forge]:
+    """The process that forks ranks, one for each worker of pytest-xdist."""
+    with Forge() as made:
+        yield made
 
 
 @pytest.fixture(autouse=True)

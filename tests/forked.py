@@ -1,12 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """Ranks forked from one process that has imported everything, which makes a run of a few ranks cost a second or two.
 
-`python -m tests.forked` is that process: it reads one JSON request per line and answers with one line (`Forge`).
+`python -m tests.forked` is that process. It reads one JSON request per line. It answers with the process ids of the
+ranks on one line and, when they have all ended, with how they ended on another. `Forge` talks to it; the fixture
+`forge` in `conftest.py` is the one of the whole test run.
+
+What a rank does is a function `name(folder, **arguments)` whose result JSON can write. It finds its rank in the
+environment, as under a launcher.
 """
 
 from __future__ import annotations
 
 import atexit
+import contextlib
 import importlib
 import json
 import os
@@ -17,12 +23,12 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
-from tests.ranks import REPO, free_port
+from tests.ranks import REPO, free_port, left_in_shared_memory
 
 
 @dataclass
@@ -37,11 +43,12 @@ class Ended:
 
 
 class Forge:
-    """The process that forks; `run` starts ranks and waits until they have ended."""
+    """The process that forks ranks, for the time of a `with` block.
 
-    def __init__(self) -> None:
-        self.pids: list[int] = []
-        """Of all ranks so far."""
+    Example: `one, other = forge.results("tests.plugin.fault_ranks:slow", tmp_path)`
+    """
+
+    def __enter__(self) -> Forge:
         self._process = subprocess.Popen(
             [sys.executable, "-m", "tests.forked"],
             cwd=REPO,
@@ -51,37 +58,64 @@ class Forge:
             stdout=subprocess.PIPE,
             text=True,
         )
+        return self
 
-    def run(self, call: str, folder: Path, *, world: int = 2, timeout: float = 400, **arguments: Any) -> list[Ended]:
-        """`call` ("package.module:function") on every rank, with `folder` and the arguments."""
-        folder.mkdir(parents=True, exist_ok=True)
-        request = {"call": call, "folder": str(folder), "world": world, "timeout": timeout, "arguments": arguments}
-        assert self._process.stdin is not None and self._process.stdout is not None
-        print(json.dumps(request), file=self._process.stdin, flush=True)
-        ended = [Ended(**entry) for entry in json.loads(self._process.stdout.readline())]
-        self.pids += [rank.pid for rank in ended]
-        return ended
-
-    def results(self, call: str, folder: Path, **options: Any) -> list[Any]:
-        """What the ranks return; all must end well."""
-        ended = self.run(call, folder, **options)
-        assert [rank.code for rank in ended] == [0] * len(ended), "\n\n".join(rank.log[-5000:] for rank in ended)
-        return [rank.result for rank in ended]
-
-    def close(self) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         assert self._process.stdin is not None
         self._process.stdin.close()
         self._process.wait(timeout=60)
 
+    @contextlib.contextmanager
+    def running(
+        self, call: str | Callable[..., Any], folder: Path, *, world: int = 2, timeout: float = 400, **arguments: Any
+    ) -> Iterator[Running]:
+        """Call a function on every rank with `folder` and the arguments, while the `with` block runs.
 
-@contextmanager
-def forge() -> Iterator[Forge]:
-    """A forge for the time of a `with` block."""
-    made = Forge()
-    try:
-        yield made
-    finally:
-        made.close()
+        `call` is the function, or "package.module:function" of a module that this process must not import. The block
+        ends when all ranks have ended. None may leave anything in shared memory, whatever ended it.
+        """
+        folder.mkdir(parents=True, exist_ok=True)
+        call = call if isinstance(call, str) else f"{call.__module__}:{call.__qualname__}"
+        request = {"call": call, "folder": str(folder), "world": world, "timeout": timeout, "arguments": arguments}
+        assert self._process.stdin is not None
+        print(json.dumps(request), file=self._process.stdin, flush=True)
+        ranks = Running(self._answer())
+        try:
+            yield ranks
+        except BaseException:
+            for pid in ranks.pids:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            raise
+        finally:
+            ranks.ended = [Ended(**entry) for entry in self._answer()]
+        assert not (left := left_in_shared_memory(ranks.pids)), left
+
+    def run(self, call: str | Callable[..., Any], folder: Path, **options: Any) -> list[Ended]:
+        """As `running`; return how each rank ended."""
+        with self.running(call, folder, **options) as ranks:
+            pass
+        return ranks.ended
+
+    def results(self, call: str | Callable[..., Any], folder: Path, **options: Any) -> list[Any]:
+        """As `run`; return what each rank returned. All must end well."""
+        ended = self.run(call, folder, **options)
+        assert [rank.code for rank in ended] == [0] * len(ended), "\n\n".join(rank.log[-5000:] for rank in ended)
+        return [rank.result for rank in ended]
+
+    def _answer(self) -> Any:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        assert line, "the process that forks ranks has died"
+        return json.loads(line)
+
+
+@dataclass
+class Running:
+    """Ranks that run or, once they have `ended`, have run. Each logs to `<folder>/rank<k>.log`."""
+
+    pids: list[int]
+    ended: list[Ended] = field(default_factory=list)
 
 
 def preload() -> None:
@@ -128,6 +162,7 @@ def _be_rank(rank: int, world: int, port: int, body: Callable[[int], Any], folde
         )
         result = body(rank)
         (folder / f"rank{rank}.json").write_text(json.dumps(result))
+        _part()
         code = 0
     except SystemExit as e:
         code = int(e.code or 0)
@@ -138,6 +173,14 @@ def _be_rank(rank: int, world: int, port: int, body: Callable[[int], Any], folde
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
+
+
+def _part() -> None:
+    """Wait for the others: a rank that ends tears a collective away from one that is still in it."""
+    import torch.distributed as dist
+
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.barrier()
 
 
 def _serve() -> None:
@@ -153,6 +196,7 @@ def _serve() -> None:
             path.unlink()
         began = time.monotonic()
         pids = fork_ranks(request["world"], lambda rank: function(folder, **request["arguments"]), folder)  # noqa: B023
+        print(json.dumps(pids), file=answers, flush=True)
         stop = threading.Timer(request["timeout"], lambda: [os.kill(pid, signal.SIGKILL) for pid in pids])  # noqa: B023
         stop.start()
         ended = {}

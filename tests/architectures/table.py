@@ -20,7 +20,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from tests.forked import Ended, forge
+from tests.forked import Ended, Forge
 
 DOCS = Path(__file__).resolve().parents[2] / "docs" / "reference" / "architectures.md"
 METHODS = ("sparse_adapter", "subspace", "sparse_matrix")
@@ -46,7 +46,7 @@ def every_cell() -> list[Cell]:
 def run_cells(cells: Iterable[Cell], *, tell: bool = False) -> dict[Cell, Found]:
     """What each cell gave; cells that are to agree with one that ran before are compared with it."""
     results: dict[Cell, Found] = {}
-    with forge() as process, tempfile.TemporaryDirectory() as folder:
+    with Forge() as process, tempfile.TemporaryDirectory() as folder:
         for number, cell in enumerate(cells):
             architecture, method, stage, ranks = cell
             ended = process.run(

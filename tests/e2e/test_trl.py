@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.forked import Forge, forge
+from tests.forked import Forge
 
 pytestmark = [
     pytest.mark.slow,
@@ -25,7 +25,8 @@ CELLS = [*((trainer, stage) for trainer in ("sft", "dpo", "grpo") for stage in (
 
 @pytest.fixture(scope="module")
 def forked() -> Iterator[Forge]:
-    with forge() as made:
+    """A process of their own, since it imports trl."""
+    with Forge() as made:
         yield made
 
 

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +12,10 @@ import torch
 
 import meft_ds
 from meft_ds.sparse_adapter.files import read_adapter
-from tests.forked import Forge, forge
+from tests.forked import Forge
 from tests.toy import ADAPTER, batch, ds_config, make_engine
 
 RANKS = "tests.plugin.export_ranks:"
-
-
-@pytest.fixture(scope="module")
-def ranks() -> Iterator[Forge]:
-    with forge() as made:
-        yield made
 
 
 @pytest.mark.parametrize("mode", ["exact", "eager"])
@@ -48,9 +42,9 @@ def test_an_adapter_saved_right_after_a_step_has_the_rows_and_routers_of_that_st
 
 @pytest.mark.parametrize("stage", [0, 3])
 def test_an_export_that_the_first_rank_cannot_write_is_an_error_on_every_rank_and_training_goes_on(
-    ranks: Forge, tmp_path: Path, stage: int
+    forge: Forge, tmp_path: Path, stage: int
 ) -> None:
-    first, second = ranks.results(RANKS + "full_on_the_first", tmp_path, stage=stage)
+    first, second = forge.results(RANKS + "full_on_the_first", tmp_path, stage=stage)
     exports = ["16bit", "adapter beside", *(["adapter"] if stage == 3 else [])]
     assert list(first["told"]) == list(second["told"]) == exports
     assert first["same"] and second["same"]
@@ -61,5 +55,5 @@ def test_an_export_that_the_first_rank_cannot_write_is_an_error_on_every_rank_an
 
 
 @pytest.mark.parametrize("stage", [0, 3])
-def test_save_16bit_model_has_one_rank_write_the_adapter(ranks: Forge, tmp_path: Path, stage: int) -> None:
-    assert ranks.results(RANKS + "writers", tmp_path, stage=stage) == [1, 0]
+def test_save_16bit_model_has_one_rank_write_the_adapter(forge: Forge, tmp_path: Path, stage: int) -> None:
+    assert forge.results(RANKS + "writers", tmp_path, stage=stage) == [1, 0]

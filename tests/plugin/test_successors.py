@@ -6,7 +6,6 @@ from __future__ import annotations
 import gc
 import pickle
 import weakref
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ import meft_ds
 from meft_ds.offload.model import gradient_checkpointing
 from meft_ds.sparse_adapter.attach import find_adapters
 from tests.conftest import RunPython
-from tests.forked import Forge, forge
+from tests.forked import Forge
 from tests.ranks import REPO
 from tests.toy import ADAPTER, batch, ds_config, make_engine, tiny_llama, train
 
@@ -32,12 +31,6 @@ BLOCKS: dict[str, dict[str, Any]] = {
     "scored tiles": {"sparse_matrix": {"density": 0.1, "block_size": 8, "warmup_steps": 2}},
     "adapter and subspace": {"sparse_adapter": dict(ADAPTER), "subspace": {"dim": 8, "nonzeros": 2}},
 }
-
-
-@pytest.fixture(scope="module")
-def ranks() -> Iterator[Forge]:
-    with forge() as made:
-        yield made
 
 
 def seen(model: Any) -> torch.Tensor:
@@ -226,8 +219,8 @@ def test_a_copy_of_a_model_is_trained_by_no_engine() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("destroyed", [True, False])
-def test_ranks_that_share_rows_go_on_in_the_same_memory(ranks: Forge, tmp_path: Path, destroyed: bool) -> None:
-    first, second = ranks.results("tests.plugin.successor_ranks:again", tmp_path, destroyed=destroyed)
+def test_ranks_that_share_rows_go_on_in_the_same_memory(forge: Forge, tmp_path: Path, destroyed: bool) -> None:
+    first, second = forge.results("tests.plugin.successor_ranks:again", tmp_path, destroyed=destroyed)
     for rank in (first, second):
         assert rank["kept"] and rank["places"] and rank["changed"]
         assert rank["losses"][3] < rank["losses"][0]

@@ -6,7 +6,7 @@ from __future__ import annotations
 import copy
 import io
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from deepspeed.utils import (
 )
 from torch import Tensor, nn
 
-from tests.forked import Forge, forge
+from tests.forked import Forge
 from tests.offload.overlap import make_late
 from tests.toy import ADAPTER, batch, ds_config, make_engine, tiny_llama, train
 
@@ -342,12 +342,6 @@ def test_a_program_that_calls_the_inner_model_has_its_projectors_fitted() -> Non
     engine.destroy()
 
 
-@pytest.fixture(scope="module")
-def ranks() -> Iterator[Forge]:
-    with forge() as made:
-        yield made
-
-
 @pytest.mark.parametrize(
     ("method", "stage"),
     [
@@ -359,8 +353,8 @@ def ranks() -> Iterator[Forge]:
         pytest.param("subspace", 3, marks=pytest.mark.slow),
     ],
 )
-def test_ranks_read_alone_and_write_together(ranks: Forge, tmp_path: Path, method: str, stage: int) -> None:
+def test_ranks_read_alone_and_write_together(forge: Forge, tmp_path: Path, method: str, stage: int) -> None:
     call = "tests.plugin.edit_ranks:reads_and_writes"
-    one, other = ranks.results(call, tmp_path / "ranks", method=method, stage=stage)
+    one, other = forge.results(call, tmp_path / "ranks", method=method, stage=stage)
     assert one == other
     assert all(one.values())
