@@ -15,7 +15,7 @@ from meft_ds.sparse_adapter.files import read_adapter
 from tests.forked import Forge
 from tests.toy import ADAPTER, batch, ds_config, make_engine
 
-RANKS = "tests.plugin.export_ranks:"
+RANKS = "tests.plugin.adapter_export_ranks:"
 
 
 @pytest.mark.parametrize("mode", ["exact", "eager"])

@@ -1,23 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""DeepSpeed's own MoE layer on two ranks; one launch of moe_program.py serves all tests."""
+"""DeepSpeed's own MoE layer on two ranks; one run of them serves all tests."""
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.ranks import run_ranks
+from tests.forked import Forge
+from tests.plugin.moe_ranks import mixtures
 
 METHODS = ["sparse_adapter", "subspace", "sparse_matrix"]
 
 
 @pytest.fixture(scope="module")
-def ranks() -> list[dict[str, Any]]:
-    outputs = run_ranks(Path(__file__).with_name("moe_program.py"), 2)
-    return [json.loads(out.strip().splitlines()[-1]) for out in outputs]
+def ranks(forge: Forge, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    return forge.results(mixtures, tmp_path_factory.mktemp("ranks"))
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +16,22 @@ import pytest
 import torch
 
 from meft_ds.plugin.build import by_node
-from tests.ranks import REPO, free_port, run_ranks
+from tests.forked import Forge
+from tests.plugin import nodes_ranks
+from tests.ranks import REPO, free_port
 
-PROGRAM = Path(__file__).with_name("nodes_program.py")
+Run = Callable[[int, list[dict[str, Any]]], list[list[dict[str, Any]]]]
 
 
-def run(world: int, cases: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
-    """Results by case, then by rank."""
-    outputs = run_ranks(PROGRAM, world, *map(json.dumps, cases))
-    lines = [next(line for line in out.splitlines() if line.startswith("RESULT ")) for out in outputs]
-    return list(zip(*(json.loads(line.removeprefix("RESULT ")) for line in lines), strict=True))  # type: ignore[arg-type]
+@pytest.fixture
+def run(forge: Forge, tmp_path: Path) -> Run:
+    """Trains on a number of ranks; returns results by case, then by rank."""
+
+    def run(world: int, cases: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+        found = forge.results(nodes_ranks.trainings, tmp_path / "ranks", world=world, cases=cases)
+        return list(map(list, zip(*found, strict=True)))
+
+    return run
 
 
 def assert_equal_nodes(ranks: list[dict[str, Any]]) -> None:
@@ -38,7 +45,7 @@ def assert_same_training(one: list[dict[str, Any]], other: list[dict[str, Any]])
         assert abs(a["norm"] - b["norm"]) < 1e-5 * b["norm"]
 
 
-def test_two_nodes_train_as_one_and_a_checkpoint_of_either_resumes_on_the_other(tmp_path: Path) -> None:
+def test_two_nodes_train_as_one_and_a_checkpoint_of_either_resumes_on_the_other(run: Run, tmp_path: Path) -> None:
     one, two, again, whole, moved, back = run(
         2,
         [
@@ -63,7 +70,7 @@ def test_two_nodes_train_as_one_and_a_checkpoint_of_either_resumes_on_the_other(
 
 
 @pytest.mark.long
-def test_ranks_laid_out_on_nodes_in_any_way_train_alike() -> None:
+def test_ranks_laid_out_on_nodes_in_any_way_train_alike(run: Run) -> None:
     layouts = ("0000", "0011", "0101", "0123")
     blocks = ("dense", "lazy", "compress", "subspace", "sparse_matrix")
     found = run(4, [{"block": block, "layout": layout} for block in blocks for layout in layouts])
@@ -74,7 +81,7 @@ def test_ranks_laid_out_on_nodes_in_any_way_train_alike() -> None:
 
 
 @pytest.mark.long
-def test_overlap_over_nodes_equals_the_serial_order_bit_for_bit() -> None:
+def test_overlap_over_nodes_equals_the_serial_order_bit_for_bit(run: Run) -> None:
     cases = [{"block": "dense", "layout": "0011", "mode": mode} for mode in ("serial", "exact")]
     serial, exact = run(4, cases)
     assert [rank["digest"] for rank in serial] == [rank["digest"] for rank in exact]
@@ -88,13 +95,13 @@ def can_unshare() -> bool:
 
 @pytest.mark.long
 @pytest.mark.skipif(not can_unshare(), reason="needs the right to mount in a namespace of its own")
-def test_ranks_that_have_a_dev_shm_each_are_nodes_without_being_told() -> None:
-    case, own = json.dumps({"block": "dense"}), "mount -t tmpfs none /dev/shm && exec"
+def test_ranks_that_have_a_dev_shm_each_are_nodes_without_being_told(run: Run) -> None:
+    case, own = json.dumps([{"block": "dense"}]), "mount -t tmpfs none /dev/shm && exec"
     port, processes = str(free_port()), []
     for rank in range(2):
         env = {"RANK": str(rank), "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         env |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPO)}
-        command = ["unshare", "--mount", "sh", "-c", f"{own} {sys.executable} {PROGRAM} '{case}'"]
+        command = ["unshare", "--mount", "sh", "-c", f"{own} {sys.executable} {nodes_ranks.__file__} '{case}'"]
         processes.append(subprocess.Popen(command, env=os.environ | env, stdout=subprocess.PIPE, text=True))
     try:
         lines = [process.communicate(timeout=240)[0].splitlines() for process in processes]
@@ -108,7 +115,7 @@ def test_ranks_that_have_a_dev_shm_each_are_nodes_without_being_told() -> None:
 
 
 @pytest.mark.long
-def test_store_and_moments_of_a_node_do_not_grow_with_its_ranks() -> None:
+def test_store_and_moments_of_a_node_do_not_grow_with_its_ranks(run: Run) -> None:
     held = {}
     for world in (1, 2, 4):
         (ranks,) = run(world, [{"block": "dense", "layout": "0" * world, "steps": 1}])

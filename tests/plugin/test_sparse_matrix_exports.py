@@ -4,38 +4,22 @@ was trained."""
 
 from __future__ import annotations
 
-import functools
-import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from meft_ds.plugin.checkpoint import overrides
-from tests.plugin import exports_program as program
+from tests.forked import Forge
+from tests.plugin.tile_export_ranks import every_way, just_exits
 from tests.plugin.tiles import SCORED, config, differing, everything, method_of, steps
-from tests.ranks import run_ranks
 from tests.toy import make_engine
-
-
-@pytest.fixture(scope="module")
-def launched(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """By stage: what the first rank printed."""
-
-    @functools.cache
-    def launch(stage: int) -> str:
-        folder = str(tmp_path_factory.mktemp("exports"))
-        return run_ranks(Path(program.__file__), 2 if stage == 3 else 1, folder, str(stage))[0]
-
-    return launch
-
 
 # Complete weights
 
 
 @pytest.mark.parametrize("stage", [2, 3])
-def test_every_ordinary_way_out_gives_base_and_tiles(stage: int, launched: Any) -> None:
-    found = json.loads(next(line for line in launched(stage).splitlines() if line.startswith('{"plain"')))
+def test_every_ordinary_way_out_gives_base_and_tiles(stage: int, forge: Forge, tmp_path: Path) -> None:
+    found = forge.results(every_way, tmp_path, world=2 if stage == 3 else 1, stage=stage)[0]
     for model in ("plain", "wrapped"):
         ways = found[model]["wrong"]
         assert {"trainer", "accelerate", "get_state_dict", "16 bit", "checkpoint", "pretrained"} < ways.keys()
@@ -134,5 +118,6 @@ def test_a_resumed_run_that_has_trained_is_told_nothing(warnings: list[str], tmp
     assert len(about_training(warnings)) == 1
 
 
-def test_a_program_that_just_exits_is_told_too(launched: Any) -> None:
-    assert launched(2).count("is still scoring (3 of 5 windows): nothing was trained") == 1
+def test_a_program_that_just_exits_is_told_too(forge: Forge, tmp_path: Path) -> None:
+    (rank,) = forge.run(just_exits, tmp_path, world=1)
+    assert rank.code == 0 and rank.log.count("is still scoring (3 of 5 windows): nothing was trained") == 1

@@ -1,24 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sparse matrix tuning on two ranks; one launch of sparse_matrix_program.py serves all tests."""
+"""Sparse matrix tuning on two ranks; one run of them serves all tests."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from tests.plugin import sparse_matrix_program as program
+from tests.forked import Forge
+from tests.plugin import sparse_matrix_ranks as program
 from tests.plugin.tiles import SCORED, method_of
-from tests.ranks import run_ranks
 
 END = SCORED + program.STEPS
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[dict[str, Any]], Path, dict[int, Any]]:
+def ranks(forge: Forge, tmp_path_factory: pytest.TempPathFactory) -> tuple[list[dict[str, Any]], Path, dict[int, Any]]:
     folder = tmp_path_factory.mktemp("ranks")
     (folder / "file").write_text("")
     alone = {}
@@ -27,8 +26,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[dict[str, Any]
         program.train(engine, windows=range(at))
         engine.save_checkpoint(str(folder / "one"), tag=f"at{at}")
         alone[at] = {"losses": program.train(engine, windows=range(at, END)), **program.told(engine)}
-    outputs = run_ranks(Path(program.__file__), 2, str(folder))
-    return [json.loads(out.strip().splitlines()[-1]) for out in outputs], folder, alone
+    return forge.results(program.trainings, folder), folder, alone
 
 
 @pytest.mark.parametrize("kind", program.KINDS)

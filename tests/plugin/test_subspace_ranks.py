@@ -1,24 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The subspace method on two ranks; one launch of subspace_program.py serves all tests."""
+"""The subspace method on two ranks; one run of them serves all tests."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from tests.plugin import subspace_program as program
-from tests.ranks import run_ranks
+from tests.forked import Forge
+from tests.plugin import subspace_ranks as program
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[dict[str, Any]], Path]:
+def ranks(forge: Forge, tmp_path_factory: pytest.TempPathFactory) -> tuple[list[dict[str, Any]], Path]:
     folder = tmp_path_factory.mktemp("ranks")
-    outputs = run_ranks(Path(program.__file__), 2, str(folder))
-    return [json.loads(out.strip().splitlines()[-1]) for out in outputs], folder
+    return forge.results(program.trainings, folder), folder
 
 
 def test_two_ranks_equal_one_rank_with_twice_the_batch_through_checks_of_projectors(ranks: Any) -> None:

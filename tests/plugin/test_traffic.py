@@ -3,22 +3,18 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.ranks import run_ranks
-
-PROGRAM = Path(__file__).with_name("traffic_program.py")
+from tests.forked import Forge
+from tests.plugin.traffic_ranks import traffic
 
 
 @pytest.fixture(scope="module")
-def found() -> list[dict[str, Any]]:
+def found(forge: Forge, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """By rank."""
-    lines = [line for output in run_ranks(PROGRAM, 2) for line in output.splitlines()]
-    return [json.loads(line.removeprefix("RESULT ")) for line in lines if line.startswith("RESULT ")]
+    return forge.results(traffic, tmp_path_factory.mktemp("ranks"))
 
 
 def test_bytes_between_ranks_are_those_of_the_payloads(found: list[dict[str, Any]]) -> None:

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""ZeRO-3 against the stages in which every rank holds the whole base; a launch of zero3_program.py serves many tests.
+"""ZeRO-3 against the stages in which every rank holds the whole base; one run of ranks serves many tests.
 
-Stage 3 only runs in processes of its own: once it was used, DeepSpeed has replaced torch's F.linear for good.
+Stage 3 only runs in ranks: once it was used, DeepSpeed has replaced torch's F.linear for as long as the process lives.
 """
 
 from __future__ import annotations
 
-import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,34 +14,44 @@ import pytest
 import torch
 
 import meft_ds
-from tests.plugin import zero3_program as program
-from tests.plugin.zero3_program import METHODS, ONE_OF_EACH, SETTINGS
-from tests.ranks import run_ranks
+from tests.forked import Forge
+from tests.plugin import zero3_ranks as ranks
+from tests.plugin.zero3_experts import experts
+from tests.plugin.zero3_ranks import METHODS, ONE_OF_EACH, SETTINGS
 from tests.toy import batch, tiny_llama
 
 # eps is 1e-4 or more: with 1e-8 AdamW turns rounding differences of near-zero gradients into whole steps
 CLOSE = 1e-5
-LONG = "steps=30,eps=2e-3"  # 30 steps add up more of them
+LONG = {"steps": 30, "eps": 2e-3}  # 30 steps add up more of them
+IN_SHORT = ("few live", "evaluation", "biases", "fused loss")
 
 
-def go(world: int, folder: Path, *cases: str) -> list[dict[str, Any]]:
-    outputs = run_ranks(Path(program.__file__), world, str(folder), *cases, timeout=900)
-    return [json.loads(out.strip().splitlines()[-1]) for out in outputs]
+Run = Callable[..., Any]
+
+
+@pytest.fixture
+def run(forge: Forge, tmp_path: Path) -> Run:
+    """Calls a function on so many ranks, in the same folder each time; returns what the first of them found."""
+
+    def run(function: Callable[..., Any], world: int = 2, **arguments: Any) -> Any:
+        return forge.results(function, tmp_path, world=world, timeout=900, **arguments)[0]
+
+    return run
 
 
 @pytest.fixture(scope="module")
-def two(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Path]:
+def two(forge: Forge, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Path]:
     """What the first of two ranks found, and the folder of its files."""
     folder = tmp_path_factory.mktemp("two")
-    cases = (
-        "curves:steps=6",
-        "pending",
-        "memory",
-        "experts",
-        "settings:only=few live+evaluation+biases+fused loss",
-        f"files:only={'+'.join(ONE_OF_EACH)}",
-    )
-    return go(2, folder, *cases)[0], folder
+    cases: dict[Callable[..., Any], dict[str, Any]] = {
+        ranks.curves: {"steps": 6},
+        ranks.pending: {},
+        ranks.memory: {},
+        experts: {},
+        ranks.settings: {"only": IN_SHORT},
+        ranks.files: {"only": ONE_OF_EACH},
+    }
+    return {case.__name__: forge.results(case, folder, **given)[0] for case, given in cases.items()}, folder
 
 
 # -- the same training -------------------------------------------------------------------------------------------------
@@ -69,10 +79,8 @@ def _experts_train(found: dict[str, Any]) -> None:
 
 @pytest.mark.long
 @pytest.mark.parametrize("world", [1, 2, 4])
-def test_all_stages_have_the_same_loss_curves_over_30_steps(world: int, tmp_path: Path) -> None:
-    found = go(world, tmp_path, f"curves:{LONG},stages=0123")
-    assert all(rank["curves"] == found[0]["curves"] for rank in found)
-    curves = found[0]["curves"]
+def test_all_stages_have_the_same_loss_curves_over_30_steps(world: int, run: Run) -> None:
+    curves = run(ranks.curves, world, **LONG, stages=(0, 1, 2, 3))
     for method in METHODS:
         assert curves[f"{method} 0"] == curves[f"{method} 1"] == curves[f"{method} 2"]
         assert curves[f"{method} 3"] == pytest.approx(curves[f"{method} 2"], abs=CLOSE), method
@@ -80,19 +88,17 @@ def test_all_stages_have_the_same_loss_curves_over_30_steps(world: int, tmp_path
 
 
 @pytest.mark.long
-def test_one_two_and_four_ranks_have_the_same_loss_curves_in_stage_3(tmp_path: Path) -> None:
+def test_one_two_and_four_ranks_have_the_same_loss_curves_in_stage_3(run: Run) -> None:
     # each rank scores its own micro-batch, so what tiles they choose depends on how many there are
-    case = f"curves:{LONG},stages=3,score=magnitude"
-    one, two, four = (go(world, tmp_path, case)[0]["curves"] for world in (1, 2, 4))
+    one, two, four = (run(ranks.curves, world, **LONG, stages=(3,), score="magnitude") for world in (1, 2, 4))
     for method in METHODS:
         assert two[f"{method} 3"] == pytest.approx(one[f"{method} 3"], abs=CLOSE), method
         assert four[f"{method} 3"] == pytest.approx(one[f"{method} 3"], abs=CLOSE), method
 
 
 @pytest.mark.long
-def test_stage_3_repeats_its_bits_and_overlapping_changes_none(tmp_path: Path) -> None:
-    for rank in go(2, tmp_path, "bits"):
-        found = rank["bits"]
+def test_stage_3_repeats_its_bits_and_overlapping_changes_none(forge: Forge, tmp_path: Path) -> None:
+    for found in forge.results(ranks.bits, tmp_path):
         for method in METHODS:
             assert found[f"{method} exact"] == found[f"{method} again"] == found[f"{method} serial"], method
             assert found[f"{method} eager"]["losses"][-1] < found[f"{method} eager"]["losses"][-5], method
@@ -111,40 +117,40 @@ def _compare(settings: dict[str, Any], name: str) -> None:
         assert len(set(expected)) > len(expected) / 2
 
 
-@pytest.mark.parametrize("name", ["few live", "evaluation", "biases", "fused loss"])
+@pytest.mark.parametrize("name", IN_SHORT)
 def test_a_setting_trains_as_in_stage_2(two: Any, name: str) -> None:
     _compare(two[0]["settings"], name)
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("world", [1, 2])
-def test_every_setting_trains_as_in_stage_2(tmp_path: Path, world: int) -> None:
-    found = go(world, tmp_path, "settings")[0]["settings"]
+def test_every_setting_trains_as_in_stage_2(run: Run, world: int) -> None:
+    found = run(ranks.settings, world)
     for name in SETTINGS:
         _compare(found, name)
 
 
 @pytest.mark.long
-def test_an_overflow_of_one_rank_leaves_weights_and_state_of_all_as_they_were(tmp_path: Path) -> None:
-    for rank in go(2, tmp_path, "overflow"):
-        for name, found in rank["overflow"].items():
+def test_an_overflow_of_one_rank_leaves_weights_and_state_of_all_as_they_were(forge: Forge, tmp_path: Path) -> None:
+    for rank in forge.results(ranks.overflow, tmp_path):
+        for name, found in rank.items():
             assert found["unchanged"] and found["skipped"], name
             assert found["scale"][1] == found["scale"][0] / 2, name
         for method in ONE_OF_EACH:
-            a, b = (rank["overflow"][f"{method} {stage}"]["losses"] for stage in (2, 3))
+            a, b = (rank[f"{method} {stage}"]["losses"] for stage in (2, 3))
             assert b == pytest.approx(a, abs=2e-2)
 
 
 @pytest.mark.long
-def test_a_model_made_under_zero_init_trains_bit_for_bit_as_one_partitioned_later(tmp_path: Path) -> None:
-    found = go(2, tmp_path, "init")[0]["init"]
+def test_a_model_made_under_zero_init_trains_bit_for_bit_as_one_partitioned_later(run: Run) -> None:
+    found = run(ranks.init)
     for method in ONE_OF_EACH:
         assert found[f"{method} init"] == found[f"{method} later"], method
 
 
 @pytest.mark.long
-def test_an_engine_goes_on_where_the_one_before_it_left_a_partitioned_model(tmp_path: Path) -> None:
-    found = go(2, tmp_path, "again")[0]["again"]
+def test_an_engine_goes_on_where_the_one_before_it_left_a_partitioned_model(run: Run) -> None:
+    found = run(ranks.again)
     for method, losses in found.items():
         first, second = losses[:4], losses[6:10]
         assert len(losses) == 12
@@ -192,8 +198,8 @@ def test_the_model_file_and_the_16_bit_model_hold_complete_weights(two: Any, met
 
 @pytest.mark.long
 @pytest.mark.parametrize("world", [1, 4])
-def test_files_of_stages_2_and_3_with_other_numbers_of_ranks(tmp_path: Path, world: int) -> None:
-    files = go(world, tmp_path, "files")[0]["files"]
+def test_files_of_stages_2_and_3_with_other_numbers_of_ranks(run: Run, tmp_path: Path, world: int) -> None:
+    files = run(ranks.files, world)
     for method in METHODS:
         for stage in (2, 3):
             _goes_on(files, method, stage)
@@ -237,14 +243,12 @@ def _holds_complete_weights(at: Path, method: str) -> None:
         [(4, 3), (2, 2), (1, 3)],
     ],
 )
-def test_runs_go_on_with_other_numbers_of_ranks_and_stages(tmp_path: Path, legs: list[tuple[int, int]]) -> None:
+def test_runs_go_on_with_other_numbers_of_ranks_and_stages(run: Run, legs: list[tuple[int, int]]) -> None:
     each = 4
-    (tmp_path / "straight").mkdir()
     world, stage = legs[0]
-    straight = go(world, tmp_path / "straight", f"leg:stage={stage},first=0,steps={each * len(legs)}")[0]["leg"]
+    straight = run(ranks.leg, world, stage=stage, first=0, steps=each * len(legs))
     for index, (world, stage) in enumerate(legs):
-        load = f",load={each * index}" if index else ""
-        found = go(world, tmp_path, f"leg:stage={stage},first={each * index},steps={each}{load}")[0]["leg"]
+        found = run(ranks.leg, world, stage=stage, first=each * index, steps=each)
         for method in METHODS:
             expected = straight[method][each * index : each * (index + 1)]
             within = CLOSE if method != "subspace learned" else 1e-3  # fits follow roundings
@@ -253,8 +257,8 @@ def test_runs_go_on_with_other_numbers_of_ranks_and_stages(tmp_path: Path, legs:
 
 @pytest.mark.compat
 @pytest.mark.long
-def test_stage_3_trains_as_stage_2_on_one_rank(tmp_path: Path) -> None:
-    found = go(1, tmp_path, "curves", "experts")[0]
-    _experts_train(found["experts"])
+def test_stage_3_trains_as_stage_2_on_one_rank(run: Run) -> None:
+    _experts_train(run(experts, 1))
+    curves = run(ranks.curves, 1)
     for method in METHODS:
-        assert found["curves"][f"{method} 3"] == pytest.approx(found["curves"][f"{method} 2"], abs=CLOSE), method
+        assert curves[f"{method} 3"] == pytest.approx(curves[f"{method} 2"], abs=CLOSE), method

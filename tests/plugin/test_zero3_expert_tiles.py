@@ -10,22 +10,17 @@ import deepspeed
 import pytest
 import torch
 
-from tests.conftest import RunPython
+from tests.forked import Forge
 from tests.plugin.tiles import config, method_of, steps
-from tests.ranks import REPO
 from tests.sparse_adapter.tiny import tiny_model
 from tests.toy import make_engine
 
 
-def test_they_go_on_in_the_other_stage_and_adopt_what_a_program_writes(run_python: RunPython, tmp_path: Path) -> None:
-    """In a process of its own: once stage 3 was used, DeepSpeed has replaced torch's F.linear for good."""
-    run_python(
-        f"from tests.plugin.test_zero3_expert_tiles import check; check({str(tmp_path)!r})",
-        env={"PYTHONPATH": str(REPO)},
-    )
+def test_they_go_on_in_the_other_stage_and_adopt_what_a_program_writes(forge: Forge, tmp_path: Path) -> None:
+    forge.results(check, tmp_path, world=1)
 
 
-def check(folder: str) -> None:
+def check(folder: Path) -> None:
     for stage in (2, 3):
         check_resuming(stage, f"{folder}/{stage}")
     for persists_below in (0, 100_000):

@@ -4,15 +4,13 @@
 from __future__ import annotations
 
 import copy
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from tests.conftest import RunPython
-from tests.ranks import REPO
+from tests.forked import Forge
 from tests.toy import ADAPTER, batch, ds_config, make_engine, state_of
 
 BLOCKS: dict[str, dict[str, Any]] = {
@@ -24,31 +22,30 @@ PROGRAMS = ("save in mid-window", "gather in mid-window", "hooks off and on", "a
 
 
 @pytest.mark.slow
-def test_programs_that_save_gather_or_generate_in_mid_window_train_as_others(run_python: RunPython) -> None:
-    _differing_in(run_python, *BLOCKS)
+def test_programs_that_save_gather_or_generate_in_mid_window_train_as_others(forge: Forge, tmp_path: Path) -> None:
+    _differing_in(forge, tmp_path, *BLOCKS)
 
 
-def test_a_program_that_saves_gathers_or_generates_in_mid_window_trains_as_others(run_python: RunPython) -> None:
-    _differing_in(run_python, "subspace")
+def test_a_program_that_saves_gathers_or_generates_in_mid_window_trains_as_others(forge: Forge, tmp_path: Path) -> None:
+    _differing_in(forge, tmp_path, "subspace")
 
 
-def _differing_in(run_python: RunPython, *blocks: str) -> None:
-    code = f"from tests.plugin.test_zero3_programs import check; check({blocks!r}, '.')"
-    found = json.loads(run_python(code, env={"PYTHONPATH": str(REPO)}).stdout.strip().splitlines()[-1])
+def _differing_in(forge: Forge, folder: Path, *blocks: str) -> None:
+    (found,) = forge.results(check, folder, world=1, blocks=blocks)
     assert found == dict.fromkeys(found, []) and len(found) == len(blocks) * len(PROGRAMS)
 
 
-def check(blocks: tuple[str, ...], folder: str) -> None:
-    """Print, for each block and program, what differs from a program that only trains."""
+def check(folder: Path, blocks: list[str]) -> dict[str, list[str]]:
+    """Return, for each block and program, what differs from a program that only trains."""
     found = {}
     for name in blocks:
-        expected = run(name, None, Path(folder))
+        expected = run(name, None, folder)
         for program in PROGRAMS:
-            got = run(name, program, Path(folder))
+            got = run(name, program, folder)
             keys = {key for key in expected if not torch.equal(expected[key], got[key])}
             found[f"{name}: {program}"] = sorted(keys) + sorted(expected.keys() ^ got.keys())
         assert not torch.equal(expected["losses"][0], expected["losses"][-2]), "weights must have changed"
-    print(json.dumps(found))
+    return found
 
 
 def run(name: str, program: str | None, folder: Path) -> dict[str, Any]:

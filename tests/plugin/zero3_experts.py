@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A case of zero3_program.py: weights of a tiny Mixtral, whose experts are in one tensor each, in stages 2 and 3."""
+"""More of what ranks of test_zero3.py do: train a tiny Mixtral, whose experts are in one tensor each, in stages 2, 3."""
 
 from __future__ import annotations
 

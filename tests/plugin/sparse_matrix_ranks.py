@@ -1,15 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What test_sparse_matrix_ranks.py runs on two ranks: several short trainings, one JSON line at the end.
-
-Usage: sparse_matrix_program.py FOLDER (where the one-rank run has left its checkpoints)
-"""
+"""What the two ranks of test_sparse_matrix_ranks.py do: several short trainings."""
 
 from __future__ import annotations
 
-import json
 import math
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from tests.offload.overlap import make_late
-from tests.plugin.subspace_program import Branches
+from tests.plugin.subspace_ranks import Branches
 from tests.plugin.tiles import SCORED, block, digest, method_of
 from tests.toy import batch, ds_config, make_engine, tiny_llama
 
@@ -110,8 +105,9 @@ def refused(**settings: Any) -> str:
     return ""
 
 
-def main() -> None:
-    folder, rank = Path(sys.argv[1]), int(os.environ["RANK"])
+def trainings(folder: Path) -> dict[str, Any]:
+    """What this rank found, by training. One rank has left its checkpoints in the folder."""
+    rank = int(os.environ["RANK"])
     here: dict[str, Any] = {"rank": rank, "world": 2}
     found: dict[str, Any] = {}
 
@@ -180,10 +176,4 @@ def main() -> None:
             engine.backward(engine(torch.randn(4, 5, 16, generator=g), used))
             engine.step()
         found[f"apart {mode}"] = told(engine)
-    print(json.dumps(found))
-    dist.barrier()
-    dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main()
+    return found

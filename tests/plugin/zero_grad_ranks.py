@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What two ranks do in test_zero_grad_ranks.py: windows that are forgotten, wherever each rank's backward is."""
+"""What the two ranks of test_zero_grad_ranks.py do: forget windows, wherever each rank's backward is."""
 
 import contextlib
-import json
-import sys
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -66,7 +65,7 @@ def run(method: str, fault: str, at: int) -> Any:
     return found
 
 
-def main() -> None:
+def forgotten(folder: Path) -> dict[str, Any]:
     found = {}
     for method in BLOCKS:
         for at in (0, 2):
@@ -75,9 +74,4 @@ def main() -> None:
                 faults.append("skipped by one alone")
             for fault in faults:
                 found[f"{method}, step {at}, {fault}"] = run(method, fault, at)
-                print("done", method, at, fault, file=sys.stderr, flush=True)
-    print(json.dumps(found))
-
-
-if __name__ == "__main__":
-    main()
+    return found

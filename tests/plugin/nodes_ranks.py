@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One rank of test_nodes.py: trains with its ranks laid out on nodes in several ways, one after another.
+"""What the ranks of test_nodes.py do: train, laid out on nodes in several ways, one after another.
 
 Ranks that `MEFT_DS_NODE` puts on different nodes share no memory and no store, as on different machines.
 """
@@ -26,15 +26,11 @@ BLOCKS: dict[str, dict[str, Any]] = {
 }
 
 
-def main() -> None:
-    results = [run(json.loads(case)) for case in sys.argv[1:]]
-    print("RESULT " + json.dumps(results), flush=True)
-    # peers must not go away while a collective of this rank still runs
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
+def trainings(folder: Path, cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [training(case) for case in cases]
 
 
-def run(case: dict[str, Any]) -> dict[str, Any]:
+def training(case: dict[str, Any]) -> dict[str, Any]:
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     if "layout" in case:  # else what the machine looks like to the ranks decides
         os.environ["MEFT_DS_NODE"] = f"node{case['layout'][rank]}"
@@ -75,5 +71,8 @@ def run(case: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-if __name__ == "__main__":
-    main()
+if __name__ == "__main__":  # in a process that was given a /dev/shm of its own
+    print("RESULT " + json.dumps(trainings(Path(), json.loads(sys.argv[1]))), flush=True)
+    # peers must not go away while a collective of this rank still runs
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()

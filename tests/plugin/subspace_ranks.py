@@ -1,13 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What test_subspace_ranks.py runs on two ranks: several short trainings, one JSON line at the end.
-
-Usage: subspace_program.py FOLDER
-"""
+"""What the two ranks of test_subspace_ranks.py do: several short trainings."""
 
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import sys
 from pathlib import Path
@@ -128,8 +124,8 @@ def train_late(mode: str, side: str, rank: int) -> Any:
     return engine
 
 
-def main() -> None:
-    folder = Path(sys.argv[1])
+def trainings(folder: Path) -> dict[str, Any]:
+    """What this rank found, by training; leaves its weights after the first one in the folder."""
     rank = int(os.environ["RANK"])
     sizes: list[int] = []
     all_reduce = dist.all_reduce
@@ -175,10 +171,4 @@ def main() -> None:
         engine = train_late(mode, side, rank)
         bias = engine.meft_stats()["subspace"]["bias"]
         found[f"late {mode} {side}"] = {"digest": digest(common(engine)), "bias": bias}
-    print(json.dumps(found))
-    dist.barrier()
-    dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main()
+    return found

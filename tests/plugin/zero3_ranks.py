@@ -1,15 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What test_zero3.py runs on one or several ranks: many short trainings, one JSON line at the end.
-
-Usage: zero3_program.py FOLDER CASE[:key=value,...] ...
-"""
+"""What the ranks of test_zero3.py do: many short trainings in stages 2 and 3."""
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
 import importlib
-import json
 import os
 import sys
 import time
@@ -25,7 +21,6 @@ from torch import Tensor, nn
 
 from meft_ds.plugin.zero3 import consolidated
 from tests.offload.overlap import make_late
-from tests.plugin.zero3_experts import experts
 from tests.toy import ADAPTER, batch, ds_config, make_engine, state_of, tiny_llama
 
 ROWS = 8  # of the global batch, whatever the number of ranks
@@ -147,7 +142,9 @@ def destroyed(engine: Any) -> Iterator[Any]:
 # -- cases -------------------------------------------------------------------------------------------------------------
 
 
-def curves(folder: Path, *, steps: str = "8", stages: str = "23", eps: str = "1e-4", score: str = "") -> dict[str, Any]:
+def curves(
+    folder: Path, *, steps: int = 8, stages: tuple[int, ...] = (2, 3), eps: float = 1e-4, score: str = ""
+) -> dict[str, Any]:
     """Losses by method and stage; `score` of tiles: one that sees no gradients."""
     found: dict[str, Any] = {}
     if score:
@@ -155,9 +152,9 @@ def curves(folder: Path, *, steps: str = "8", stages: str = "23", eps: str = "1e
         del tiles["warmup_steps"]
         tiles["score"] = score
     for method in METHODS:
-        for stage in map(int, stages):
-            with destroyed(engine_for(method, stage, eps=float(eps))) as engine:
-                found[f"{method} {stage}"] = train(engine, int(steps))
+        for stage in stages:
+            with destroyed(engine_for(method, stage, eps=eps)) as engine:
+                found[f"{method} {stage}"] = train(engine, steps)
     return found
 
 
@@ -220,12 +217,12 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
-def settings(folder: Path, *, steps: str = "6", only: str = "") -> dict[str, Any]:
+def settings(folder: Path, *, only: tuple[str, ...] = tuple(SETTINGS)) -> dict[str, Any]:
     """Losses of stages 2 and 3 in each setting."""
     found: dict[str, Any] = {}
     known: dict[str, list[float]] = {}  # stage 2 knows nothing of most settings
     for name, given in SETTINGS.items():
-        if only and name not in only.split("+"):
+        if name not in only:
             continue
         for method in ONE_OF_EACH:
             for stage in (2, 3):
@@ -234,12 +231,11 @@ def settings(folder: Path, *, steps: str = "6", only: str = "") -> dict[str, Any
                     options.pop("zero", None)
                 key = f"{method}{stage}{options}"
                 if key not in known:
-                    print(name, method, stage, file=sys.stderr, flush=True)
                     evaluate, model = options.pop("evaluate", False), options.pop("model", tiny_llama)()
                     loss_of = options.pop("loss_of", ordinary_loss)
                     with destroyed(engine_for(method, stage, model=model, **options)) as engine:
                         between = partial(_evaluating, engine) if evaluate else lambda: None
-                        known[key] = train(engine, int(steps), between=between, loss_of=loss_of)
+                        known[key] = train(engine, 6, between=between, loss_of=loss_of)
                 found[f"{name}/{method}/{stage}"] = known[key]
     return found
 
@@ -388,6 +384,7 @@ def _saved_by(engine: Any) -> tuple[Tensor, list[str]]:
 
 def init(folder: Path) -> dict[str, Any]:
     """A model made under zero.Init trains as one that was partitioned later."""
+    deepspeed.init_distributed("gloo", verbose=False)
     importlib.import_module("torch._dynamo")  # cannot be imported under zero.Init, which replaces torch's constructors
     found: dict[str, Any] = {}
     config = ds_config(micro=ROWS // dist.get_world_size(), block=None)
@@ -405,12 +402,12 @@ def init(folder: Path) -> dict[str, Any]:
     return found
 
 
-def files(folder: Path, *, only: str = "") -> dict[str, Any]:
+def files(folder: Path, *, only: tuple[str, ...] = tuple(METHODS)) -> dict[str, Any]:
     """Checkpoints of stages 2 and 3 loaded into both, the 16-bit model, tiles and adapters of stage 3."""
     import meft_ds
 
     found: dict[str, Any] = {}
-    for method in only.split("+") if only else METHODS:
+    for method in only:
         name = method.replace(" ", "_")
         for saved in (2, 3):
             gather = {"stage3_gather_16bit_weights_on_model_save": True}
@@ -440,16 +437,16 @@ def files(folder: Path, *, only: str = "") -> dict[str, Any]:
     return found
 
 
-def leg(folder: Path, *, stage: str, first: str, steps: str, load: str = "") -> dict[str, Any]:
-    """One part of an elastic run: load what another number of ranks saved, train, save."""
+def leg(folder: Path, *, stage: int, first: int, steps: int) -> dict[str, Any]:
+    """One part of an elastic run: load what another number of ranks saved, but for the first part; train, save."""
     found: dict[str, Any] = {}
     for method in METHODS:
         name = method.replace(" ", "_")
-        with destroyed(engine_for(method, int(stage), model=tiny_llama(seed=9 if load else 0))) as engine:
-            if load:
-                assert engine.load_checkpoint(str(folder / name), tag=load)[0] is not None
-            found[method] = train(engine, int(steps), first=int(first))
-            engine.save_checkpoint(str(folder / name), tag=str(int(first) + int(steps)))
+        with destroyed(engine_for(method, stage, model=tiny_llama(seed=9 if first else 0))) as engine:
+            if first:
+                assert engine.load_checkpoint(str(folder / name), tag=str(first))[0] is not None
+            found[method] = train(engine, steps, first=first)
+            engine.save_checkpoint(str(folder / name), tag=str(first + steps))
     return found
 
 
@@ -467,29 +464,3 @@ def again(folder: Path) -> dict[str, Any]:
                 detach(model)
         found[method] = losses
     return found
-
-
-CASES = (curves, bits, settings, overflow, pending, memory, init, files, leg, again, experts)
-
-
-def main() -> None:
-    folder = Path(sys.argv[1])
-    from tests.toy import single_rank
-
-    single_rank()
-    deepspeed.init_distributed("gloo", verbose=False)
-    found: dict[str, Any] = {}
-    by_name = {case.__name__: case for case in CASES}
-    for given in sys.argv[2:]:
-        name, _, options = given.partition(":")
-        began = time.monotonic()
-        print(given, file=sys.stderr, flush=True)
-        found[name] = by_name[name](folder, **dict(item.split("=") for item in options.split(",") if item))  # type: ignore[operator]
-        found[f"{name} seconds"] = time.monotonic() - began
-    print(json.dumps(found))
-    dist.barrier()
-    dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main()

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One rank of test_traffic.py: counts what a step's collectives are given, by kind, and prints it with the formulas."""
+"""What the ranks of test_traffic.py do: count what a step's collectives are given, by kind, beside the formulas."""
 
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,14 +23,11 @@ BLOCKS: dict[str, dict[str, Any]] = {
 }
 
 
-def main() -> None:
-    found = {name: run(block) for name, block in BLOCKS.items()}
-    print("RESULT " + json.dumps({"methods": found, "planted": planted()}), flush=True)
-    dist.barrier()
-    dist.destroy_process_group()
+def traffic(folder: Path) -> dict[str, Any]:
+    return {"methods": {name: of(block) for name, block in BLOCKS.items()}, "planted": planted()}
 
 
-def run(block: dict[str, Any]) -> dict[str, Any]:
+def of(block: dict[str, Any]) -> dict[str, Any]:
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     engine = make_engine(ds_config(block=block, micro=4 // world), tiny_llama())
     for step in range(2):
@@ -145,7 +142,3 @@ def planted() -> dict[str, float]:
             call()
         found[name] = counts[name.partition(" of ")[0]] / (4 * dense.numel())
     return found
-
-
-if __name__ == "__main__":
-    main()
