@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""More of what ranks of test_zero3.py do: train a tiny Mixtral, whose experts are in one tensor each, in stages 2, 3."""
+"""More of what ranks of test_zero3.py do: train a tiny Mixtral, whose experts are in one tensor each, in two stages."""
 
 from __future__ import annotations
 
