@@ -62,7 +62,8 @@ class Ranks:
         dist.broadcast_object_list(told, src=self.first, group=self.group)
         if told[1] is not None:
             raise ValueError(told[1])
-        return told[0]
+        made: T = told[0]
+        return made
 
     def gather(self, item: T) -> list[T]:
         """Return every rank's `item` in the order of the ranks, on every rank. The items are pickled. Collective."""

@@ -31,6 +31,9 @@ class PartitionedWeights(Weights):
         device: where the model computes.
         group: of the ranks that hold slices.
         hooks: DeepSpeed's own that gather and partition (`DeepSpeedZeRoOffload`).
+
+    Attributes:
+        streams: on which slices are written and gathered.
     """
 
     partitioned = True
@@ -40,12 +43,7 @@ class PartitionedWeights(Weights):
         self.hooks = hooks
         self._device, self._rank = device, torch.distributed.get_rank(group)
         self._on_device: dict[int, Tensor] = {}  # copies of slices that are elsewhere, until they have changed
-        self._streams = Streams(device)
-
-    @property
-    def streams(self) -> Streams:
-        """Where slices are written and gathered."""
-        return self._streams
+        self.streams = Streams(device)
 
     @contextlib.contextmanager
     def whole(self, params: Sequence[Tensor], *, change: bool = False) -> Iterator[None]:
@@ -72,9 +70,9 @@ class PartitionedWeights(Weights):
         held: Any = p
         if (copy := self._on_device.pop(id(p), None)) is not None:
             self._slice(p)[0].copy_(copy)
-        if held.ds_status.name == "AVAILABLE":  # small ones stay gathered: what they hold is old now
+        if held.ds_status.name == "AVAILABLE":  # DeepSpeed keeps small ones gathered; what they hold is old now
             held.partition(has_been_updated=False)
-        self._streams.wrote()
+        self.streams.wrote()
 
     def write(self, p: Tensor, flat: Tensor) -> None:
         local, lo = self._slice(p)

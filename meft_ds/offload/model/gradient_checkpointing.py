@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Lets gradient checkpointing of the reentrant kind see a graph where everything below it is frozen.
+"""Lets what trains inside a reentrant gradient checkpoint get its gradients when everything below it is frozen.
 
-Such a checkpoint is one autograd function, whoever wraps it: transformers' switch, DeepSpeed's `checkpoint`, or torch's
-in the program's own forward. Its output takes part in backward only if an input requires grad, and above frozen
-embeddings none does. There one input is given a leaf's place, so that whatever trains inside gets its gradients. Other
-checkpoints, and forwards without any, stay as they are, and backward ends at the lowest layer that trains.
+A reentrant checkpoint is one autograd function: transformers' switch, DeepSpeed's `checkpoint` and torch's own all end
+there. Its output takes part in backward only if an input requires grad, and above frozen embeddings none does. So we
+make one input a leaf that requires grad. Other checkpoints, and forwards without any, stay as they are: their backward
+ends at the lowest layer that trains.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def feed_checkpoints(model: nn.Module) -> _Handle:
 
 
 def feed_too(function: type[torch.autograd.Function]) -> None:
-    """Feed this kind of reentrant checkpoint as well: an autograd function that gets its inputs one by one."""
+    """Feed another kind of reentrant checkpoint as well: an autograd function that gets its inputs one by one."""
     if function not in _functions:
         _functions.append(function)
         if len(_models):
@@ -52,7 +52,7 @@ class _Handle(ModelHook):
         self._model = None if model is None else weakref.ref(model)
 
     def remove(self) -> None:
-        """Feed no more for this model; where it was the last, torch's and DeepSpeed's functions are their own again."""
+        """Feed no more for this model. After the last model, put torch's and DeepSpeed's own functions back."""
         model, self._model = None if self._model is None else self._model(), None
         if model is not None and model in _models:
             _models[model] -= 1
@@ -81,7 +81,7 @@ def _cover(function: Any) -> None:
 
 
 def _fed(args: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The same inputs, of which at least one requires grad if any can."""
+    """Return the same inputs, of which at least one requires grad if any can."""
     tensors = [(at, arg) for at, arg in enumerate(args) if isinstance(arg, Tensor)]
     if any(t.requires_grad for _, t in tensors):
         return args

@@ -19,7 +19,7 @@ from torch import nn
 
 from meft_ds.plugin import zero3
 from meft_ds.plugin.checkpoint import ds_files, export, state
-from meft_ds.plugin.checkpoint.transaction import Saving
+from meft_ds.plugin.checkpoint.transaction import FOLDER, Manifest, Saving
 from meft_ds.plugin.optimizer import MeftOptimizer
 from meft_ds.plugin.runtime import Runtime
 
@@ -127,7 +127,7 @@ class CheckpointOverrides(DeepSpeedEngine):
         tag = tag if tag is not None else state.latest_tag(Path(load_dir))
         if tag is None:
             return super().load_checkpoint(load_dir)  # DeepSpeed logs that there is nothing to load
-        folder, moments = Path(load_dir) / str(tag) / state.FOLDER, load_optimizer_states and not load_module_only
+        folder, moments = Path(load_dir) / str(tag) / FOLDER, load_optimizer_states and not load_module_only
         with self._meft.at_once("a load"):
             manifest = self._verified(folder)
             with self._meft.pipeline.replaced(whole=moments):
@@ -146,7 +146,7 @@ class CheckpointOverrides(DeepSpeedEngine):
                     self._load_units(folder, manifest, moments=moments)
         return path, client_state
 
-    def _verified(self, folder: Path) -> state.Manifest:
+    def _verified(self, folder: Path) -> Manifest:
         """End what is under way, and return the manifest of a checkpoint that fits this engine. Collective."""
         runtime = self._meft
         runtime.pipeline.rest()
@@ -159,13 +159,13 @@ class CheckpointOverrides(DeepSpeedEngine):
             accepts=lambda key, saved: any(method.accepts_fingerprint(key, saved) for method in runtime.methods),
         )
 
-    def _load_methods(self, folder: Path, manifest: state.Manifest, *, moments: bool) -> None:
+    def _load_methods(self, folder: Path, manifest: Manifest, *, moments: bool) -> None:
         for method in self._meft.methods:
             saved = state.method_state(folder, manifest, method.name)
             if saved is not None and (units := method.load_state(self._meft.run, *saved, moments=moments)):
                 self._meft.admit(method, units)
 
-    def _load_units(self, folder: Path, manifest: state.Manifest, *, moments: bool) -> None:
+    def _load_units(self, folder: Path, manifest: Manifest, *, moments: bool) -> None:
         pipeline = self._meft.pipeline
         state.load(folder, manifest, pipeline.units, moments=moments)
         pipeline.publish()
