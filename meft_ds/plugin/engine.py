@@ -93,7 +93,7 @@ class MeftEngine(CheckpointOverrides):
         for method in self._meft_methods:
             self._meft_undo.callback(method.release)
             method.prepare(model)
-        trainable.settle(model, self._meft_config.train, self._meft_methods, tells=self.global_rank == 0)
+        trainable.freeze(model, self._meft_config.train, self._meft_methods, tells=self.global_rank == 0)
         super()._configure_distributed_model(model)
         checks.refuse_expert_parallelism(self.module, self.expert_parallel_group)
         checks.tell_of_broken_weights(self.module)
@@ -126,7 +126,7 @@ class MeftEngine(CheckpointOverrides):
     def step(self, *args: Any, **kwargs: Any) -> None:
         """Refuse saves from a signal handler while this runs, and state that an exception leaves half changed."""
         pipeline = self._meft.pipeline
-        with self._meft.at_once("a step"):
+        with self._meft.busy("a step"):
             pipeline.handed_over = False
             try:
                 super().step(*args, **kwargs)
@@ -245,7 +245,7 @@ class MeftEngine(CheckpointOverrides):
         """
         # with one backward in a window, another rank's may have come before this rank's
         only = self.gradient_accumulation_steps() == 1 and self.is_gradient_accumulation_boundary()
-        if self._meft.amid is None and (
+        if self._meft.busy_with is None and (
             self._meft.pipeline.is_broken or forgets(call, self._meft_asked_stage, closing=self._meft.closing or only)
         ):
             self._meft.forget_window()

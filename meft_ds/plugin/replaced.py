@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Notices that a program put another parameter into the place of one that trains, as `resize_token_embeddings` does:
-the engine would go on with the old one, which the model no longer reads."""
+"""Notices that a program put another parameter into the place of one that trains.
+
+`resize_token_embeddings` does that. The engine would go on with the old parameter, which the model no longer reads.
+"""
 
 from __future__ import annotations
 

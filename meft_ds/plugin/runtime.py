@@ -32,7 +32,7 @@ class Runtime:
         pipeline: carries the units.
         telemetry: measures windows.
         closing: whether the open window's last backward has come.
-        amid: what has begun and has not ended, such as "a step"; None between such things.
+        busy_with: what has begun and has not ended, such as "a step"; None if nothing has.
     """
 
     def __init__(
@@ -41,7 +41,7 @@ class Runtime:
         self.run, self.methods, self.plan = run, methods, plan
         self.pipeline, self.telemetry = pipeline, telemetry
         self.closing = False
-        self.amid: str | None = None
+        self.busy_with: str | None = None
         self._gates: list[Any] = []
         self._told = ""  # the last warning that nothing was trained
         self._guard()
@@ -132,7 +132,7 @@ class Runtime:
     # -- what must not be interrupted ----------------------------------------------------------------------------------
 
     @contextlib.contextmanager
-    def at_once(self, what: str, *, refuses: str = "") -> Iterator[None]:
+    def busy(self, what: str, *, refuses: str = "") -> Iterator[None]:
         """Inside, weights and state are those of no step, and a signal handler may come into the middle.
 
         Raises:
@@ -140,25 +140,25 @@ class Runtime:
         """
         if refuses:
             self.refuse_inside_step(refuses)
-        before, self.amid = self.amid, what
+        before, self.busy_with = self.busy_with, what
         try:
             yield
         finally:
-            self.amid = before
+            self.busy_with = before
 
     def refuse_inside_step(self, what: str) -> None:
         """Raise RuntimeError if something has begun and not ended, because `what` would save a state of no step."""
-        amid = self.amid
-        if amid is None and (
+        doing = self.busy_with
+        if doing is None and (
             self.pipeline.has_begun
             or self.pipeline.applying
             or inside_backward()
             or update_gates.inside_forward(self.run.model)
         ):
-            amid = "a step"
-        if amid is not None:
+            doing = "a step"
+        if doing is not None:
             raise RuntimeError(
-                f"meft-ds: {what} was called in the middle of {amid}, from a signal handler perhaps. Let the handler "
+                f"meft-ds: {what} was called in the middle of {doing}, from a signal handler perhaps. Let the handler "
                 "set a flag, and save after engine.step() has returned"
             )
 

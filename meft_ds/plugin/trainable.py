@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What trains beside a method that leaves the base alone: heads, what the checkpoint did not bring, PEFT's parameters,
-what a program left trainable when it froze most of the model, and what the block's "train" names."""
+"""What trains beside a method that leaves the base alone.
+
+That is heads, tensors that the checkpoint did not bring, PEFT's parameters, what a program left trainable when it froze
+most of the model, and what the block's "train" names.
+"""
 
 from __future__ import annotations
 
@@ -20,12 +23,12 @@ _FROZEN = "_meft_frozen"  # names of what an engine froze, on the model that it 
 _WHY = {"peft": "PEFT", "head": "a head", "fresh": "not in the checkpoint", "left": "left trainable", "train": "train"}
 
 
-def settle(model: nn.Module, train: Sequence[str] | None, methods: Sequence[Method], *, tells: bool) -> dict[str, str]:
-    """Freeze the base but for what is to train.
+def freeze(model: nn.Module, train: Sequence[str] | None, methods: Sequence[Method], *, tells: bool) -> None:
+    """Freeze the base apart from what is to train.
 
-    Where no method trains the base itself, or where `train` is given, these stay trainable if the program left them so:
-    heads, tensors that the checkpoint did not bring, and PEFT's. So does all that a program left trainable in a model
-    of which it froze most. What a pattern of `train` matches trains on top; an empty `train` freezes all of the base.
+    Without `train`, nothing is frozen when a method trains the base itself. Otherwise these stay trainable if the
+    program left them so: heads, tensors that the checkpoint did not bring, and PEFT's. In a model of which the program
+    froze most, all that it left trainable stays so. Patterns of `train` add to that; an empty `train` freezes all.
 
     Args:
         model: with the methods' own parameters in it; `thaw` has undone what an engine before froze.
@@ -33,15 +36,12 @@ def settle(model: nn.Module, train: Sequence[str] | None, methods: Sequence[Meth
         methods: prepared.
         tells: whether this rank logs what else trains, and what is frozen that the program may have meant to train.
 
-    Returns:
-        Why each tensor of the base trains, by its name; empty where methods train the base and nothing was decided.
-
     Raises:
         ValueError: for a pattern that matches nothing, naming it.
     """
     alone = all(method.freezes_base for method in methods)
     if train is None and not alone:
-        return {}
+        return
     own = {id(p) for method in methods for p in method.own_parameters()}
     named = [(name, p) for name, p in model.named_parameters() if id(p) not in own]
     matched = _matched(train or (), [name for name, _ in named])
@@ -67,7 +67,6 @@ def settle(model: nn.Module, train: Sequence[str] | None, methods: Sequence[Meth
             p.requires_grad_(name in trains)
     froze = [name for name, p in named if id(p) in left and name not in trains]
     setattr(model, _FROZEN, froze)
-    return trains
 
 
 def thaw(model: nn.Module) -> None:

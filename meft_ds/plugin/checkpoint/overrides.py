@@ -88,7 +88,7 @@ class CheckpointOverrides(DeepSpeedEngine):
         """Write DeepSpeed's files and ours under one manifest, and `latest` when both are complete."""
         tag = f"global_step{self.global_steps}" if tag is None else str(tag)
         run, methods = self._meft.run, self._meft.methods
-        with self._meft.at_once("a save", refuses="save_checkpoint"):
+        with self._meft.busy("a save", refuses="save_checkpoint"):
             self._meft.flush(self.global_samples)
             saving = Saving(Path(save_dir), tag, run.ranks)
             with self._as_whole(read=True), ds_files.through(self, saving):
@@ -128,7 +128,7 @@ class CheckpointOverrides(DeepSpeedEngine):
         if tag is None:
             return super().load_checkpoint(load_dir)  # DeepSpeed logs that there is nothing to load
         folder, moments = Path(load_dir) / str(tag) / FOLDER, load_optimizer_states and not load_module_only
-        with self._meft.at_once("a load"):
+        with self._meft.busy("a load"):
             manifest = self._verified(folder)
             with self._meft.pipeline.replaced(whole=moments):
                 self._load_methods(folder, manifest, moments=moments)
@@ -211,7 +211,7 @@ class CheckpointOverrides(DeepSpeedEngine):
     ) -> bool:
         """Write what `save_pretrained` would: plain weights of the base, and an adapter beside them."""
         ranks = self._meft.run.ranks
-        with self._meft.at_once("a save", refuses="save_16bit_model"):
+        with self._meft.busy("a save", refuses="save_16bit_model"):
             self._meft.flush(self.global_samples)
             self._meft_plain = True
             try:
