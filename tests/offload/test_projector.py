@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -33,13 +33,11 @@ def from_columns(p: Projector) -> Tensor:
     return out.scatter_add_(1, ops.positions(index), value.float()).T
 
 
-@settings(max_examples=60, deadline=None)
 @given(projectors())
 def test_row_and_column_view_are_the_same_matrix(p: Projector) -> None:
     assert torch.equal(from_columns(p), p.dense())
 
 
-@settings(max_examples=60, deadline=None)
 @given(projectors())
 def test_a_row_has_k_distinct_columns_one_in_each_stratum(p: Projector) -> None:
     at = p.positions
@@ -48,14 +46,12 @@ def test_a_row_has_k_distinct_columns_one_in_each_stratum(p: Projector) -> None:
         assert ((at[:, c] >= low) & (at[:, c] < high)).all()
 
 
-@settings(max_examples=60, deadline=None)
 @given(projectors())
 def test_columns_have_length_one_unless_empty(p: Projector) -> None:
     length, count = p.dense().norm(dim=0), torch.bincount(p.positions.view(-1), minlength=p.dim)
     torch.testing.assert_close(length, (count > 0).float(), atol=1e-3, rtol=0)
 
 
-@settings(max_examples=60, deadline=None)
 @given(projectors())
 def test_rows_are_dealt_evenly_over_the_columns_of_a_stratum(p: Projector) -> None:
     count = torch.bincount(p.positions.view(-1), minlength=p.dim)
@@ -120,7 +116,6 @@ def test_compress_and_expand_match_dense_products(dtype: torch.dtype) -> None:
     torch.testing.assert_close(expand(s, p, q), p.dense() @ s @ q.dense().T, atol=1e-5, rtol=1e-5)
 
 
-@settings(max_examples=40, deadline=None)
 @given(projectors(), projectors())
 def test_expand_is_the_adjoint_of_compress(p: Projector, q: Projector) -> None:
     generator = torch.Generator().manual_seed(1)

@@ -5,7 +5,7 @@ import threading
 import time
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from meft_ds.offload.schedule.eager import MEASURED_WINDOWS, Tuner, UnitTimes, choose_mode, eager_order, transition
@@ -43,7 +43,6 @@ times = st.lists(
 
 
 @given(times=times, first=st.integers(0, 12))
-@settings(max_examples=200, deadline=None)
 def test_an_eager_order_serves_every_unit_once_and_no_deep_unit_before_a_waiting_shallow_one(
     times: list[UnitTimes], first: int
 ) -> None:

@@ -16,7 +16,7 @@ from meft_ds.ops import adam, torch_adam
 
 from .oracles import HYPER, Case, adamw, assert_same_state, cases, lazy
 
-some = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+some = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 @some

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -102,7 +102,6 @@ class Case:
         return [entries.ends, entries.slot, entries.candidate, kept, y, dx, d_gates, grad]
 
 
-@settings(max_examples=80, deadline=None)
 @given(case=cases())
 def test_selection_equals_plain_torch(case: dict[str, Any]) -> None:
     c = Case(case)
@@ -118,7 +117,6 @@ def test_selection_equals_plain_torch(case: dict[str, Any]) -> None:
         assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
 
-@settings(max_examples=120, deadline=None)
 @given(case=cases())
 def test_output_and_gradients_equal_plain_torch(case: dict[str, Any]) -> None:
     c = Case(case)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from meft_ds import ops
 
-some = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+some = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 dtypes = st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.float64])
 
 

@@ -18,7 +18,7 @@ from .gather_lists import Projector, projector
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 EPS = {torch.float32: 2**-22, torch.bfloat16: 2**-8, torch.float16: 2**-10}
-LIMIT = settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+LIMIT = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 UPDATE = dict(alpha=0.1, decay=0.9, key=-5, step=3)
 
 

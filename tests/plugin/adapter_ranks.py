@@ -4,15 +4,19 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import sys
 import time
+import weakref
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from tests.offload.overlap import make_late
 from tests.toy import ADAPTER, batch, ds_config, make_engine, state_of, tiny_llama
 
 ROWS = 4  # per rank and micro-batch with two ranks
@@ -26,7 +30,12 @@ def engine_for(
     compress: int = 0,
     precision: str = "fp32",
     gas: int = 1,
+    mode: str = "exact",
+    checkpointing: str = "",
+    late: int = 0,
+    late_s: float = 2e-3,
 ) -> Any:
+    """`late` is a seed: this rank's lanes are late at random, by up to `late_s` seconds."""
     adapter: dict[str, Any] = {**ADAPTER, "optimizer": optimizer, "selection": selection}
     if compress:
         adapter["compress"] = {"dim": compress}
@@ -34,11 +43,17 @@ def engine_for(
         precision=precision,
         gas=gas,
         micro=2 * ROWS // int(os.environ["WORLD_SIZE"]),
-        block={"sparse_adapter": adapter, "train": [r"layers\.0\..*norm"]},
+        block={"schedule": {"mode": mode}, "sparse_adapter": adapter, "train": [r"layers\.0\..*norm"]},
     )
     # with a tiny eps AdamW turns rounding differences of near-zero gradients into whole steps
     config["optimizer"]["params"]["eps"] = 1e-4
-    return make_engine(config, tiny_llama(seed))
+    model = tiny_llama(seed)
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": checkpointing == "reentrant"})
+    engine = make_engine(config, model)
+    if late:
+        make_late(engine.optimizer.pipeline, 100 * late + int(os.environ["RANK"]), late_s)
+    return engine
 
 
 def share(seed: int) -> dict[str, torch.Tensor]:
@@ -57,9 +72,9 @@ def run(engine: Any, steps: int, first: int) -> None:
         engine.step()
 
 
-def train(folder: Path, **settings: Any) -> dict[str, Any]:
+def train(folder: Path, steps: int = 10, **settings: Any) -> dict[str, Any]:
     engine = engine_for(**settings)
-    run(engine, 10, 0)
+    run(engine, steps, 0)
     return told(engine, folder)
 
 
@@ -100,7 +115,7 @@ def raises(folder: Path) -> None:
     run(engine, 1, 1)
 
 
-def told(engine: Any, folder: Path) -> dict[str, Any]:
+def told(engine: Any, folder: Path, rank: int | None = None) -> dict[str, Any]:
     """Digest, norm and host bytes; leaves this rank's state in the folder."""
     engine.meft_flush()
     rows = [adapter.rows.master.clone() for adapter in engine._meft_methods[0].adapters]
@@ -108,9 +123,24 @@ def told(engine: Any, folder: Path) -> dict[str, Any]:
     norms = [p.detach().clone() for n, p in engine.module.named_parameters() if "norm" in n]
     digest = hashlib.sha256(b"".join(t.float().numpy().tobytes() for t in [*rows, *routers, *norms])).hexdigest()
     state = {"rows": rows, "routers": routers, "norms": norms, "state": state_of(engine)}
-    torch.save(state, folder / f"state{dist.get_rank()}.pt")
+    torch.save(state, folder / f"state{dist.get_rank() if rank is None else rank}.pt")
     return {"digest": digest, "norm": engine.get_global_grad_norm(), "host": engine.meft_stats()["host_bytes"]}
 
 
-if __name__ == "__main__":  # under the launcher
-    raises(Path(sys.argv[1]))
+def leave(folder: Path) -> None:
+    """Leave three steps' updates under way, and tell at the very end what became of them."""
+    # exit handlers run newest first: this one, older than the engine, sees what the engine's own leave behind
+    at_the_end: list[Callable[[], Any]] = []
+    weakref.finalize(leave, lambda: [job() for job in at_the_end])
+    engine = engine_for(late=1, late_s=0.5)
+    run(engine, 3, 0)
+    rank = dist.get_rank()
+    at_the_end.append(lambda: print(json.dumps(told(engine, folder, rank))))
+    entries = engine.optimizer.pipeline._entries
+    pending = [entry.unit.name for entry in entries if entry.pending and not entry.updated]
+    (folder / f"pending{rank}.json").write_text(json.dumps(pending))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":  # in an interpreter of its own, to its end
+    {"raises": raises, "leave": leave}[sys.argv[1]](Path(sys.argv[2]))

@@ -80,7 +80,7 @@ def test_a_rank_that_raises_under_the_launcher_ends_all_with_an_exit_code(tmp_pa
     command = [str(Path(sys.executable).with_name("deepspeed")), "--no_local_rank", "--num_gpus", "2"]
     command += ["--master_port", str(port)]
     done = subprocess.run(
-        [*command, str(Path(__file__).with_name("adapter_ranks.py")), str(tmp_path)],
+        [*command, str(Path(__file__).with_name("adapter_ranks.py")), "raises", str(tmp_path)],
         cwd=REPO,
         env={**os.environ, "PYTHONPATH": str(REPO), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"},
         capture_output=True,

@@ -6,7 +6,7 @@ Stage 3 only runs in ranks: once it was used, DeepSpeed has replaced torch's F.l
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,12 @@ from tests.toy import batch, tiny_llama
 # eps is 1e-4 or more: with 1e-8 AdamW turns rounding differences of near-zero gradients into whole steps
 CLOSE = 1e-5
 LONG = {"steps": 30, "eps": 2e-3}  # 30 steps add up more of them
-IN_SHORT = ("few live", "evaluation", "biases", "fused loss")
+IN_SHORT = {
+    "few live": ["tiles"],
+    "evaluation": ["adapter and norms"],
+    "biases": ["subspace learned"],
+    "fused loss": ["tiles"],
+}
 
 
 Run = Callable[..., Any]
@@ -108,10 +113,10 @@ def test_stage_3_repeats_its_bits_and_overlapping_changes_none(forge: Forge, tmp
 # -- settings ----------------------------------------------------------------------------------------------------------
 
 
-def _compare(settings: dict[str, Any], name: str) -> None:
+def _compare(settings: dict[str, Any], name: str, methods: Iterable[str] = ONE_OF_EACH) -> None:
     # roundings of bf16 fall differently: DeepSpeed's linear layer is not torch's, and slices draw bits of their own
     within = 2e-2 if name in ("bf16", "autocast") else CLOSE
-    for method in ONE_OF_EACH:
+    for method in methods:
         expected = settings[f"{name}/{method}/2"]
         assert settings[f"{name}/{method}/3"] == pytest.approx(expected, abs=within), (name, method)
         assert len(set(expected)) > len(expected) / 2
@@ -119,7 +124,7 @@ def _compare(settings: dict[str, Any], name: str) -> None:
 
 @pytest.mark.parametrize("name", IN_SHORT)
 def test_a_setting_trains_as_in_stage_2(two: Any, name: str) -> None:
-    _compare(two[0]["settings"], name)
+    _compare(two[0]["settings"], name, IN_SHORT[name])
 
 
 @pytest.mark.long

@@ -217,14 +217,12 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
-def settings(folder: Path, *, only: tuple[str, ...] = tuple(SETTINGS)) -> dict[str, Any]:
-    """Losses of stages 2 and 3 in each setting."""
+def settings(folder: Path, *, only: dict[str, list[str]] | None = None) -> dict[str, Any]:
+    """Losses of stages 2 and 3 in each setting, or in some with some methods."""
     found: dict[str, Any] = {}
     known: dict[str, list[float]] = {}  # stage 2 knows nothing of most settings
     for name, given in SETTINGS.items():
-        if name not in only:
-            continue
-        for method in ONE_OF_EACH:
+        for method in ONE_OF_EACH if only is None else only.get(name, ()):
             for stage in (2, 3):
                 options = dict(given)
                 if stage == 2:

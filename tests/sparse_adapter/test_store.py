@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from meft_ds.offload.host.transfer import Bus
@@ -37,7 +37,6 @@ def make_unit(rows: HostRows, mode: str = "dense") -> RowsUnit:
 tables = st.lists(st.lists(st.integers(0, R - 1), unique=True, max_size=12), min_size=1, max_size=6)
 
 
-@settings(deadline=None, max_examples=60)
 @given(
     requests=tables, capacity=st.integers(12, R), selection=st.sampled_from(["host", "device"]), seed=st.integers(0, 99)
 )

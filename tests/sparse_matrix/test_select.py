@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -58,7 +58,6 @@ def in_order(tiles: list[Tile], everything: list[Tile]) -> tuple[Tile, ...]:
     return tuple(t for t in everything if t in tiles)
 
 
-@settings(max_examples=25, deadline=None)
 @given(seed=st.integers(0, 999), levels=st.sampled_from([0, 2, 5]), percent=st.integers(8, 100), paper=st.booleans())
 def test_the_best_tiles_that_fit_are_chosen_and_equal_ones_in_order(
     seed: int, levels: int, percent: int, paper: bool
@@ -76,7 +75,6 @@ def test_the_best_tiles_that_fit_are_chosen_and_equal_ones_in_order(
     assert most_elements(SITES, config, TOTAL) == min(budget, sum(t.elements for t in allowed))
 
 
-@settings(max_examples=25, deadline=None)
 @given(seed=st.integers(0, 999), levels=st.sampled_from([0, 3]), percent=st.integers(4, 60), paper=st.booleans())
 def test_every_matrix_and_expert_gets_the_same_density_and_the_rest_goes_by_what_is_missing(
     seed: int, levels: int, percent: int, paper: bool
@@ -117,7 +115,6 @@ def test_every_matrix_and_expert_gets_the_same_density_and_the_rest_goes_by_what
         assert abs(mine - share) < 16, "no matrix is further than a tile from its share"
 
 
-@settings(max_examples=15, deadline=None)
 @given(seed=st.integers(0, 999), q=st.integers(30, 100), up=st.integers(30, 100))
 def test_a_budget_by_role_is_a_fraction_of_that_roles_elements_and_others_get_nothing(
     seed: int, q: int, up: int

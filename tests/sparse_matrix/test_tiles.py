@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -20,7 +20,6 @@ from meft_ds.sparse_matrix.tiles import RowsCols, Tiles
 from tests.sparse_matrix.grids import cuts
 
 CPU = torch.device("cpu")
-some = settings(max_examples=60, deadline=None)
 
 
 def tiles_of(tiles: list[RowsCols], features: int, *, input_first: bool = False, **more: Any) -> Tiles:
@@ -103,7 +102,6 @@ def inputs(n: int, *shape: int, seed: int = 0) -> Tensor:
 FP32 = {"rtol": 1e-5, "atol": 1e-5}
 
 
-@some
 @given(choice=choices(), kind=st.sampled_from(["bias", "plain", "conv1d"]), shape=st.sampled_from([(5,), (2, 3), ()]))
 def test_tile_gradients_are_slices_of_the_dense_gradient(choice: Any, kind: str, shape: tuple[int, ...]) -> None:
     m, n, tiles = choice
@@ -142,7 +140,6 @@ def test_gradients_of_a_stacked_expert_tensor_are_read_from_the_expert_they_belo
             assert torch.equal(values, 1 + grad[expert, slice(*rows), slice(*cols)])
 
 
-@some
 @given(choice=choices())
 def test_what_is_written_is_read_again_and_nothing_else_changes(choice: Any) -> None:
     m, n, tiles = choice
@@ -161,7 +158,6 @@ def test_what_is_written_is_read_again_and_nothing_else_changes(choice: Any) -> 
     assert torch.equal(changed, weight)
 
 
-@some
 @given(choice=choices(), edges=st.lists(st.integers(-30, 600), max_size=4))
 def test_slices_of_a_flattened_weight_are_written_one_by_one_as_the_whole(choice: Any, edges: list[int]) -> None:
     m, n, tiles = choice

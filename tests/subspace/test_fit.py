@@ -8,7 +8,7 @@ import time
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -41,7 +41,6 @@ def same_bits(a: Projector, b: Projector) -> bool:
 # The bias
 
 
-@settings(max_examples=40, deadline=None)
 @given(
     m=st.integers(2, 40), n=st.integers(2, 40), d1=st.integers(1, 30), d2=st.integers(1, 30), k=st.integers(1, 4),
     scale=st.sampled_from([1e-20, 1e-6, 1.0, 1e12]),
@@ -105,7 +104,6 @@ def test_steps_follow_the_gradient_through_the_normalisation() -> None:
     torch.testing.assert_close(learned.mean, (1 - fitting._BETAS[0]) * values.grad, atol=2e-4, rtol=2e-3)
 
 
-@settings(max_examples=25, deadline=None)
 @given(lr=st.sampled_from([1e-3, 0.1, 1.0, 30.0]), steps=st.integers(0, 6), seed=st.integers(0, 5), fix_q=st.booleans())
 def test_a_fit_is_never_worse_than_its_start(lr: float, steps: int, seed: int, fix_q: bool) -> None:
     p, q = pair(24, 18, 10, 8, 3, seed)
@@ -264,7 +262,6 @@ def test_steps_after_a_fresh_draw_are_no_longer_than_before(d: int) -> None:
         assert 0.2 < float(moved / steady) < 1.2
 
 
-@settings(max_examples=30, deadline=None)
 @given(d=st.integers(2, 24), d_new=st.integers(2, 24), k=st.integers(1, 2), seed=st.integers(0, 9))
 def test_the_second_moment_is_never_negative(d: int, d_new: int, k: int, seed: int) -> None:
     p, q = pair(20, 20, d, d, k, seed)
