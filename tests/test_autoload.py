@@ -248,7 +248,7 @@ def test_arm_never_raises(monkeypatch: pytest.MonkeyPatch) -> None:
     assert isinstance(autoload.last_error, AttributeError)
 
 
-FIRST = ["torch", "deepspeed", "transformers", "meft_ds", "accelerate"]
+FIRST = ["torch", "deepspeed", "deepspeed.runtime.engine", "transformers", "meft_ds", "accelerate"]
 
 FAKE_INSTALL = """
 import sys, types

@@ -12,9 +12,8 @@ import torch
 from torch import nn
 
 import meft_ds
-from tests.conftest import RunPython
+from tests.forked import Forge
 from tests.plugin.test_trainable import BLOCKS, classifier, lines, to_classify, with_lora
-from tests.ranks import REPO
 from tests.toy import batch, ds_config, make_engine, tiny_llama
 
 hf: Any = pytest.importorskip("transformers")
@@ -115,13 +114,11 @@ def test_a_part_of_the_model_saves_what_was_trained_in_it(tmp_path: Path) -> Non
     assert torch.equal(loaded.norm.weight, engine.module.model.norm.weight)
 
 
-def test_a_head_comes_back_in_stage_3(run_python: RunPython, tmp_path: Path) -> None:
-    """In a process of its own: once stage 3 was used, DeepSpeed has replaced torch's F.linear for good."""
-    code = f"from tests.plugin.test_export_folder import check_stage_3; check_stage_3({str(tmp_path)!r})"
-    run_python(code, env={"PYTHONPATH": str(REPO)})
+def test_a_head_comes_back_in_stage_3(forge: Forge, tmp_path: Path) -> None:
+    forge.results(in_stage_3, tmp_path, world=1)
 
 
-def check_stage_3(folder: str) -> None:
+def in_stage_3(folder: Path) -> None:
     inputs = to_classify()
     zero = {
         "stage": 3,

@@ -4,13 +4,13 @@ scored, nor kept. DeepSpeed's own optimizers add them to the first step, in fp16
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.conftest import RunPython
+from tests.forked import Forge
 from tests.plugin.tiles import block, differing, everything, steps
-from tests.ranks import REPO
 from tests.toy import ADAPTER, batch, ds_config, make_engine, tiny_llama
 
 BLOCKS: dict[str, dict[str, Any]] = {
@@ -27,13 +27,13 @@ def test_a_gradient_from_before_the_engine_counts_for_nothing(what: str) -> None
     check(what, stage=2)
 
 
-def test_a_gradient_from_before_the_engine_counts_for_nothing_in_stage_3(run_python: RunPython) -> None:
-    """In a process of its own: once stage 3 was used, DeepSpeed has replaced torch's F.linear for good."""
-    run_python(
-        "from tests.plugin.test_leftovers import check\n"
-        "for what in ('adapter and norms', 'scored tiles'): check(what, stage=3)",
-        env={"PYTHONPATH": str(REPO)},
-    )
+def test_a_gradient_from_before_the_engine_counts_for_nothing_in_stage_3(forge: Forge, tmp_path: Path) -> None:
+    forge.results(in_stage_3, tmp_path, world=1)
+
+
+def in_stage_3(folder: Path) -> None:
+    for what in ("adapter and norms", "scored tiles"):
+        check(what, stage=3)
 
 
 def check(what: str, stage: int) -> None:

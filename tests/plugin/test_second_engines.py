@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import copy
 import logging
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from tests.conftest import RunPython
-from tests.ranks import REPO
+from tests.forked import Forge
 from tests.toy import ADAPTER, batch, ds_config, make_engine, tiny_llama, train
 
 BLOCKS: dict[str, dict[str, Any]] = {
@@ -99,11 +99,11 @@ def test_an_engine_with_an_optimizer_and_trainable_parameters_is_ours(given: str
     assert type(engine).__name__ == "MeftEngine"
 
 
-def test_in_stage_3_an_engine_that_cannot_train_is_deepspeeds_own_and_partitioned(run_python: RunPython) -> None:
-    run_python("from tests.plugin.test_second_engines import in_stage_3; in_stage_3()", env={"PYTHONPATH": str(REPO)})
+def test_in_stage_3_an_engine_that_cannot_train_is_deepspeeds_own_and_partitioned(forge: Forge, tmp_path: Path) -> None:
+    forge.results(in_stage_3, tmp_path, world=1)
 
 
-def in_stage_3() -> None:
+def in_stage_3(folder: Path) -> None:
     with torch.no_grad():
         plain = tiny_llama().eval()(**batch(0)).logits
     zero = {"stage": 3, "stage3_param_persistence_threshold": 0, "offload_optimizer": {"device": "cpu"}}

@@ -16,9 +16,7 @@ from torch import nn
 import meft_ds
 from meft_ds.offload.model import gradient_checkpointing
 from meft_ds.sparse_adapter.attach import find_adapters
-from tests.conftest import RunPython
 from tests.forked import Forge
-from tests.ranks import REPO
 from tests.toy import ADAPTER, batch, ds_config, make_engine, tiny_llama, train
 
 TILES = {"density": 0.1, "block_size": 8, "score": "magnitude"}
@@ -54,12 +52,13 @@ def test_a_second_engine_goes_on_with_what_was_learned(what: str, precision: str
 
 
 @pytest.mark.slow
-def test_a_second_engine_goes_on_with_what_was_learned_in_stage_3(run_python: RunPython) -> None:
-    """In a process of its own: once stage 3 was used, DeepSpeed has replaced torch's F.linear for good."""
-    run_python(
-        f"from tests.plugin.test_successors import check\nfor what in {list(BLOCKS)}: check(what, stage=3)",
-        env={"PYTHONPATH": str(REPO)},
-    )
+def test_a_second_engine_goes_on_with_what_was_learned_in_stage_3(forge: Forge, tmp_path: Path) -> None:
+    forge.results(in_stage_3, tmp_path, world=1)
+
+
+def in_stage_3(folder: Path) -> None:
+    for what in BLOCKS:
+        check(what, stage=3)
 
 
 def check(what: str, *, precision: str = "fp32", stage: int = 2) -> None:

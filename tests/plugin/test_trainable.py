@@ -13,8 +13,7 @@ from torch import nn
 
 from meft_ds.offload.model.heads import head_parameters
 from meft_ds.plugin.trainable import fresh_parameters
-from tests.conftest import RunPython
-from tests.ranks import REPO
+from tests.forked import Forge
 from tests.toy import ADAPTER, batch, ds_config, make_engine, tiny_llama
 
 hf: Any = pytest.importorskip("transformers")
@@ -246,12 +245,11 @@ def test_tiles_are_chosen_in_what_the_program_left_trainable() -> None:
     }
 
 
-def test_heads_and_loras_train_in_stage_3(run_python: RunPython) -> None:
-    """In a process of its own: once stage 3 was used, DeepSpeed has replaced torch's F.linear for good."""
-    run_python("from tests.plugin.test_trainable import check_stage_3; check_stage_3()", env={"PYTHONPATH": str(REPO)})
+def test_heads_and_loras_train_in_stage_3(forge: Forge, tmp_path: Path) -> None:
+    forge.results(in_stage_3, tmp_path, world=1)
 
 
-def check_stage_3() -> None:
+def in_stage_3(folder: Path) -> None:
     zero = {"stage": 3, "stage3_param_persistence_threshold": 0}
     for block in BLOCKS.values():
         model = classifier()
