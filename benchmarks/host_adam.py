@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import math
 import os
 import platform
 import statistics
@@ -35,8 +34,9 @@ from torch import Tensor  # noqa: E402
 
 from benchmarks.machine import machine, machine_line  # noqa: E402
 from meft_ds import ops  # noqa: E402
+from meft_ds.ops.adam import AdamHyper  # noqa: E402
 
-LR, BETA1, BETA2, EPS, WEIGHT_DECAY = 1e-4, 0.9, 0.999, 1e-8, 0.01
+HYPER = AdamHyper(lr=1e-4, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.01)
 WHOLE, PARTS = "DeepSpeedCPUAdam, whole tensor", "DeepSpeedCPUAdam, a call per `active` rows"
 
 
@@ -105,7 +105,9 @@ def adam_contenders(rows: int, active: int, width: int) -> tuple[dict[str, Calla
     for part, part_grad in zip(parts, grad.split(active), strict=True):
         part.grad = part_grad
     deepspeed_whole, deepspeed_parts = (
-        DeepSpeedCPUAdam(parameters, lr=LR, betas=(BETA1, BETA2), eps=EPS, weight_decay=WEIGHT_DECAY)
+        DeepSpeedCPUAdam(
+            parameters, lr=HYPER.lr, betas=(HYPER.beta1, HYPER.beta2), eps=HYPER.eps, weight_decay=HYPER.weight_decay
+        )
         for parameters in ([parameter], parts)
     )
     decay_log = 0.0
@@ -113,25 +115,18 @@ def adam_contenders(rows: int, active: int, width: int) -> tuple[dict[str, Calla
     def lazy(replica: Tensor | None = None, slept: bool = False) -> None:
         nonlocal decay_log
         if slept:
-            decay_log += math.log1p(-LR * WEIGHT_DECAY)
+            decay_log += HYPER.log_decay
         for ids in id_sets:
             ops.adamw_lazy_rows_(
-                p, m, v, row_steps, row_decay, ids, rows_grad, decay_log=decay_log, replica=replica,
-                lr=LR, beta1=BETA1, beta2=BETA2, eps=EPS, weight_decay=WEIGHT_DECAY,
-            )  # fmt: skip
-        decay_log += math.log1p(-LR * WEIGHT_DECAY)
+                p, m, v, row_steps, row_decay, ids, rows_grad, HYPER, decay_log=decay_log, replica=replica
+            )
+        decay_log += HYPER.log_decay
 
     def dense(replica: Tensor | None = None) -> None:
-        ops.adamw_(
-            p, m, v, grad, step=10, replica=replica,
-            lr=LR, beta1=BETA1, beta2=BETA2, eps=EPS, weight_decay=WEIGHT_DECAY,
-        )  # fmt: skip
+        ops.adamw_(p, m, v, grad, HYPER, step=10, replica=replica)
 
     def dense_rows() -> None:
-        ops.adamw_rows_(
-            p, m, v, id_sets[0], rows_grad, step=10,
-            lr=LR, beta1=BETA1, beta2=BETA2, eps=EPS, weight_decay=WEIGHT_DECAY,
-        )  # fmt: skip
+        ops.adamw_rows_(p, m, v, id_sets[0], rows_grad, HYPER, step=10)
 
     def fallback(slept: bool = False) -> None:
         with plain_torch():

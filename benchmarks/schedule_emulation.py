@@ -23,7 +23,7 @@ from meft_ds.offload.dense_unit import DenseUnit
 from meft_ds.offload.host.transfer import Bus
 from meft_ds.offload.ranks import Ranks
 from meft_ds.offload.schedule.timing import Span
-from meft_ds.offload.unit import AdamHyper
+from meft_ds.ops.adam import AdamHyper
 
 LATENCY_S = 10e-6  # of one transfer
 
@@ -228,7 +228,7 @@ class FullShelf:
         """The real update of one layer."""
         master, grad = self.masters[place], self.grads[place]
         if self._deepspeed is None:
-            ops.adamw_(master.data, *self._moments[place], grad, **vars(hyper), step=step, grad_scale=1.0)
+            ops.adamw_(master.data, *self._moments[place], grad, hyper, step=step, grad_scale=1.0)
             return
         master.grad = grad
         self._deepspeed.step()

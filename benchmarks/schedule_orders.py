@@ -18,7 +18,7 @@ from meft_ds.offload.schedule.host_threads import HostThreads, allowed_cpus, ent
 from meft_ds.offload.schedule.lanes import ThreadLane
 from meft_ds.offload.schedule.timing import LaneName, Span
 from meft_ds.offload.schedule.window import StepResult, StepSettings
-from meft_ds.offload.unit import AdamHyper
+from meft_ds.ops.adam import AdamHyper
 
 HYPER = AdamHyper(lr=1e-4, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.01)
 CLIP = 1.0

@@ -36,6 +36,7 @@ from torch import Tensor  # noqa: E402
 
 from benchmarks.machine import machine, machine_line  # noqa: E402
 from meft_ds import ops  # noqa: E402
+from meft_ds.ops.adam import AdamHyper  # noqa: E402
 
 GatherList = tuple[Tensor, Tensor]
 Contenders = dict[str, Callable[[], object]]
@@ -145,10 +146,10 @@ def directions(n: int) -> Contenders:
     parameter.grad = torch.randn(n) * 1e-3
     adam = DeepSpeedCPUAdam([parameter], lr=1e-4)
     m, v, out, grad = torch.zeros(n), torch.zeros(n), torch.zeros(n), parameter.grad
-    hyper = dict(beta1=0.9, beta2=0.999, eps=1e-8)
+    hyper = AdamHyper(lr=1e-4, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.0)
     return {
         "DeepSpeedCPUAdam": adam.step,
-        "adam_direction_": lambda: ops.adam_direction_(m, v, grad, out, step=10, **hyper),  # type: ignore[arg-type]
+        "adam_direction_": lambda: ops.adam_direction_(m, v, grad, out, hyper, step=10),
     }
 
 

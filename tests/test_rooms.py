@@ -67,8 +67,6 @@ def in_plugin() -> Iterator[tuple[str, Path]]:
 
 @pytest.mark.parametrize("name", MODULES)
 def test_a_room_imports_only_rooms_that_lie_below_it(name: str) -> None:
-    if name == "offload.host.adam":
-        pytest.xfail("on its way")
     upward = [
         f"line {line}: {of}"
         for of, line in OURS[name]

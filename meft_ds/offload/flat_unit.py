@@ -20,8 +20,9 @@ from meft_ds.offload.host.transfer import Bus
 from meft_ds.offload.model.capture import hand_over
 from meft_ds.offload.model.weights import WHOLE, Weights, shape_of
 from meft_ds.offload.ranks import Ranks, owned_range
-from meft_ds.offload.unit import MOMENTS, AdamHyper, Footprint, Unit
+from meft_ds.offload.unit import MOMENTS, Footprint, Unit
 from meft_ds.offload.waiting import unwatch, watch
+from meft_ds.ops.adam import AdamHyper
 
 
 class FlatUnit(Unit):

@@ -15,7 +15,8 @@ from torch import Tensor
 from meft_ds.offload.flat_unit import FlatUnit
 from meft_ds.offload.host.adam import FlatAdam
 from meft_ds.offload.model.weights import shape_of
-from meft_ds.offload.unit import MOMENTS, AdamHyper
+from meft_ds.offload.unit import MOMENTS
+from meft_ds.ops.adam import AdamHyper
 
 
 class MasterUnit(FlatUnit):

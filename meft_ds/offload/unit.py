@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from meft_ds.offload.host.transfer import Bus
 from meft_ds.offload.ranks import Ranks
+from meft_ds.ops.adam import AdamHyper
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,17 +43,6 @@ class Footprint:
     device: int = 0
     down: int = 0
     up: int = 0
-
-
-@dataclass(frozen=True, kw_only=True)
-class AdamHyper:
-    """AdamW's numbers of one step, read from the user's parameter group at that step."""
-
-    lr: float
-    beta1: float
-    beta2: float
-    eps: float
-    weight_decay: float
 
 
 MOMENTS = ("exp_avg", "exp_avg_sq")

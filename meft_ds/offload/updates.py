@@ -17,7 +17,8 @@ from meft_ds.offload.schedule.eager import Tuner
 from meft_ds.offload.schedule.lanes import Lanes, Progress
 from meft_ds.offload.schedule.timing import Timeline
 from meft_ds.offload.schedule.window import StepSettings, UnitProgress, Window, clip_factor
-from meft_ds.offload.unit import AdamHyper, Unit
+from meft_ds.offload.unit import Unit
+from meft_ds.ops.adam import AdamHyper
 
 
 class Updates:

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compiles the C++ kernels on first use, once per machine type, and says which path the ops take.
+"""Choose the path that an op takes: C++ on the host, Triton on a GPU, plain torch elsewhere. Compile the C++ once.
 
-``MEFT_DS_OPS=torch`` in the environment chooses the plain torch path. The build goes to torch's extension folder
-(``TORCH_EXTENSIONS_DIR``); its name holds a hash of everything that the result depends on, so a home folder shared by
-different machines is safe.
+The first op compiles the C++ kernels. Setting ``MEFT_DS_OPS=torch`` in the environment chooses plain torch everywhere.
+The build goes to torch's extension folder (``TORCH_EXTENSIONS_DIR``). The name of the build holds a hash of everything
+that the result depends on, so different machines may share a home folder.
 """
 
 from __future__ import annotations
@@ -25,6 +25,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
+
+from meft_ds.ops.checks import CPU
 
 logger = logging.getLogger(__name__)
 
@@ -41,16 +44,44 @@ _loading = threading.Lock()
 
 
 def backend() -> Literal["cpp", "torch"]:
-    """The path that the ops take in this process; the first call may compile (about 20 s, once per machine)."""
+    """Return the path that ops on host tensors take. The first call may compile (about 20 s, once per machine)."""
     return "torch" if kernels() is None else "cpp"
 
 
-def kernels() -> Any | None:
-    """The compiled extension module, or None where the plain torch path is used."""
-    if os.environ.get("MEFT_DS_OPS", "").lower() == "torch":
+def kernels(device: torch.device = CPU) -> Any | None:
+    """Return the compiled extension module, or None where another path serves tensors on `device`."""
+    if device.type != "cpu" or _plain_torch():
         return None
     with _loading:
         return _load_once()
+
+
+def triton_kernels(device: torch.device) -> Any | None:
+    """Return the module of Triton kernels, or None where another path serves tensors on `device`."""
+    return _load_triton() if device.type == "cuda" and not _plain_torch() else None
+
+
+def typed(t: Tensor | None) -> tuple[int, int]:
+    """Return (address, code of the dtype) as kernels take a tensor that may have several dtypes or be left out."""
+    return address(t), DTYPE_CODES[None if t is None else t.dtype]
+
+
+def address(t: Tensor | None) -> int:
+    """Return where the values lie; 0 for a tensor that is left out."""
+    return 0 if t is None else t.data_ptr()
+
+
+def _plain_torch() -> bool:
+    return os.environ.get("MEFT_DS_OPS", "").lower() == "torch"
+
+
+@functools.cache
+def _load_triton() -> Any | None:
+    try:
+        from meft_ds.ops import triton_sketch
+    except ImportError:
+        return None
+    return triton_sketch
 
 
 @functools.cache
@@ -74,8 +105,8 @@ def _load() -> Any:
     name = f"meft_ds_ops_{_fingerprint()}"
     folder = Path(cpp_extension._get_build_directory(name, verbose=False))
     library, finished = folder / f"{name}.so", folder / "finished"
-    # The kernel frees this lock when its holder dies. Torch's own lock file would stay behind and block every later
-    # start, so it is removed by whoever holds ours.
+    # The operating system frees this lock when its holder dies. Torch's own lock file would stay behind and block every
+    # later start, so the process that holds our lock removes it.
     with open(folder / "flock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if finished.exists() and library.exists():
@@ -105,7 +136,7 @@ def _import(name: str, library: Path) -> Any:
 
 
 def _fingerprint() -> str:
-    """Hash of sources, flags, compiler choice, torch, Python and the CPU's instruction sets."""
+    """Return a hash of sources, flags, compiler choice, torch, Python and the CPU's instruction sets."""
     parts = [torch.__version__, sys.version, platform.machine(), os.environ.get("CXX", ""), _cpu_features()]
     parts += [*_FLAGS, *_NATIVE_FLAGS, *_OPENMP_FLAGS]
     digest = hashlib.sha256("\0".join(parts).encode())
@@ -125,7 +156,7 @@ def _cpu_features() -> str:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keeps torch's remarks on compilers away from the user: a failure gets one warning, from here."""
+    """Hide torch's remarks on compilers: the user gets one warning, from `_load_once`."""
     torch_logger = logging.getLogger("torch.utils.cpp_extension")
     level = torch_logger.level
     torch_logger.setLevel(logging.CRITICAL)
@@ -139,7 +170,7 @@ def _quiet() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _ninja_on_path() -> Iterator[None]:
-    """A ninja installed in the interpreter's environment counts, even if that environment is not activated."""
+    """Let torch find a ninja that is installed beside the interpreter, even if that environment is not activated."""
     beside_python = Path(sys.executable).parent
     if shutil.which("ninja") or not (beside_python / "ninja").exists():
         yield

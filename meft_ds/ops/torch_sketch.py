@@ -68,27 +68,6 @@ def subspace_apply(
             rows.copy_(round_stochastically(value, random_halves(elements, key, step).view_as(rows), weight.dtype))
 
 
-def adam_direction(
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    grad: Tensor,
-    out: Tensor,
-    *,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    step: int,
-    grad_scale: float,
-) -> None:
-    g = grad.float() * grad_scale
-    m = exp_avg.float().lerp(g, 1 - beta1)
-    v = exp_avg_sq.float().mul(beta2).addcmul(g, g, value=1 - beta2)
-    exp_avg.copy_(m)
-    exp_avg_sq.copy_(v)
-    denominator = v.sqrt().div_((1 - beta2**step) ** 0.5).add_(eps)
-    out.copy_(m.div_(1 - beta1**step).div_(denominator))
-
-
 def random_halves(elements: Tensor, key: int, step: int) -> Tensor:
     """16 random bits for each element number (int64): Philox4x32 with 7 rounds (Salmon et al., SC 2011).
 

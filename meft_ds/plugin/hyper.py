@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from meft_ds.offload.unit import AdamHyper
+from meft_ds.ops.adam import AdamHyper
 
 READ = ("lr", "betas", "eps", "weight_decay")
 _TYPICAL = {"lr": 1e-4, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0}

@@ -17,7 +17,8 @@ from meft_ds import ops
 from meft_ds.offload.host.adam import RowAdam, RowMode
 from meft_ds.offload.host.transfer import Bus
 from meft_ds.offload.ranks import Ranks, owned_range, reduce_rows_to_owners, sum_rows_across
-from meft_ds.offload.unit import AdamHyper, Footprint, Unit
+from meft_ds.offload.unit import Footprint, Unit
+from meft_ds.ops.adam import AdamHyper
 from meft_ds.sparse_adapter.config import ResolvedCompress
 from meft_ds.sparse_adapter.rows.compression import CompressedRowAdam, RowCompression, block_rows, view_bytes
 from meft_ds.sparse_adapter.rows.host import HostRows

@@ -18,7 +18,8 @@ from meft_ds.offload.flat_unit import FlatUnit
 from meft_ds.offload.model.capture import tap, untap
 from meft_ds.offload.model.weights import WHOLE, Weights, numel_of, shape_of
 from meft_ds.offload.ranks import Ranks
-from meft_ds.offload.unit import AdamHyper, Footprint
+from meft_ds.offload.unit import Footprint
+from meft_ds.ops.adam import AdamHyper
 from meft_ds.ops.projector import Projector, compress, seed_of
 from meft_ds.subspace.fit import transport
 from meft_ds.subspace.matrix import Matrix
@@ -269,17 +270,7 @@ class SubspaceUnit(FlatUnit):
             self._calibrator.force(self)
 
     def update(self, grad: Tensor, reply: Tensor, hyper: AdamHyper, *, step: int, grad_scale: float) -> None:
-        ops.adam_direction_(
-            self.exp_avg,
-            self.exp_avg_sq,
-            grad,
-            reply,
-            beta1=hyper.beta1,
-            beta2=hyper.beta2,
-            eps=hyper.eps,
-            step=step,
-            grad_scale=grad_scale,
-        )
+        ops.adam_direction_(self.exp_avg, self.exp_avg_sq, grad, reply, hyper, step=step, grad_scale=grad_scale)
 
     def change(self, reply: Tensor) -> None:
         if self._update is None:

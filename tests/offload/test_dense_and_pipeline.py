@@ -10,7 +10,8 @@ from meft_ds.offload.host.transfer import Bus
 from meft_ds.offload.pipeline import Pipeline
 from meft_ds.offload.ranks import Ranks
 from meft_ds.offload.schedule.window import StepSettings
-from meft_ds.offload.unit import AdamHyper, Unit
+from meft_ds.offload.unit import Unit
+from meft_ds.ops.adam import AdamHyper
 
 HYPER = AdamHyper(lr=0.01, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.1)
 

@@ -25,7 +25,7 @@ from meft_ds.offload.pipeline import Pipeline
 from meft_ds.offload.ranks import Ranks
 from meft_ds.offload.schedule.eager import MEASURED_WINDOWS
 from meft_ds.offload.schedule.window import StepSettings
-from meft_ds.offload.unit import AdamHyper
+from meft_ds.ops.adam import AdamHyper
 from tests.offload.overlap import make_late, run_inline
 
 HYPER = AdamHyper(lr=0.01, beta1=0.9, beta2=0.99, eps=1e-8, weight_decay=0.1)

@@ -5,13 +5,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any
 
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-HYPER: dict[str, Any] = dict(lr=1e-2, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1)
+from meft_ds.ops.adam import AdamHyper
+
+HYPER = AdamHyper(lr=1e-2, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1)
 
 
 @dataclasses.dataclass
@@ -63,11 +64,9 @@ def cases(draw: st.DrawFn, moments: tuple[torch.dtype, ...] = (torch.float32, to
     )
 
 
-def adamw(
-    p: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, grad: Tensor, step: int, grad_scale: float, *, lr: float,
-    beta1: float, beta2: float, eps: float, weight_decay: float,
-) -> None:  # fmt: skip
+def adamw(p: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, grad: Tensor, step: int, grad_scale: float) -> None:
     """torch.optim.AdamW's formula in float64, stored in the tensors' own dtypes."""
+    lr, beta1, beta2, eps, weight_decay = dataclasses.astuple(HYPER)
     g = grad.double() * grad_scale
     m = beta1 * exp_avg.double() + (1 - beta1) * g
     v = beta2 * exp_avg_sq.double() + (1 - beta2) * g * g
@@ -82,8 +81,8 @@ def lazy(case: Case, decay_log: float, grad_scale: float) -> None:
         case.p[row] = case.p[row].double() * math.exp(decay_log - float(case.row_decay[row]))
         case.row_steps[row] += 1
         state = (case.p[row], case.exp_avg[row], case.exp_avg_sq[row])
-        adamw(*state, case.grad[i], int(case.row_steps[row]), grad_scale, **HYPER)
-        case.row_decay[row] = decay_log + math.log1p(-HYPER["lr"] * HYPER["weight_decay"])
+        adamw(*state, case.grad[i], int(case.row_steps[row]), grad_scale)
+        case.row_decay[row] = decay_log + math.log1p(-HYPER.lr * HYPER.weight_decay)
     if case.replica is not None:
         case.replica[case.ids] = case.p[case.ids].to(case.replica.dtype)
 

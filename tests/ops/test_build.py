@@ -16,9 +16,11 @@ from meft_ds.ops import build
 PROGRAM = """
 import torch
 from meft_ds import ops
+from meft_ds.ops.adam import AdamHyper
+hyper = AdamHyper(lr=.1, beta1=.9, beta2=.99, eps=1e-8, weight_decay=0.)
 p, m, v = torch.ones(4, 3), torch.zeros(4, 3), torch.zeros(4, 3)
 for step in (1, 2):
-    ops.adamw_(p, m, v, torch.ones(4, 3), lr=.1, beta1=.9, beta2=.99, eps=1e-8, weight_decay=0., step=step)
+    ops.adamw_(p, m, v, torch.ones(4, 3), hyper, step=step)
 torch.testing.assert_close(p, torch.full((4, 3), 0.8), rtol=1e-5, atol=0)
 out = torch.zeros(2, 3)
 ops.gather_rows(torch.arange(12.).view(4, 3), torch.tensor([3, 0]), out)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from meft_ds import ops
 from meft_ds.ops import torch_sketch
+from meft_ds.ops.adam import AdamHyper
 
 from .gather_lists import Projector, projector
 
@@ -236,6 +237,7 @@ def test_direction_is_what_torch_adamw_moves_by(path: str, moments: torch.dtype,
     parameter = torch.nn.Parameter(torch.zeros(1037))
     adamw = torch.optim.AdamW([parameter], lr=1.0, betas=(0.9, 0.95), eps=1e-6, weight_decay=0.0)
     m, v, out = torch.zeros(1037, dtype=moments), torch.zeros(1037, dtype=moments), torch.zeros(1037, dtype=out_dtype)
+    hyper = AdamHyper(lr=7.0, beta1=0.9, beta2=0.95, eps=1e-6, weight_decay=0.1)  # of which lr and decay do not count
     tolerance = max(1e-6, EPS[out_dtype], 0 if moments == torch.float32 else 2**-6)
     for step in range(1, 5):
         grad = random(1037, seed=step)
@@ -243,7 +245,7 @@ def test_direction_is_what_torch_adamw_moves_by(path: str, moments: torch.dtype,
         parameter.grad = grad
         adamw.step()
         scaled = (grad * 4).to(torch.float32)
-        ops.adam_direction_(m, v, scaled, out, beta1=0.9, beta2=0.95, eps=1e-6, step=step, grad_scale=0.25)
+        ops.adam_direction_(m, v, scaled, out, hyper, step=step, grad_scale=0.25)
         torch.testing.assert_close(out.float(), -parameter.data, rtol=tolerance, atol=tolerance)
 
 
@@ -258,23 +260,23 @@ def test_wrong_inputs_are_refused(path: str) -> None:
 
     refuse("x must be", ops.sketch, x.double(), index, value)
     refuse("x must be", ops.sketch, x.t(), index, value)
-    refuse("index must be int16", ops.sketch, x, index.long(), value)
-    refuse("value float16", ops.sketch, x, index, value.float())
-    refuse("must both be", ops.sketch, x, index, value[:, :1])
+    refuse("index must be torch.int16", ops.sketch, x, index.long(), value)
+    refuse("value must be torch.float16", ops.sketch, x, index, value.float())
+    refuse("value must have shape", ops.sketch, x, index, value[:, :1])
     refuse("contiguous", ops.sketch, x, index.t().contiguous().t(), value)
     refuse("out_dtype", ops.sketch, x, index, value, torch.float64)
     refuse(r"index must lie in \[0, 3\)", ops.sketch, x[:, :3].contiguous(), index, value)
     refuse(r"index must lie in \[0, 3\)", ops.combine, x, index, value)
     refuse(r"index must lie in \[0, 10\)", ops.sketch, x, index.int() - 1, value)
-    refuse("p_index and p_value", ops.subspace_apply_, weight, s, q.rows, p.rows, **UPDATE)
+    refuse("p_index must have shape", ops.subspace_apply_, weight, s, q.rows, p.rows, **UPDATE)
     refuse("q_index must lie", ops.subspace_apply_, weight, s[:, :3].contiguous(), p.rows, q.rows, **UPDATE)
     refuse("p_index must lie", ops.subspace_apply_, weight, s[:3], p.rows, q.rows, **UPDATE)
     refuse("residual must be", ops.subspace_apply_, weight, s, p.rows, q.rows, residual=weight.half(), **UPDATE)
     refuse("weight must be", ops.subspace_apply_, weight.t(), s, q.rows, p.rows, **UPDATE)
     assert torch.equal(weight, torch.ones(10, 12))
-    m, hyper = torch.zeros(4), dict(beta1=0.9, beta2=0.9, eps=1e-8)
-    refuse("step counts", ops.adam_direction_, m, m.clone(), m, m.clone(), step=0, **hyper)
-    refuse("exp_avg must", ops.adam_direction_, m.half(), m.half(), m, m.clone(), step=1, **hyper)
-    refuse("exp_avg_sq must", ops.adam_direction_, m, m.bfloat16(), m, m.clone(), step=1, **hyper)
-    refuse("out must", ops.adam_direction_, m, m.clone(), m, m.double(), step=1, **hyper)
-    refuse("grad must", ops.adam_direction_, m, m.clone(), m.view(2, 2), m.clone(), step=1, **hyper)
+    m, hyper = torch.zeros(4), AdamHyper(lr=1.0, beta1=0.9, beta2=0.9, eps=1e-8, weight_decay=0.0)
+    refuse("step counts", ops.adam_direction_, m, m.clone(), m, m.clone(), hyper, step=0)
+    refuse("exp_avg must", ops.adam_direction_, m.half(), m.half(), m, m.clone(), hyper, step=1)
+    refuse("exp_avg_sq must", ops.adam_direction_, m, m.bfloat16(), m, m.clone(), hyper, step=1)
+    refuse("out must", ops.adam_direction_, m, m.clone(), m, m.double(), hyper, step=1)
+    refuse("grad must", ops.adam_direction_, m, m.clone(), m.view(2, 2), m.clone(), hyper, step=1)

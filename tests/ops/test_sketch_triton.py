@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from meft_ds.ops import torch_sketch
+from meft_ds.ops.adam import AdamHyper, direction_in_torch
 
 from .gather_lists import Projector, projector
 
@@ -122,9 +123,10 @@ def test_direction(moments: torch.dtype, out_dtype: torch.dtype) -> None:
     state = [random(1037, dtype=moments, seed=1), random(1037, dtype=moments, seed=2).abs()]
     expected = [t.clone() for t in state]
     out, wanted = torch.empty(2, 1037, dtype=out_dtype, device=DEVICE)
-    hyper = dict(beta1=0.9, beta2=0.95, eps=1e-6, step=3, grad_scale=0.5)
-    triton_sketch.adam_direction(*state, grad, out, **hyper)
-    torch_sketch.adam_direction(*expected, grad, wanted, **hyper)
+    numbers = dict(beta1=0.9, beta2=0.95, eps=1e-6)
+    hyper = AdamHyper(lr=1.0, weight_decay=0.0, **numbers)
+    triton_sketch.adam_direction(*state, grad, out, **numbers, step=3, grad_scale=0.5)
+    direction_in_torch(*expected, grad, wanted, hyper, step=3, grad_scale=0.5)
     for actual, other in zip([*state, out], [*expected, wanted], strict=True):
         rtol = {torch.float32: 1e-5, torch.bfloat16: 2**-7, torch.float16: 2**-10}[actual.dtype]
         torch.testing.assert_close(actual, other, rtol=rtol, atol=1e-6)

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from meft_ds.offload.host.transfer import Bus
 from meft_ds.offload.ranks import Ranks
-from meft_ds.offload.unit import AdamHyper
+from meft_ds.ops.adam import AdamHyper
 from meft_ds.ops.projector import Projector
 from meft_ds.sparse_adapter.config import CompressConfig, ResolvedCompress
 from meft_ds.sparse_adapter.rows import compression as compress_module
@@ -319,7 +319,7 @@ import hashlib, torch, torch.distributed as dist
 from meft_ds.offload.host.shared_memory import TensorSpec, allocate
 from meft_ds.offload.host.transfer import Bus
 from meft_ds.offload.ranks import Ranks
-from meft_ds.offload.unit import AdamHyper
+from meft_ds.ops.adam import AdamHyper
 from meft_ds.sparse_adapter.rows.compression import RowCompression
 from meft_ds.sparse_adapter.config import ResolvedCompress
 from meft_ds.sparse_adapter.rows.host import HostRows

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from meft_ds.offload.host.transfer import Bus
 from meft_ds.offload.ranks import Ranks
-from meft_ds.offload.unit import AdamHyper
+from meft_ds.ops.adam import AdamHyper
 from meft_ds.sparse_adapter.rows.host import HostRows
 from meft_ds.sparse_adapter.unit import RowsUnit
 

@@ -15,7 +15,7 @@ from meft_ds.offload.model.gradient_checkpointing import feed_checkpoints
 from meft_ds.offload.pipeline import Pipeline
 from meft_ds.offload.ranks import Ranks
 from meft_ds.offload.schedule.window import StepSettings
-from meft_ds.offload.unit import AdamHyper
+from meft_ds.ops.adam import AdamHyper
 from meft_ds.sparse_matrix.choice.choice import Choice, Tile
 from meft_ds.sparse_matrix.choice.score import Scorer
 from meft_ds.sparse_matrix.config import SparseMatrixConfig

@@ -17,7 +17,7 @@ from meft_ds.offload.method import Run
 from meft_ds.offload.pipeline import Pipeline
 from meft_ds.offload.ranks import Ranks
 from meft_ds.offload.schedule.window import StepSettings
-from meft_ds.offload.unit import AdamHyper
+from meft_ds.ops.adam import AdamHyper
 from meft_ds.ops.projector import Projector
 from meft_ds.plugin.build import dense_units
 from meft_ds.subspace.config import SubspaceConfig

@@ -75,10 +75,7 @@ def test_steps_with_refits_are_the_bits_of_the_same_done_by_hand(side: str) -> N
         else:
             s = compress(dy.t() @ flat, p, q)
         direction = torch.empty(d * d)
-        ops.adam_direction_(
-            exp_avg.view(-1), exp_avg_sq.view(-1), s.reshape(-1), direction,
-            beta1=0.9, beta2=0.999, eps=1e-8, step=step + 1,
-        )  # fmt: skip
+        ops.adam_direction_(exp_avg.view(-1), exp_avg_sq.view(-1), s.reshape(-1), direction, HYPER, step=step + 1)
         scale = math.sqrt(m * n) / d
         w = (1 - HYPER.lr * HYPER.weight_decay) * w - HYPER.lr * scale * expand(direction.view(d, d), p, q)
         pipeline.step()

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from meft_ds import ops
+from meft_ds.ops.adam import AdamHyper
 from meft_ds.ops.projector import Projector, compress, expand
 from meft_ds.subspace import fit as fitting
 from meft_ds.subspace.fit import bias_of, fit, relative_bias, transport
@@ -247,9 +248,11 @@ def test_steps_after_a_fresh_draw_are_no_longer_than_before(d: int) -> None:
     p_new, q_new = pair(64, 64, d, d, 4, seed=5)
     m, v, m_new, v_new = (torch.zeros(d, d) for _ in range(4))
 
+    hyper = AdamHyper(lr=1.0, beta1=0.9, beta2=0.99, eps=1e-8, weight_decay=0.0)
+
     def direction(m: Tensor, v: Tensor, g: Tensor, p: Projector, q: Projector, step: int) -> Tensor:
         s, out = compress(g, p, q).view(-1), torch.empty(d * d)
-        ops.adam_direction_(m.view(-1), v.view(-1), s, out, beta1=0.9, beta2=0.99, eps=1e-8, step=step)
+        ops.adam_direction_(m.view(-1), v.view(-1), s, out, hyper, step=step)
         return expand(out.view(d, d), p, q).norm()
 
     for t in range(100):

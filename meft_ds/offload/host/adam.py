@@ -1,19 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""AdamW state: of flat tensors, on the host or where they lie, and of rows on the host in the `dense` and `lazy` modes.
-
-Kernels live in `meft_ds.ops`.
-"""
+"""AdamW state of flat tensors, on the host or an accelerator, and of rows on the host in `dense` and `lazy` mode."""
 
 from __future__ import annotations
 
-import math
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from meft_ds import ops
-from meft_ds.offload.unit import AdamHyper
+from meft_ds.ops.adam import AdamHyper
 
 RowMode = Literal["dense", "lazy"]
 
@@ -41,17 +37,9 @@ class FlatAdam:
         self.exp_avg_sq = torch.zeros_like(self.exp_avg)
 
     def step(self, grad: Tensor, hyper: AdamHyper, *, step: int, grad_scale: float) -> None:
-        """One AdamW step with gradient grad * grad_scale; `step` counts from 1."""
-        ops.adamw_(
-            self.master,
-            self.exp_avg,
-            self.exp_avg_sq,
-            grad,
-            **vars(hyper),
-            step=step,
-            grad_scale=grad_scale,
-            replica=self.replica,
-        )
+        """Take one AdamW step with gradient grad * grad_scale; `step` counts from 1."""
+        state = self.master, self.exp_avg, self.exp_avg_sq
+        ops.adamw_(*state, grad, hyper, step=step, grad_scale=grad_scale, replica=self.replica)
 
     def adopt(self, now: Tensor, known: Tensor, first: int = 0) -> None:
         """Let the master follow values that the model holds now and that are not those last sent to it.
@@ -67,24 +55,24 @@ class FlatAdam:
             known.copy_(now)
 
     def tensors(self) -> dict[str, Tensor]:
-        """Live state tensors by name."""
+        """Return the live state tensors by name."""
         return {"master": self.master, "exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq}
 
     def scalars(self) -> dict[str, Any]:
-        """Numbers that resuming needs beside the tensors: none here."""
+        """Return the numbers that resuming needs beside the tensors: none here."""
         return {}
 
     def load_scalars(self, scalars: dict[str, Any]) -> None:
-        """Counterpart of `scalars`."""
+        """Take back what `scalars` gave."""
         assert not scalars
 
 
 class RowAdam(FlatAdam):
     """AdamW of rows [n, w] from sparse row gradients.
 
-    `dense`: every row takes a step; rows without a gradient move by their moments (what the MEFT paper's accuracy
-    used). `lazy`: only rows with a gradient are touched, each with its own step count for bias correction; the
-    decoupled weight decay of the steps a row slept is caught up exactly when it wakes.
+    In mode `dense` every row takes a step: rows without a gradient move by their moments (what the MEFT paper's
+    accuracy used). In mode `lazy` only rows with a gradient are touched. Each has its own step count for bias
+    correction. The decoupled weight decay of the steps that a row slept is caught up exactly when it wakes.
     """
 
     def __init__(
@@ -97,40 +85,32 @@ class RowAdam(FlatAdam):
     ) -> None:
         super().__init__(master, replica, moments_dtype, moments_shape)
         self.mode = mode
-        self.decay_log = 0.0  # sum of log(1 - lr * wd) over all applied steps
+        self.decay_log = 0.0  # sum of `AdamHyper.log_decay` over all applied steps
         if mode == "lazy":
             self.row_steps = torch.zeros(master.shape[0], dtype=torch.int32)
             self.row_decay = torch.zeros(master.shape[0], dtype=torch.float64)
 
     def step_rows(self, ids: Tensor, grad: Tensor, hyper: AdamHyper, *, step: int, grad_scale: float) -> None:
-        """One step from gradients of rows `ids` (int64 [k], sorted, local); `grad` is [k, w]."""
-        common: dict[str, Any] = {**vars(hyper), "grad_scale": grad_scale, "replica": self.replica}
+        """Take one step from gradients `grad` [k, w] of rows `ids` (int64 [k], sorted, local)."""
+        state = self.master, self.exp_avg, self.exp_avg_sq
         if self.mode == "dense":
-            ops.adamw_rows_(self.master, self.exp_avg, self.exp_avg_sq, ids, grad, step=step, **common)
+            ops.adamw_rows_(*state, ids, grad, hyper, step=step, grad_scale=grad_scale, replica=self.replica)
             return
-        ops.adamw_lazy_rows_(
-            self.master,
-            self.exp_avg,
-            self.exp_avg_sq,
-            self.row_steps,
-            self.row_decay,
-            ids,
-            grad,
-            decay_log=self.decay_log,
-            **common,
-        )
-        self.decay_log += math.log1p(-hyper.lr * hyper.weight_decay)
+        counters = self.row_steps, self.row_decay
+        rest: dict[str, Any] = dict(decay_log=self.decay_log, grad_scale=grad_scale, replica=self.replica)
+        ops.adamw_lazy_rows_(*state, *counters, ids, grad, hyper, **rest)
+        self.decay_log += hyper.log_decay
 
     def tensors(self) -> dict[str, Tensor]:
-        """Live state tensors by name."""
+        """Return the live state tensors by name."""
         lazy = {"row_steps": self.row_steps, "row_decay": self.row_decay} if self.mode == "lazy" else {}
         return {**super().tensors(), **lazy}
 
     def scalars(self) -> dict[str, Any]:
-        """The cumulative decay (lazy mode), as a hex string so that JSON keeps every bit."""
+        """Return the cumulative decay (lazy mode), as a hex string so that JSON keeps every bit."""
         return {"decay_log": self.decay_log.hex()} if self.mode == "lazy" else {}
 
     def load_scalars(self, scalars: dict[str, Any]) -> None:
-        """Counterpart of `scalars`."""
+        """Take back what `scalars` gave."""
         if self.mode == "lazy":
             self.decay_log = float.fromhex(scalars["decay_log"])

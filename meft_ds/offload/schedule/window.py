@@ -15,7 +15,8 @@ import torch
 from meft_ds.offload.ranks import Ranks
 from meft_ds.offload.schedule.eager import Tuner
 from meft_ds.offload.schedule.timing import WindowTimes
-from meft_ds.offload.unit import AdamHyper, Unit
+from meft_ds.offload.unit import Unit
+from meft_ds.ops.adam import AdamHyper
 
 
 @dataclass(frozen=True, kw_only=True)

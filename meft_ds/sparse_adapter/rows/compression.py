@@ -16,8 +16,7 @@ over the U active rows. Both go by blocks of rows, so that nothing of size [r, 2
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
+import dataclasses
 from typing import Any
 
 import torch
@@ -25,8 +24,7 @@ from torch import Tensor
 
 from meft_ds import ops
 from meft_ds.offload.host.adam import RowAdam, RowMode
-from meft_ds.offload.unit import AdamHyper
-from meft_ds.ops.checks import check_decay
+from meft_ds.ops.adam import AdamHyper, blocks_of_rows
 from meft_ds.ops.projector import GatherList, Projector, block_diagonal, seed_of
 from meft_ds.sparse_adapter.config import ResolvedCompress
 
@@ -101,28 +99,17 @@ class CompressedRowAdam(RowAdam):
 
     def step_rows(self, ids: Tensor, grad: Tensor, hyper: AdamHyper, *, step: int, grad_scale: float) -> None:
         """One step from compressed gradients [k, 2 d'] of rows `ids` (int64 [k], sorted, local)."""
-        if self.mode == "lazy":
-            check_decay(hyper.lr, hyper.weight_decay)
+        after = self.decay_log + hyper.log_decay if self.mode == "lazy" else 0.0
         # AdamW at lr 1 without decay turns a row of zeros into -dS: the same kernels, and the same rounding, as without
         # compression.
-        adam = {"lr": 1.0, "beta1": hyper.beta1, "beta2": hyper.beta2, "eps": hyper.eps, "weight_decay": 0.0}
-        adam["grad_scale"] = grad_scale
-        for own, here, part in self._blocks(ids):
+        adam = {"hyper": dataclasses.replace(hyper, lr=1.0, weight_decay=0.0), "grad_scale": grad_scale}
+        n, width = self.master.shape
+        for own, here, part in blocks_of_rows(ids, n, block_rows(width)):
             if self.mode == "dense":
                 self._step_block(own, here, grad[part], hyper, step, adam)
             elif here.numel():
-                self._step_rows_of_block(own, here, grad[part], hyper, adam)
-        if self.mode == "lazy":
-            self.decay_log += math.log1p(-hyper.lr * hyper.weight_decay)
-
-    def _blocks(self, ids: Tensor) -> Iterator[tuple[slice, Tensor, slice]]:
-        """(rows, ids of the active ones counted from the block's first row, where those lie in `ids`)."""
-        n, width = self.master.shape
-        height = block_rows(width)
-        firsts = range(0, n, height)
-        cuts = torch.searchsorted(ids, torch.tensor([*firsts, n])).tolist()
-        for first, begin, end in zip(firsts, cuts, cuts[1:], strict=False):
-            yield slice(first, min(first + height, n)), ids[begin:end] - first, slice(begin, end)
+                self._step_rows_of_block(own, here, grad[part], hyper, after, adam)
+        self.decay_log = after
 
     def _step_block(
         self, own: slice, ids: Tensor, grad: Tensor, hyper: AdamHyper, step: int, adam: dict[str, Any]
@@ -137,7 +124,7 @@ class CompressedRowAdam(RowAdam):
             self.replica[own].copy_(rows)
 
     def _step_rows_of_block(
-        self, own: slice, ids: Tensor, grad: Tensor, hyper: AdamHyper, adam: dict[str, Any]
+        self, own: slice, ids: Tensor, grad: Tensor, hyper: AdamHyper, after: float, adam: dict[str, Any]
     ) -> None:
         """Moments are updated where they lie; the few active masters are gathered, moved and scattered."""
         master, exp_avg, exp_avg_sq = self.master[own], self.exp_avg[own], self.exp_avg_sq[own]
@@ -147,7 +134,6 @@ class CompressedRowAdam(RowAdam):
             minus_ds, exp_avg, exp_avg_sq, self.row_steps[own], awake, ids, grad, decay_log=0.0, **adam
         )
         row_decay = self.row_decay[own]
-        after = self.decay_log + math.log1p(-hyper.lr * hyper.weight_decay)
         decay = torch.exp(after - row_decay.index_select(0, ids)).float()
         rows = self._active[: len(ids)]
         ops.gather_rows(master, ids, rows)
