@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from meft_ds.offload.host import memory
+from meft_ds.offload.host import cgroup
 from meft_ds.offload.host.memory import check_host_memory, check_shared_memory, free_host_bytes
 
 GIB = 2**30
@@ -36,11 +36,12 @@ def test_a_cgroup_limit_on_any_ancestor_counts(tmp_path: Path, monkeypatch: pyte
     (tmp_path / "job" / "memory.max").write_text("10000000\n")
     (tmp_path / "job" / "memory.current").write_text("4000000\n")
     (tmp_path / "job" / "memory.stat").write_text("anon 1\ninactive_file 500000\n")
-    monkeypatch.setattr(memory, "_CGROUP_V2", tmp_path)
-    monkeypatch.setattr(memory, "_own_cgroup", lambda controller: "/job/task" if controller == "" else None)
+    (tmp_path / "membership").write_text("4:memory:/elsewhere\n0::/job/task\n")
+    monkeypatch.setattr(cgroup, "ROOT", tmp_path)
+    monkeypatch.setattr(cgroup, "MEMBERSHIP", tmp_path / "membership")
     assert free_host_bytes() == 10_000_000 - 4_000_000 + 500_000
 
 
-def test_without_cgroups_the_machines_free_memory_counts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory, "_own_cgroup", lambda controller: None)
+def test_without_cgroups_the_machines_free_memory_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cgroup, "MEMBERSHIP", tmp_path / "absent")
     assert GIB // 4 < free_host_bytes() < 2**50

@@ -14,9 +14,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from meft_ds.offload.host import cgroup
+from meft_ds.offload.host.cgroup import cpu_quota
 from meft_ds.offload.ranks import Ranks
 from meft_ds.offload.schedule import host_threads as threads
-from meft_ds.offload.schedule.host_threads import HostThreads, allowed_cpus, choose, cpu_quota, enter, host_threads
+from meft_ds.offload.schedule.host_threads import HostThreads, allowed_cpus, choose, enter, host_threads
 
 T = TypeVar("T")
 EIGHT = tuple(range(8))
@@ -119,7 +121,7 @@ def test_a_launchers_omp_num_threads_is_warned_of_with_the_figure_and_the_knob(
 ) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", omp)
     monkeypatch.setattr(threads, "allowed_cpus", lambda: EIGHT)
-    monkeypatch.setattr(threads, "cpu_quota", lambda membership, root: None)
+    monkeypatch.setattr(threads, "cpu_quota", lambda: None)
     monkeypatch.setattr(Ranks, "everyone", lambda: Ranks(rank=rank, world=2))
     threads._warn_once.cache_clear()
     for _ in range(2):
@@ -151,7 +153,7 @@ def test_a_number_wins_over_every_bound_and_only_an_excess_over_the_cpus_is_warn
 
 def test_host_threads_reads_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(threads, "allowed_cpus", lambda: EIGHT)
-    monkeypatch.setattr(threads, "cpu_quota", lambda membership, root: 6.5)
+    monkeypatch.setattr(threads, "cpu_quota", lambda: 6.5)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     assert host_threads("auto", Ranks()) == HostThreads(threads=7, cpus=None)
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
@@ -166,31 +168,23 @@ def test_without_affinity_calls_all_cpus_are_allowed_and_nothing_is_bound(monkey
     in_thread(lambda: enter(HostThreads(threads=1, cpus=(0,))))
 
 
-def test_quota_v2_is_the_smallest_of_the_cgroup_and_those_above(tmp_path: Path) -> None:
-    membership = tmp_path / "membership"
-    membership.write_text("0::/job/rank\n")
+def test_the_quota_is_the_smallest_of_the_cgroup_and_those_above(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cgroup, "ROOT", tmp_path)
+    monkeypatch.setattr(cgroup, "MEMBERSHIP", tmp_path / "membership")
+    assert cpu_quota() is None
+    (tmp_path / "membership").write_text("4:cpu,cpuacct:/job\n0::/job/rank\n")
     (tmp_path / "job" / "rank").mkdir(parents=True)
     (tmp_path / "job" / "rank" / "cpu.max").write_text("max 100000\n")
-    assert cpu_quota(membership, tmp_path) is None
+    assert cpu_quota() is None
     (tmp_path / "job" / "cpu.max").write_text("250000 100000\n")
-    assert cpu_quota(membership, tmp_path) == 2.5
+    assert cpu_quota() == 2.5
     (tmp_path / "job" / "rank" / "cpu.max").write_text("50000 100000\n")
-    assert cpu_quota(membership, tmp_path) == 0.5
-
-
-def test_quota_v1_is_found_at_the_mount_where_the_path_is_the_hosts(tmp_path: Path) -> None:
-    membership = tmp_path / "membership"
-    membership.write_text("5:memory:/docker/f00\n4:cpu,cpuacct:/docker/f00\n1:name=systemd:/\n0::/\n")
-    (tmp_path / "cpu").mkdir()
-    (tmp_path / "cpu" / "cpu.cfs_period_us").write_text("100000\n")
-    (tmp_path / "cpu" / "cpu.cfs_quota_us").write_text("-1\n")
-    assert cpu_quota(membership, tmp_path) is None
-    (tmp_path / "cpu" / "cpu.cfs_quota_us").write_text("300000\n")
-    assert cpu_quota(membership, tmp_path) == 3.0
-
-
-def test_no_cgroups_no_quota(tmp_path: Path) -> None:
-    assert cpu_quota(tmp_path / "absent", tmp_path) is None
+    assert cpu_quota() == 0.5
+    (tmp_path / "membership").write_text("0::/docker/f00\n")  # a path of the host's, seen in a container
+    (tmp_path / "cpu.max").write_text("300000 100000\n")
+    assert cpu_quota() == 3.0
 
 
 @linux_only

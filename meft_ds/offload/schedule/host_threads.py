@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How many threads each rank's host worker (AdamW kernels while the device computes) uses, and on which CPUs."""
+"""Choose how many threads each rank's host worker uses, and on which CPUs. It runs AdamW while the device computes."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import os
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
 from typing import Literal
 
 import torch
 
+from meft_ds.offload.host.cgroup import cpu_quota
 from meft_ds.offload.ranks import Ranks, owned_range
 
 logger = logging.getLogger(__name__)
@@ -22,16 +22,16 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class HostThreads:
-    """What one rank's worker uses. `cpus` is None when the rank has its allowed CPUs to itself: nothing to bind."""
+    """What one rank's worker uses. `cpus` is None where the rank has its allowed CPUs to itself: nothing is bound."""
 
     threads: int
     cpus: tuple[int, ...] | None
 
 
 def host_threads(knob: int | Literal["auto"], ranks: Ranks) -> HostThreads:
-    """The plan for this rank. Every rank must call it together, on its main thread: affinity belongs to a thread."""
+    """Return the plan for this rank. Collective; call it on the main thread, because affinity belongs to a thread."""
     all_allowed = ranks.gather(allowed_cpus())
-    quota = cpu_quota(Path("/proc/self/cgroup"), Path("/sys/fs/cgroup"))
+    quota = cpu_quota()
     omp = os.environ.get("OMP_NUM_THREADS")
     plan = choose(knob, all_allowed, ranks.rank, omp=omp, quota=quota)
     if knob == "auto" and _first_number(omp) == 1 and Ranks.everyone().rank == 0:
@@ -52,16 +52,16 @@ def choose(
     omp: str | None,
     quota: float | None,
 ) -> HostThreads:
-    """The plan for `rank`; reads nothing but its arguments.
+    """Return the plan for `rank`; reads nothing but its arguments.
 
-    Ranks with equal allowed CPUs divide them; other sets are taken as the rank's own, as a launcher that binds leaves
-    them. An automatic number is the smallest of the rank's CPUs, its part of the quota, and OMP_NUM_THREADS.
+    Ranks with equal allowed CPUs divide them. Other sets are the rank's own: a launcher has bound it. An automatic
+    number is the smallest of the rank's CPUs, its part of the quota, and OMP_NUM_THREADS.
 
     Args:
         knob: "auto", or the number of threads (at least 1) whatever the other arguments say.
         all_allowed: sorted allowed CPUs of each rank of this node.
         omp: OMP_NUM_THREADS as the environment has it.
-        quota: CPUs' worth of time that this node's ranks may use together, as they share a cgroup.
+        quota: CPUs' worth of time that this node's ranks may use together, because they share a cgroup.
     """
     allowed = all_allowed[rank]
     sharers = [k for k, other in enumerate(all_allowed) if other == allowed]
@@ -87,72 +87,30 @@ def choose(
 
 
 def _first_number(omp: str | None) -> int | None:
-    """4 of "4" and of "4,2" (one number per nesting level); None for what is not a positive int."""
+    """Return 4 of "4" and of "4,2" (one number per nesting level), None of what is not a positive int."""
     first = (omp or "").split(",")[0].strip()
     return (int(first) or None) if first.isdecimal() else None
 
 
 def allowed_cpus() -> tuple[int, ...]:
-    """CPUs, sorted, that the calling thread may run on."""
+    """Return the CPUs, sorted, that the calling thread may run on."""
     if hasattr(os, "sched_getaffinity"):
         return tuple(sorted(os.sched_getaffinity(0)))
     return tuple(range(os.cpu_count() or 1))
-
-
-def cpu_quota(membership: Path, root: Path) -> float | None:
-    """CPUs' worth of time this process's cgroup may use, or None for no limit.
-
-    Args:
-        membership: /proc/self/cgroup, lines of id:controllers:path; version 2 is the one without controllers.
-        root: where cgroups are mounted; version 1 has a folder per controller there.
-    """
-    try:
-        lines = membership.read_text().splitlines()
-    except OSError:
-        return None
-    quotas = []
-    for line in lines:
-        _, controllers, path = line.split(":", 2)
-        if controllers and "cpu" not in controllers.split(","):
-            continue
-        mount = root / "cpu" if controllers else root
-        inside = PurePosixPath(path.lstrip("/"))
-        # A limit holds for everything below it. In a container the path may be the host's, which does not exist here;
-        # the mount itself is then the container's own cgroup.
-        for folder in (mount / inside, *(mount / parent for parent in inside.parents)):
-            quotas.append(_quota_v1(folder) if controllers else _quota_v2(folder))
-    return min((q for q in quotas if q is not None), default=None)
-
-
-def _quota_v2(folder: Path) -> float | None:
-    try:
-        quota, period = (folder / "cpu.max").read_text().split()
-    except OSError:
-        return None
-    return None if quota == "max" else int(quota) / int(period)
-
-
-def _quota_v1(folder: Path) -> float | None:
-    try:
-        quota = int((folder / "cpu.cfs_quota_us").read_text())
-        period = int((folder / "cpu.cfs_period_us").read_text())
-    except OSError:
-        return None
-    return quota / period if quota > 0 else None
 
 
 _entering = threading.Lock()
 
 
 def enter(plan: HostThreads) -> None:
-    """Give the calling thread its number of torch threads and its CPUs. Call it first on the worker, once.
+    """Give the calling thread its number of torch threads and its CPUs. The worker calls it once, before all else.
 
-    torch keeps a number per thread and one start value for the process, which a thread takes when it first asks, even
-    if it has set a number before; `set_num_threads` writes both. So the worker asks before it sets, and a short-lived
-    thread sets the start value back: main (which may not have asked yet) and later threads then see no change. A
-    thread that asks first within this call, a fraction of a millisecond, may still get the worker's number.
+    torch keeps a number per thread, and one start value for the process. A thread takes the start value when it first
+    asks for its number, even if it has set one before; `set_num_threads` writes both. So the worker asks before it
+    sets, and a short-lived thread sets the start value back. The main thread and later threads then see no change. A
+    thread that first asks during this call (a fraction of a millisecond) may still get the worker's number.
     """
-    with _entering:  # else a second worker could take the first one's number for the start value
+    with _entering:  # otherwise a second worker could take the first one's number for the start value
         start = torch.get_num_threads()
         torch.set_num_threads(plan.threads)
         restorer = threading.Thread(target=torch.set_num_threads, args=(start,), name="meft_ds_restore")
