@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from meft_ds import ops
 from meft_ds.offload.dense_unit import DenseUnit
+from meft_ds.offload.flat_unit import Place
 from meft_ds.offload.host.transfer import Bus
 from meft_ds.offload.ranks import Ranks
 from meft_ds.offload.schedule.timing import Span
@@ -146,14 +147,7 @@ class PayloadUnit(DenseUnit):
     """
 
     def __init__(self, layer: int, parameter: nn.Parameter) -> None:
-        super().__init__(
-            name=f"layer{layer}.payload",
-            layer=layer,
-            params=[("payload", parameter)],
-            group=0,
-            ranks=Ranks(),
-            moments_dtype=torch.float32,
-        )
+        super().__init__(Place(name=f"layer{layer}.payload", layer=layer, params=[("payload", parameter)]))
 
     def allocate(self) -> None:
         super().allocate()

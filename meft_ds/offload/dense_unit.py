@@ -10,49 +10,21 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from meft_ds.offload.flat_unit import Place
 from meft_ds.offload.master_unit import MasterUnit
-from meft_ds.offload.model.weights import WHOLE, Weights, numel_of
-from meft_ds.offload.ranks import Ranks
+from meft_ds.offload.model.weights import numel_of
 
 
 class DenseUnit(MasterUnit):
-    """All trainable tensors of one layer, one dtype and one parameter group, flattened one after another.
-
-    Args:
-        name, layer, params, group, ranks, weights, device: as in `FlatUnit`.
-        moments_dtype: float32 or bfloat16.
-    """
+    """All trainable tensors of one layer, one dtype and one parameter group, flattened one after another."""
 
     wire = "dense"
 
-    def __init__(
-        self,
-        *,
-        name: str,
-        layer: int,
-        params: list[tuple[str, nn.Parameter]],
-        group: int,
-        ranks: Ranks,
-        moments_dtype: torch.dtype,
-        weights: Weights = WHOLE,
-        device: torch.device | None = None,
-    ) -> None:
-        sizes = [numel_of(p) for _, p in params]
-        super().__init__(
-            name=name,
-            layer=layer,
-            params=params,
-            group=group,
-            ranks=ranks,
-            numel=sum(sizes),
-            wire_dtype=torch.float32,
-            state_bytes=4 + 2 * moments_dtype.itemsize,
-            weights=weights,
-            device=device,
-        )
-        self._moments_dtype = moments_dtype
+    def __init__(self, place: Place) -> None:
+        sizes = [numel_of(p) for _, p in place.params]
+        super().__init__(place, numel=sum(sizes), state_bytes=4 + 2 * place.moments_dtype.itemsize)
         self._offsets = [sum(sizes[:index]) for index in range(len(sizes) + 1)]
 
     def allocate(self) -> None:
@@ -63,7 +35,7 @@ class DenseUnit(MasterUnit):
             with self.weights.whole([p]):
                 for first, part in self._own_parts(index, p.detach()):
                     own[first : first + part.numel()] = part
-        self._start_from(own, self._moments_dtype)
+        self._start_from(own)
 
     def add_gradient(self, index: int, grad: Tensor) -> None:
         self._part(index, self._acc).add_(grad.reshape(-1))

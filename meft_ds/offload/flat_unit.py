@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -25,45 +26,52 @@ from meft_ds.offload.waiting import unwatch, watch
 from meft_ds.ops.adam import AdamHyper
 
 
-class FlatUnit(Unit):
-    """One layer's flat payload.
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """Where a unit stands in a run.
 
-    Args:
-        name: unit name, e.g. "layer3.dense".
+    Attributes:
+        name: of the unit, e.g. "layer3.dense".
         layer: position in layer order.
         params: (name, parameter) pairs on the device that the unit updates, all of one dtype.
         group: index of the user's parameter group.
         ranks: data-parallel ranks; this one owns a contiguous 1/N of the vector.
-        numel: length of the vector.
         wire_dtype: dtype of the payload on the bus.
-        state_bytes: bytes of state per element.
-        weights: how to get at the parameters.
-        device: where the model computes; default: where the parameters are.
+        moments_dtype: float32 or bfloat16.
         on_device: keep the state where the model is and update it there; then nothing uses the bus.
+        weights: how to get at the parameters.
+        device: where the model computes; None: where the parameters are.
     """
 
-    def __init__(
-        self,
-        *,
-        name: str,
-        layer: int,
-        params: list[tuple[str, nn.Parameter]],
-        group: int,
-        ranks: Ranks,
-        numel: int,
-        wire_dtype: torch.dtype,
-        state_bytes: int,
-        on_device: bool = False,
-        weights: Weights = WHOLE,
-        device: torch.device | None = None,
-    ) -> None:
-        self.name, self.layer, self.group, self._ranks = name, layer, group, ranks
-        self.on_device = on_device
-        self.params, self.numel = params, numel
-        self._wire_dtype, self._state_bytes = wire_dtype, state_bytes
-        self._lo, self._hi = owned_range(numel, ranks)
-        self.weights = weights
-        self._dtype, self._device = params[0][1].dtype, params[0][1].device if device is None else device
+    name: str
+    layer: int
+    params: list[tuple[str, nn.Parameter]]
+    group: int = 0
+    ranks: Ranks = Ranks()
+    wire_dtype: torch.dtype = torch.float32
+    moments_dtype: torch.dtype = torch.float32
+    on_device: bool = False
+    weights: Weights = WHOLE
+    device: torch.device | None = None
+
+
+class FlatUnit(Unit):
+    """One layer's flat payload.
+
+    Args:
+        place: where it stands.
+        numel: length of the vector.
+        state_bytes: bytes of state per element.
+    """
+
+    def __init__(self, place: Place, *, numel: int, state_bytes: int) -> None:
+        self.name, self.layer, self.group, self._ranks = place.name, place.layer, place.group, place.ranks
+        self.on_device, self.weights, self.params = place.on_device, place.weights, place.params
+        self._wire_dtype, self._moments_dtype = place.wire_dtype, place.moments_dtype
+        self.numel, self._state_bytes = numel, state_bytes
+        self._lo, self._hi = owned_range(numel, place.ranks)
+        first = place.params[0][1]
+        self._dtype, self._device = first.dtype, first.device if place.device is None else place.device
         self._on_host = self._device.type == "cpu"
         self._payload: Tensor | None = None
         self._host_payload: Tensor | None = None

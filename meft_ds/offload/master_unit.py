@@ -25,9 +25,9 @@ class MasterUnit(FlatUnit):
     weight_state = frozenset({"master"})
     _adam: FlatAdam
 
-    def _start_from(self, own: Tensor, moments_dtype: torch.dtype) -> None:
+    def _start_from(self, own: Tensor) -> None:
         """Take masters with the values `own` [own], where they are, and moments of 0."""
-        self._adam = FlatAdam(own.to(torch.float32, copy=True), self._reply, moments_dtype)
+        self._adam = FlatAdam(own.to(torch.float32, copy=True), self._reply, self._moments_dtype)
         self.after_load()
 
     def update(self, grad: Tensor, reply: Tensor, hyper: AdamHyper, *, step: int, grad_scale: float) -> None:

@@ -11,13 +11,16 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from meft_ds.offload.flat_unit import Place
 from meft_ds.offload.host.shared_memory import Specs
 from meft_ds.offload.host.transfer import Bus
+from meft_ds.offload.model.discover import layer_of
 from meft_ds.offload.model.weights import WHOLE, Weights
 from meft_ds.offload.ranks import Ranks
 from meft_ds.offload.unit import Footprint, Unit
@@ -47,6 +50,37 @@ class Run:
         parameters."""
         filled = [i for i, group in enumerate(self.groups) if group["params"]] or [0]
         return next((i for i in filled if base_lr(self.groups[i]) > 0), filled[0])
+
+    def places(
+        self,
+        named: Iterable[tuple[str, nn.Parameter]],
+        layers: int,
+        wire: str,
+        kinds: Mapping[str, str] = MappingProxyType({}),
+        **more: Any,
+    ) -> list[Place]:
+        """Sort parameters into units: one per layer, kind, parameter group and dtype, in this order.
+
+        Args:
+            named: name and parameter; those that no group of the optimizer has follow `group`.
+            layers: how many the model has.
+            wire: name of the format, in the units' names.
+            kinds: by parameter name: what the unit's name says after the format.
+            more: other fields of `Place`.
+        """
+        group_of = {id(p): index for index, group in enumerate(self.groups) for p in group["params"]}
+        layer = layer_of(self.model, layers)
+        found: dict[tuple[int, str, int, str], list[tuple[str, nn.Parameter]]] = {}
+        for name, p in named:
+            dtype = str(p.dtype).removeprefix("torch.")
+            key = (layer[name], kinds.get(name, ""), group_of.get(id(p), self.group), dtype)
+            found.setdefault(key, []).append((name, p))
+        settled: dict[str, Any] = {"ranks": self.ranks, "weights": self.weights, "device": self.bus.device}
+        settled |= {"moments_dtype": self.moments_dtype, **more}
+        return [
+            Place(name=f"layer{at}.{wire}{kind}.g{group}.{dtype}", layer=at, params=params, group=group, **settled)
+            for (at, kind, group, dtype), params in sorted(found.items(), key=lambda item: item[0])
+        ]
 
 
 def base_lr(group: dict[str, Any]) -> float:

@@ -27,7 +27,6 @@ from meft_ds.offload.host.memory import (
 )
 from meft_ds.offload.host.shared_memory import Specs, allocate, arena_bytes
 from meft_ds.offload.method import Method, Run, base_lr
-from meft_ds.offload.model.discover import layer_of
 from meft_ds.offload.pipeline import Pipeline
 from meft_ds.offload.ranks import LaneRanks, Ranks
 from meft_ds.offload.schedule.config import ScheduleConfig
@@ -100,29 +99,8 @@ def dense_units(run: Run, layers: int, elsewhere: set[int]) -> list[DenseUnit]:
     Parameters that no group names (routers, and base tensors the program did not hand to its optimizer) follow
     `run.group`.
     """
-    group_of = {id(p): index for index, group in enumerate(run.groups) for p in group["params"]}
-    sorted_in: dict[tuple[int, int, torch.dtype], list[tuple[str, nn.Parameter]]] = {}
-    layer = layer_of(run.model, layers)
-    for name, p in run.model.named_parameters():
-        if p.requires_grad and id(p) not in elsewhere:
-            key = (layer[name], group_of.get(id(p), run.group), p.dtype)
-            sorted_in.setdefault(key, []).append((name, p))
-    units = []
-    for (at, group, dtype), params in sorted(sorted_in.items(), key=lambda item: (item[0][:2], str(item[0][2]))):
-        name = f"layer{at}.dense.g{group}.{str(dtype).removeprefix('torch.')}"
-        units.append(
-            DenseUnit(
-                name=name,
-                layer=at,
-                params=params,
-                group=group,
-                ranks=run.ranks,
-                moments_dtype=run.moments_dtype,
-                weights=run.weights,
-                device=run.bus.device,
-            )
-        )
-    return units
+    named = [(n, p) for n, p in run.model.named_parameters() if p.requires_grad and id(p) not in elsewhere]
+    return [DenseUnit(place) for place in run.places(named, layers, DenseUnit.wire)]
 
 
 def refuse_what_cannot_fit(model: nn.Module, methods: list[Method], config: MeftConfig) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from meft_ds.offload.host.memory import state_on_device
 from meft_ds.offload.method import Method, Run
 from meft_ds.offload.model.capture import is_tapped
-from meft_ds.offload.model.discover import count_layers, layer_of
+from meft_ds.offload.model.discover import count_layers
 from meft_ds.offload.unit import Footprint, Unit
 from meft_ds.sparse_matrix.choice.choice import Choice, check_choice
 from meft_ds.sparse_matrix.choice.score import Scorer
@@ -256,32 +256,22 @@ class SparseMatrixMethod(Method):
 
     def _make_units(self, run: Run, plan: Plan) -> list[TilesUnit]:
         assert plan.choice is not None
-        layer = layer_of(run.model, self._layers)
-        group_of = {id(p): index for index, group in enumerate(run.groups) for p in group["params"]}
+        sites = {site.name: site for site in plan.chosen_sites}
         # weights whose gradient autograd must make have units of their own, under the names that checkpoints know
-        sorted_in: dict[tuple[int, bool, int, torch.dtype], list[Site]] = defaultdict(list)
-        for site in plan.chosen_sites:
-            sorted_in[layer[site.name], site.tapped, group_of[id(site.weight)], site.weight.dtype].append(site)
+        kinds = {name: ".stored" for name, site in sites.items() if not site.tapped}
+        places = run.places(
+            [(name, site.weight) for name, site in sites.items()],
+            self._layers,
+            TilesUnit.wire,
+            kinds,
+            wire_dtype=run.grad_dtype,
+            on_device=self._on_device,
+        )
         units = []
-        for (at, tapped, group, dtype), found in sorted(
-            sorted_in.items(), key=lambda item: (item[0][:3], str(item[0][3]))
-        ):
-            units.append(
-                TilesUnit(
-                    name=f"layer{at}.blocks{'' if tapped else '.stored'}.g{group}.{str(dtype).removeprefix('torch.')}",
-                    layer=at,
-                    params=[(site.name, site.weight) for site in found],
-                    matrices=_matrices(found, plan.choice, run.bus.device),
-                    modules=[site.module if site.tapped else None for site in found],
-                    group=group,
-                    ranks=run.ranks,
-                    wire_dtype=run.grad_dtype,
-                    moments_dtype=run.moments_dtype,
-                    on_device=self._on_device,
-                    weights=run.weights,
-                    device=run.bus.device,
-                )
-            )
+        for place in places:
+            found = [sites[name] for name, _ in place.params]
+            modules = [site.module if site.tapped else None for site in found]
+            units.append(TilesUnit(place, matrices=_matrices(found, plan.choice, run.bus.device), modules=modules))
         return units
 
 

@@ -12,10 +12,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
+from meft_ds.offload.flat_unit import Place
 from meft_ds.offload.master_unit import MasterUnit
 from meft_ds.offload.model.capture import tap, untap
-from meft_ds.offload.model.weights import WHOLE, Weights
-from meft_ds.offload.ranks import Ranks
+from meft_ds.offload.model.weights import WHOLE
 from meft_ds.sparse_matrix.tiles import Tiles
 
 
@@ -23,56 +23,30 @@ class TilesUnit(MasterUnit):
     """The chosen tiles of one layer's weights of one dtype and one parameter group.
 
     Args:
-        name, layer, params, group, ranks, on_device, weights, device: as in `FlatUnit`.
+        place: where it stands.
         matrices: the tiles of each matrix, in the order of the payload; every parameter has at least one.
         modules: by parameter: the linear layer whose activations give the gradient; None where autograd does.
-        wire_dtype: dtype of the gradients on the bus.
-        moments_dtype: float32 or bfloat16.
     """
 
     wire = "blocks"
     weight_state = frozenset({"master", "original"})
 
-    def __init__(
-        self,
-        *,
-        name: str,
-        layer: int,
-        params: list[tuple[str, nn.Parameter]],
-        matrices: list[Tiles],
-        modules: list[nn.Module | None],
-        group: int,
-        ranks: Ranks,
-        wire_dtype: torch.dtype,
-        moments_dtype: torch.dtype,
-        on_device: bool,
-        weights: Weights = WHOLE,
-        device: torch.device | None = None,
-    ) -> None:
-        self._original_bytes = params[0][1].dtype.itemsize
+    def __init__(self, place: Place, *, matrices: list[Tiles], modules: list[nn.Module | None]) -> None:
+        self._original_bytes = place.params[0][1].dtype.itemsize
         super().__init__(
-            name=name,
-            layer=layer,
-            params=params,
-            group=group,
-            ranks=ranks,
+            place,
             numel=sum(matrix.numel for matrix in matrices),
-            wire_dtype=wire_dtype,
-            state_bytes=4 + 2 * moments_dtype.itemsize + self._original_bytes,
-            on_device=on_device,
-            weights=weights,
-            device=device,
+            state_bytes=4 + 2 * place.moments_dtype.itemsize + self._original_bytes,
         )
         self.matrices, self._modules = matrices, modules
-        self._of_param = [[m for m in matrices if m.param == index] for index in range(len(params))]
-        self._moments_dtype = moments_dtype
+        self._of_param = [[m for m in matrices if m.param == index] for index in range(len(place.params))]
 
     def allocate(self) -> None:
         """Take the memory, keep the tiles' values as their originals, and listen to parameters and modules."""
         super().allocate()
         where = self._device if self.on_device else torch.device("cpu")
         self.original = self.values()[self._lo : self._hi].to(where, copy=True)
-        self._start_from(self.original, self._moments_dtype)
+        self._start_from(self.original)
         for index, module in enumerate(self._modules):
             if module is not None:
                 (tiles,) = self._of_param[index]

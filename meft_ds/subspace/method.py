@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from meft_ds.offload.host.memory import state_on_device
 from meft_ds.offload.method import Method, Run
 from meft_ds.offload.model.capture import is_tapped
-from meft_ds.offload.model.discover import count_layers, layer_of, listed
+from meft_ds.offload.model.discover import count_layers, listed
 from meft_ds.offload.model.weights import shape_of
 from meft_ds.offload.unit import Footprint, Unit
 from meft_ds.subspace.calibrate import Refit, first_draw
@@ -155,41 +155,32 @@ class SubspaceMethod(Method):
     # -- units ---------------------------------------------------------------------------------------------------------
 
     def _make_units(self, run: Run, sites: list[Site]) -> list[SubspaceUnit]:
-        config = self._config
-        layer = layer_of(run.model, self._layers)
-        group_of = {id(p): index for index, group in enumerate(run.groups) for p in group["params"]}
+        config, by_name = self._config, {site.name: site for site in sites}
         stacks: dict[str, int] = {}
-        sorted_in: dict[tuple[int, int, int, torch.dtype], list[Site]] = {}
-        for site in sites:
-            stack = stacks.setdefault(_stack_of(site.name), len(stacks))
-            key = (layer[site.name], stack, group_of.get(id(site.weight), run.group), site.weight.dtype)
-            sorted_in.setdefault(key, []).append(site)
+        stack_of = {site.name: stacks.setdefault(_stack_of(site.name), len(stacks)) for site in sites}
         values = sum(site.d**2 * math.prod(shape_of(site.weight)[:-2]) for site in sites)
         nbytes = values * 2 * run.moments_dtype.itemsize // run.ranks.world
-        on_device = state_on_device(config.state_device, run.bus.device, nbytes)
+        places = run.places(
+            [(site.name, site.weight) for site in sites],
+            self._layers,
+            SubspaceUnit.wire,
+            {name: f".s{stack}" for name, stack in stack_of.items() if stack},
+            wire_dtype=run.grad_dtype,
+            on_device=state_on_device(config.state_device, run.bus.device, nbytes),
+        )
         units = []
-        for (at, stack, group, dtype), found in sorted(sorted_in.items(), key=lambda i: (i[0][:3], str(i[0][3]))):
-            matrices = self._matrices(found, run.bus.device)
-            of_stack = f".s{stack}" if stack else ""
+        for place in places:
+            found = [by_name[name] for name, _ in place.params]
             units.append(
                 SubspaceUnit(
-                    name=f"layer{at}.subspace{of_stack}.g{group}.{str(dtype).removeprefix('torch.')}",
-                    layer=at,
-                    stack=stack,
-                    params=[(site.name, site.weight) for site in found],
-                    matrices=matrices,
+                    place,
+                    matrices=self._matrices(found, run.bus.device),
                     modules=[site.module if site.tapped else None for site in found],
-                    group=group,
-                    ranks=run.ranks,
-                    wire_dtype=run.grad_dtype,
-                    moments_dtype=run.moments_dtype,
-                    on_device=on_device,
                     scale=config.scale,
                     residual=config.rounding == "residual",
                     seed=config.seed,
                     calibrator=self._refit,
-                    weights=run.weights,
-                    device=run.bus.device,
+                    stack=stack_of[place.params[0][0]],
                 )
             )
         return units

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from meft_ds import ops
-from meft_ds.offload.flat_unit import FlatUnit
+from meft_ds.offload.flat_unit import FlatUnit, Place
 from meft_ds.offload.model.capture import tap, untap
-from meft_ds.offload.model.weights import WHOLE, Weights, numel_of, shape_of
+from meft_ds.offload.model.weights import numel_of, shape_of
 from meft_ds.offload.ranks import Ranks
 from meft_ds.offload.unit import Footprint
 from meft_ds.ops.adam import AdamHyper
@@ -54,12 +54,10 @@ class SubspaceUnit(FlatUnit):
     """One layer's compressed matrices of one parameter group.
 
     Args:
-        name, layer, params, group, ranks, wire_dtype: as in `FlatUnit`.
+        place: where it stands.
         stack: which of the model's lists of blocks the layer is in; the later, the deeper.
         matrices: with their places in `params` and in the flat vector.
         modules: by index in `params`, those whose activations give S; None where the gradient does.
-        moments_dtype: float32 or bfloat16.
-        on_device: keep and update the moments where the model is; then nothing uses the bus.
         scale: factor on updates, or "adam" for `Matrix.adam_scale`.
         residual: keep what rounding loses (bf16, fp16), instead of rounding stochastically.
         seed: of stochastic rounding.
@@ -70,42 +68,22 @@ class SubspaceUnit(FlatUnit):
 
     def __init__(
         self,
+        place: Place,
         *,
-        name: str,
-        layer: int,
-        params: list[tuple[str, nn.Parameter]],
         matrices: list[Matrix],
         modules: list[nn.Module | None],
-        group: int,
-        ranks: Ranks,
-        wire_dtype: torch.dtype,
-        moments_dtype: torch.dtype,
-        on_device: bool,
         scale: float | str,
         residual: bool,
         seed: int,
         calibrator: Calibrator,
         stack: int = 0,
-        weights: Weights = WHOLE,
-        device: torch.device | None = None,
     ) -> None:
-        super().__init__(
-            name=name,
-            layer=layer,
-            params=params,
-            group=group,
-            ranks=ranks,
-            numel=sum(matrix.numel for matrix in matrices),
-            wire_dtype=wire_dtype,
-            state_bytes=2 * moments_dtype.itemsize,
-            on_device=on_device,
-            weights=weights,
-            device=device,
-        )
-        self.matrices, self._modules, self.depth = matrices, modules, (stack, layer)
-        self._of_param = [[m for m in matrices if m.param == index] for index in range(len(params))]
+        numel = sum(matrix.numel for matrix in matrices)
+        super().__init__(place, numel=numel, state_bytes=2 * place.moments_dtype.itemsize)
+        self.matrices, self._modules, self.depth = matrices, modules, (stack, place.layer)
+        self._of_param = [[m for m in matrices if m.param == index] for index in range(len(place.params))]
         self.sides = list({id(side): side for m in matrices for side in (m.left, m.right)}.values())
-        self._moments_dtype, self._scale, self._seed = moments_dtype, scale, seed
+        self._scale, self._seed = scale, seed
         self._keep_residual = residual and self._dtype != torch.float32
         self._residuals: list[Tensor] = []
         self._calibrator = calibrator

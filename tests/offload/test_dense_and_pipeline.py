@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from meft_ds.offload.dense_unit import DenseUnit
+from meft_ds.offload.flat_unit import Place
 from meft_ds.offload.host.transfer import Bus
 from meft_ds.offload.pipeline import Pipeline
 from meft_ds.offload.ranks import Ranks
@@ -19,9 +20,7 @@ HYPER = AdamHyper(lr=0.01, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.1)
 def make(model: nn.Module, *, clip: float = 0.0) -> Pipeline:
     units: list[Unit] = []
     for layer, (name, p) in enumerate(model.named_parameters()):
-        unit = DenseUnit(
-            name=name, layer=layer, params=[(name, p)], group=0, ranks=Ranks(), moments_dtype=torch.float32
-        )
+        unit = DenseUnit(Place(name=name, layer=layer, params=[(name, p)]))
         unit.allocate()
         units.append(unit)
     settings = StepSettings(hyper_of=lambda unit: HYPER, grad_scale=1.0, clip=clip)

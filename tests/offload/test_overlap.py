@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from meft_ds.offload import update_gates
 from meft_ds.offload.dense_unit import DenseUnit
+from meft_ds.offload.flat_unit import Place
 from meft_ds.offload.host.transfer import Bus
 from meft_ds.offload.pipeline import Pipeline
 from meft_ds.offload.ranks import Ranks
@@ -60,7 +61,7 @@ def build(
     units = []
     for layer, part in enumerate(parts):
         params = [(n, p) for n, p in model.named_parameters() if n.startswith(part)]
-        unit = DenseUnit(name=part, layer=layer, params=params, group=0, ranks=Ranks(), moments_dtype=torch.float32)
+        unit = DenseUnit(Place(name=part, layer=layer, params=params))
         unit.allocate()
         units.append(unit)
     step = StepSettings(hyper_of=lambda unit: HYPER, grad_scale=1.0, clip=clip)

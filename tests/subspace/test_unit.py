@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from meft_ds import ops
+from meft_ds.offload.flat_unit import Place
 from meft_ds.offload.host.transfer import Bus
 from meft_ds.offload.pipeline import Pipeline
 from meft_ds.offload.ranks import Ranks
@@ -68,16 +69,9 @@ def test_signed_permutations_with_scale_1_equal_torch_adamw(side: str, clip: flo
             input_first=isinstance(module, Conv1D),
         )
         unit = SubspaceUnit(
-            name=f"{index}",
-            layer=index,
-            params=[(f"{index}.weight", module.weight)],
+            Place(name=f"{index}", layer=index, params=[(f"{index}.weight", module.weight)]),
             matrices=[matrix],
             modules=[module if side == "activation" else None],
-            group=0,
-            ranks=Ranks(),
-            wire_dtype=torch.float32,
-            moments_dtype=torch.float32,
-            on_device=False,
             scale=1.0,
             residual=False,
             seed=0,
