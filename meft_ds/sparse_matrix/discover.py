@@ -11,14 +11,11 @@ import torch
 from torch import nn
 
 from meft_ds.offload.model.capture import can_tap
-from meft_ds.offload.model.discover import Sharing, listed, output_heads, weights
+from meft_ds.offload.model.discover import Search, listed, output_heads, weights, whole_name
 from meft_ds.offload.model.heads import peft_layer
 from meft_ds.offload.model.weights import numel_of, shape_of
-from meft_ds.options import compiled
 from meft_ds.sparse_matrix.config import SparseMatrixConfig
 from meft_ds.sparse_matrix.roles import input_first, names_of_parts, parts_of
-
-_MOST_LISTED = 20
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,47 +81,23 @@ def find_sites(model: nn.Module, config: SparseMatrixConfig) -> tuple[list[Site]
         `segments`, or a role of `budget`, belongs to no weight; when the sizes of `segments` do not add up.
     """
     _refuse_peft(model)
-    sharing, heads = Sharing(model), output_heads(model)
-    patterns = None if config.target_modules is None else {p: compiled(p) for p in config.target_modules}
-    unused, unused_segments = set(patterns or ()), set(config.segments)
+    head = "is the output head"
+    unfit = {id(p): head for module in output_heads(model) for p in module.parameters(recurse=False)}
+    search = Search(model, config.target_modules, unfit, expected=("is frozen", head))
     sites: list[Site] = []
     found_roles: set[str] = set()
-    frozen: list[str] = []
-    told: list[str] = []
-    candidates = []
-    for name, module, key, weight in weights(model):
-        full = f"{name}.{key}" if name else key
-        candidates.append(name)
-        given = config.segments_of(name if len(shape_of(weight)) == 2 else full)
-        if given is not None:
-            unused_segments.discard(given[0])
-        if patterns is not None:
-            matching = {p for p, pattern in patterns.items() if pattern.fullmatch(name)}
-            unused -= matching
-            if not matching:
-                continue
-        if not weight.requires_grad or module in heads:
-            why = "is the output head" if module in heads else "is frozen"
-            (frozen if patterns is None else told).append(f"{full} {why}")  # a pattern asked for it by name
-            continue
-        if sharing.shares(module, weight):
-            told.append(f"{full} is tied or used by several modules")
-            continue
-        site, unknown = _cut(model, name, module, key, weight, config, given)
+    for name, module, key, weight in search:
+        site, unknown = _cut(model, name, module, key, weight, config)
         found_roles.update(site.roles)
         if config.roles is None or set(config.roles).intersection(site.roles):
             sites.append(site)
-            told += [f"{full} counts as one matrix: {unknown}; sparse_matrix.segments can say"] if unknown else []
-    _refuse_idle(unused_segments, config, found_roles, candidates)
-    if unused or not sites:
-        idle = f" target_modules {sorted(unused)} matches no whole module name." if unused else ""
+            if unknown:
+                search.told.append(f"{site.name} counts as one matrix: {unknown}; sparse_matrix.segments can say")
+    _refuse_idle(model, config, found_roles, search)
+    if search.unused or not sites:
         roles = f" Roles: {', '.join(sorted(found_roles))}." if found_roles and not sites else ""
-        raise ValueError(
-            f"no matrix of {type(model).__name__} to have tiles for the sparse_matrix method.{idle}{roles} "
-            f"Linear layers: {', '.join(candidates[:_MOST_LISTED]) or 'none'}. "
-            + ("Left out: " + "; ".join([*told, *frozen][:_MOST_LISTED]) if told or frozen else "")
-        )
-    return sites, told
+        raise search.fault("to have tiles for the sparse_matrix method", roles)
+    return sites, search.told
 
 
 def narrow(sites: Sequence[Site], groups: Sequence[dict[str, Any]]) -> tuple[list[Site], dict[str, str]]:
@@ -182,11 +155,9 @@ def _cut(
     key: str,
     weight: nn.Parameter,
     config: SparseMatrixConfig,
-    given: tuple[str, list[int]] | None,
 ) -> tuple[Site, str]:
     """Return the weight's site, and what is not known about its parts."""
-    full = f"{name}.{key}" if name else key
-    shape = shape_of(weight)
+    full, shape, given = whole_name(name, key), shape_of(weight), _segments(config, name, key, weight)
     linear = len(shape) == 2
     above, _, last = name.rpartition(".")
     if linear:
@@ -242,11 +213,20 @@ def _refuse_peft(model: nn.Module) -> None:
         )
 
 
-def _refuse_idle(segments: set[str], config: SparseMatrixConfig, found_roles: set[str], candidates: list[str]) -> None:
+def _segments(config: SparseMatrixConfig, name: str, key: str, weight: nn.Parameter) -> tuple[str, list[int]] | None:
+    """Return the user's segments of a weight: of a linear layer by its name, of expert tensors by the parameter's."""
+    return config.segments_of(name if len(shape_of(weight)) == 2 else whole_name(name, key))
+
+
+def _refuse_idle(model: nn.Module, config: SparseMatrixConfig, found_roles: set[str], search: Search) -> None:
+    segments = set(config.segments)
+    for name, _, key, weight in weights(model) if segments else ():
+        if (given := _segments(config, name, key, weight)) is not None:
+            segments.discard(given[0])
     if segments:
         raise ValueError(
             f"sparse_matrix.segments {sorted(segments)} matches no whole module name (of an expert tensor: parameter "
-            f"name). Linear layers: {', '.join(candidates[:_MOST_LISTED]) or 'none'}"
+            f"name). Linear layers: {search.listed_modules}"
         )
     missing = set(config.budget) - found_roles if isinstance(config.budget, dict) else set()
     if missing and found_roles:

@@ -8,10 +8,9 @@ from dataclasses import dataclass
 from torch import nn
 
 from meft_ds.offload.model.capture import can_tap
-from meft_ds.offload.model.discover import Sharing, weights
+from meft_ds.offload.model.discover import Search, whole_name
 from meft_ds.offload.model.heads import head_parameters, peft_layer, peft_parameters, vocabulary_parameters
 from meft_ds.offload.model.weights import shape_of
-from meft_ds.options import compiled
 from meft_ds.subspace.config import SubspaceConfig
 
 # Siblings that read the same tensor in the models of Hugging Face: they share the sketch of it, and so its projector.
@@ -23,7 +22,7 @@ _SHARE_INPUT = (
     ("w1", "w3"),
     ("wi_0", "wi_1"),
 )
-_MOST_LISTED = 20
+# What is made for one task and small beside the base: compressing it costs much and saves nothing.
 _OUTPUT, _PEFT = "is the output head", "is PEFT's"
 
 
@@ -59,41 +58,18 @@ def find_matrices(model: nn.Module, config: SubspaceConfig) -> tuple[list[Site],
         ValueError: when there are none and nothing trains, or none that `target_modules` or a whole `dim` asks for; or
         a pattern of `target_modules` matches no module name; with names to choose from.
     """
-    sharing, small = Sharing(model), _SmallParts(model)
-    patterns = None if config.target_modules is None else {p: compiled(p) for p in config.target_modules}
-    unused = set(patterns or ())
+    unfit = dict.fromkeys(head_parameters(model), "is a head")
+    unfit |= dict.fromkeys(vocabulary_parameters(model), _OUTPUT) | dict.fromkeys(peft_parameters(model), _PEFT)
+    # everybody knows of the output head, and what PEFT added is told of in one line
+    search = Search(model, config.target_modules, unfit, expected=("is frozen", _OUTPUT, _PEFT))
     sites: list[Site] = []
-    frozen: list[str] = []
-    excluded: list[str] = []
-    added: list[str] = []
-    candidates = []
-    unfit = False
-    for name, module, key, weight in weights(model):
-        candidates.append(name)
-        if patterns is not None:
-            matching = {p for p, pattern in patterns.items() if pattern.fullmatch(name)}
-            unused -= matching
-            if not matching:
-                continue
-        full = f"{name}.{key}" if name else key
-        if not weight.requires_grad:
-            (frozen if patterns is None else excluded).append(f"{full} is frozen")
-            continue
-        why = small.why(weight)
-        if why == _PEFT and patterns is None:
-            added.append(full)
-            continue
-        if why:
-            # everybody knows of the output head; it is told of where a pattern asks for it by name
-            (frozen if why == _OUTPUT and patterns is None else excluded).append(f"{full} {why}")
-            continue
-        if sharing.shares(module, weight):
-            excluded.append(f"{full} is tied or used by several modules")
-            continue
+    unfit_dim = False
+    for name, module, key, weight in search:
+        full = whole_name(name, key)
         d = config.dim_of(*shape_of(weight)[-2:])
         if d == 0:
-            excluded.append(f"{full} {tuple(shape_of(weight))} is too small for subspace.dim {config.dim}")
-            unfit = True
+            search.told.append(f"{full} {tuple(shape_of(weight))} is too small for subspace.dim {config.dim}")
+            unfit_dim = True
             continue
         linear = len(shape_of(weight)) == 2
         site = Site(
@@ -106,16 +82,13 @@ def find_matrices(model: nn.Module, config: SubspaceConfig) -> tuple[list[Site],
             shares=_shares(name, weight, d) if isinstance(module, nn.Linear) else full,
         )
         sites.append(site)
+    added = [line for line in search.untold if line.endswith(_PEFT)]
+    search.untold = [line for line in search.untold if not line.endswith(_PEFT)]
     if added:
-        excluded.insert(0, f"{added[0]} {_PEFT}" + (f", as are {len(added) - 1} more" if len(added) > 1 else ""))
-    if unused or (not sites and _was_asked_for(model, config, candidates, unfit)):
-        told = f" target_modules {sorted(unused)} matches no whole module name." if unused else ""
-        raise ValueError(
-            f"no matrix of {type(model).__name__} to compress for the subspace method.{told}{_about_peft(model)} "
-            f"Linear layers: {', '.join(candidates[:_MOST_LISTED]) or 'none'}. "
-            + ("Left out: " + "; ".join([*excluded, *frozen][:_MOST_LISTED]) if excluded or frozen else "")
-        )
-    return sites, [*excluded, *frozen] if not sites else excluded
+        search.told.insert(0, added[0] + (f", as are {len(added) - 1} more" if len(added) > 1 else ""))
+    if search.unused or (not sites and _was_asked_for(model, config, search.modules, unfit_dim)):
+        raise search.fault("to compress for the subspace method", _about_peft(model))
+    return sites, search.told if sites else [*search.told, *search.untold]
 
 
 def _was_asked_for(model: nn.Module, config: SubspaceConfig, candidates: list[str], unfit: bool) -> bool:
@@ -133,19 +106,6 @@ def _about_peft(model: nn.Module) -> str:
         "unfrozen (merge_and_unload().requires_grad_(True) keeps what an adapter has learned), or take target_modules "
         "or subspace out of the meft_offload block."
     )
-
-
-class _SmallParts:
-    """What is made for one task and small beside the base, so that compressing it costs much and saves nothing."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self._why = dict.fromkeys(head_parameters(model), "is a head")
-        self._why |= dict.fromkeys(vocabulary_parameters(model), _OUTPUT)
-        self._why |= dict.fromkeys(peft_parameters(model), _PEFT)
-
-    def why(self, weight: nn.Parameter) -> str:
-        """Why `weight` stays uncompressed; "" if it is none of them."""
-        return self._why.get(id(weight), "")
 
 
 def _shares(name: str, weight: nn.Parameter, d: int) -> str:

@@ -5,13 +5,16 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 
 import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
 from meft_ds.offload.model.weights import shape_of
+from meft_ds.options import compiled
+
+MOST_LISTED = 20  # names in an error
 
 
 def weights(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, nn.Parameter]]:
@@ -89,6 +92,73 @@ class Sharing:
     def shares(self, module: nn.Module, weight: nn.Parameter) -> bool:
         """Whether `weight` is tied, or its module is in several places."""
         return self._holders[id(weight)] > 1 or self._names[id(module)] > 1
+
+
+class Search:
+    """The weights that a method may take: matched by `target_modules`, trainable, fit, and used in one place.
+
+    Iterate over it once; then it knows why others are left out.
+
+    Args:
+        target_modules: regular expressions for whole module names; None: all.
+        unfit: by id of a weight, why the method leaves it out.
+        expected: reasons that nobody needs to be told of, unless `target_modules` asks for such a weight.
+
+    Attributes:
+        modules: names of all modules that have matrices.
+        told: a line for each weight that is left out.
+        untold: a line for each that is left out for an expected reason.
+        unused: patterns that match no name.
+    """
+
+    def __init__(
+        self, model: nn.Module, target_modules: Sequence[str] | None, unfit: Mapping[int, str], expected: Container[str]
+    ) -> None:
+        self._model, self._unfit = model, unfit
+        self._patterns = None if target_modules is None else {p: compiled(p) for p in target_modules}
+        self._expected = expected if target_modules is None else ()
+        self.modules: list[str] = []
+        self.told: list[str] = []
+        self.untold: list[str] = []
+        self.unused = set(self._patterns or ())
+
+    def __iter__(self) -> Iterator[tuple[str, nn.Module, str, nn.Parameter]]:
+        """Yield as `weights` does."""
+        sharing = Sharing(self._model)
+        for name, module, key, weight in weights(self._model):
+            self.modules.append(name)
+            if self._patterns is not None:
+                matching = {p for p, pattern in self._patterns.items() if pattern.fullmatch(name)}
+                self.unused -= matching
+                if not matching:
+                    continue
+            why = "" if weight.requires_grad else "is frozen"
+            why = why or self._unfit.get(id(weight), "")
+            why = why or ("is tied or used by several modules" if sharing.shares(module, weight) else "")
+            if why:
+                lines = self.untold if why in self._expected else self.told
+                lines.append(f"{whole_name(name, key)} {why}")
+            else:
+                yield name, module, key, weight
+
+    def fault(self, what: str, about: str = "") -> ValueError:
+        """Return the error for a model in which there is no matrix `what`, with names to choose from."""
+        if self.unused:
+            about = f" target_modules {sorted(self.unused)} matches no whole module name.{about}"
+        left_out = "; ".join([*self.told, *self.untold][:MOST_LISTED])
+        return ValueError(
+            f"no matrix of {type(self._model).__name__} {what}.{about} Linear layers: {self.listed_modules}. "
+            + (f"Left out: {left_out}" if left_out else "")
+        )
+
+    @property
+    def listed_modules(self) -> str:
+        return ", ".join(self.modules[:MOST_LISTED]) or "none"
+
+
+def whole_name(module: str, key: str) -> str:
+    """Return the name of a module's parameter `key`."""
+    return f"{module}.{key}" if module else key
 
 
 def count_layers(model: nn.Module) -> int:
