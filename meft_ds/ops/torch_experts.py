@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The sparse adapter's host kernels in plain torch: the oracle of the C++ ones. fp32 throughout, shapes as in experts.
 
-Written to be read, not to be fast: without a compiler the adapter takes its own batched torch form instead.
+Written to be read, not to be fast: without a compiler the adapter takes the batched torch form of its own room.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def list_entries(mask: Tensor, experts: Tensor, slots: Tensor) -> tuple[Tensor, 
 def forward(
     x: Tensor, bank: Tensor, token: Tensor, slot: Tensor, scores: Tensor | None, gates: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """(y fp32 [T, d], kept [entries]); scores and gates are given per entry here."""
+    """Return y fp32 [T, d] and kept [entries]. Scores and gates are given per entry here."""
     d = x.shape[1]
     rows = bank[slot.long()].float()
     q = (x.float()[token] * rows[:, :d]).sum(1) if scores is None else scores
@@ -59,7 +59,7 @@ def forward(
 def backward(
     dy: Tensor, x: Tensor, bank: Tensor, token: Tensor, slot: Tensor, kept: Tensor, gates: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(dx fp32 [T, d], d_gate per entry, row gradients fp32 [n, 2 d]); gates are given per entry here."""
+    """Return dx fp32 [T, d], d_gate per entry, and row gradients fp32 [n, 2 d]. Gates are given per entry here."""
     d = x.shape[1]
     rows = bank[slot.long()].float()
     dz = (dy.float()[token] * rows[:, d:]).sum(1) * (kept != 0)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Sparse sketches and the subspace update in plain torch: the oracle of the kernels, and their stand-in on any device.
 
-A *gather list* is (index [o, w], value [o, w]): output o takes w inputs. Shapes as in `meft_ds.ops.sketch`.
+Shapes and gather lists are as in `meft_ds.ops.sketch`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ _MASK = 0xFFFFFFFF
 
 
 def positions(index: Tensor) -> Tensor:
-    """int64 positions of a gather list; int16 holds uint16 bits."""
+    """Return the positions of a gather list as int64; int16 holds uint16 bits."""
     return index.long() & 0xFFFF if index.dtype == torch.int16 else index.long()
 
 
@@ -35,7 +35,7 @@ def combine(z: Tensor, index: Tensor, value: Tensor) -> Tensor:
 
 
 def _product(x: Tensor, factor: Tensor) -> Tensor:
-    """An entry of value 0 is absent: padding must not make a nan of an infinity in position 0."""
+    """Multiply. An entry of value 0 is absent: padding must not make a nan of an infinity in position 0."""
     return (x.float() * factor).masked_fill_(factor == 0, 0)
 
 
@@ -69,11 +69,11 @@ def subspace_apply(
 
 
 def random_halves(elements: Tensor, key: int, step: int) -> Tensor:
-    """16 random bits for each element number (int64): Philox4x32 with 7 rounds (Salmon et al., SC 2011).
+    """Return 16 random bits for each element number (int64): Philox4x32 with 7 rounds (Salmon et al., SC 2011).
 
-    128 consecutive elements share 16 counters, so that 16 lanes of one word serve 16 neighbours: element e takes
-    counter 16 * (e // 128) + e % 16, and of its eight halves (low half of word 0, high half of word 0, ...) number
-    (e % 128) // 16. Counter words are (low, high, step, 0), key words the low and high half of `key`.
+    128 consecutive elements share 16 counters, so that 16 lanes of one word serve 16 neighbours. Element e takes
+    counter 16 * (e // 128) + e % 16. Of that counter's eight halves (low half of word 0, high half of word 0, ...) it
+    takes number (e % 128) // 16. Counter words are (low, high, step, 0), key words the low and high half of `key`.
     """
     block = elements // 128 * 16 + elements % 16
     c0, c1 = block & _MASK, block >> 32 & _MASK
@@ -94,8 +94,11 @@ def random_halves(elements: Tensor, key: int, step: int) -> Tensor:
 
 
 def round_stochastically(value: Tensor, halves: Tensor, dtype: torch.dtype) -> Tensor:
-    """float32 -> bf16 or fp16: up (away from 0) if the fraction of a unit in the last place, in 2**-16, plus the 16
-    random bits reaches 2**16. Unbiased but for what lies below 2**-16 of a unit; inf and nan stay."""
+    """Round float32 to bf16 or fp16. Unbiased but for what lies below 2**-16 of a unit in the last place.
+
+    A value goes up (away from 0) if its fraction of a unit, counted in 2**-16, plus its 16 random bits reaches 2**16.
+    inf and nan stay.
+    """
     if dtype == torch.bfloat16:
         bits = value.view(torch.int32).long() & _MASK
         rounded = torch.where(value.isnan(), bits | 1 << 22, bits + halves) >> 16

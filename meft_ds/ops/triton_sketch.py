@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # mypy: allow-untyped-defs, allow-incomplete-defs
-"""Sketches and the subspace update on a GPU, in Triton; arguments as in `meft_ds.ops.sketch`.
+"""Sketches, the subspace update and Adam's direction on a GPU, in Triton; arguments as in the faces sketch and adam.
 
 Written against the plain torch oracle and tested through Triton's interpreter on the host (TRITON_INTERPRET=1). They
 compile for a GPU, but have not yet run on one: block sizes are not tuned, and every element works out its four random
@@ -22,8 +22,8 @@ def sketch(x: Tensor, index: Tensor, value: Tensor, out_dtype: torch.dtype) -> T
     T, n = x.shape
     outputs, width = index.shape
     out = torch.empty(T, outputs, dtype=out_dtype, device=x.device)
-    # Blocks of tokens vary slowest: programs that run side by side gather from the same rows of x, which so come from
-    # the cache but for the first time.
+    # Blocks of tokens vary slowest: programs that run side by side gather from the same rows of x. After the first
+    # time those rows come from the cache.
     grid = (triton.cdiv(outputs, _COLUMNS), triton.cdiv(T, _ROWS))
     if T and outputs:
         _sketch[grid](x, index, value, out, T, n, outputs, width, _ROWS, _COLUMNS)
@@ -51,7 +51,7 @@ def subspace_apply(
     step: int,
     residual: Tensor | None,
 ) -> None:
-    """R = alpha * P s, [m, d2] fp32, goes through memory: the second kernel gathers from a few rows of it at a time."""
+    """Run two kernels. The first writes R = alpha * P s, fp32 [m, d2]; the second gathers from a few of its rows."""
     m, n = weight.shape
     if not (m and n):
         return
@@ -101,14 +101,14 @@ def adam_direction(
 
 
 def _signed(word: int) -> int:
-    """The low 32 bits as int32: the launcher types an argument by its size, and would give big words 64 bits."""
+    """Return the low 32 bits as int32: the launcher types an argument by its size and would give a big word 64 bits."""
     word &= 0xFFFFFFFF
     return word - (1 << 32) if word >= 1 << 31 else word
 
 
 @triton.jit
 def _entry(index, value, at, there):
-    """Position and fp32 factor of entries; int16 positions hold uint16 bits."""
+    """Load position and fp32 factor of entries; int16 positions hold uint16 bits."""
     position = tl.load(index + at, mask=there, other=0).to(tl.int32)
     if index.dtype.element_ty == tl.int16:
         position = position & 0xFFFF
@@ -117,7 +117,7 @@ def _entry(index, value, at, there):
 
 @triton.jit
 def _sums(x, index, value, row, column, rows, columns, n, width):
-    """sum over w of x[row, index[column, w]] * value[column, w] for a block; an entry of value 0 is absent."""
+    """Sum x[row, index[column, w]] * value[column, w] over w for a block; an entry of value 0 is absent."""
     total = tl.zeros([row.shape[0], column.shape[0]], dtype=tl.float32)
     for w in range(width):
         position, factor = _entry(index, value, column.to(tl.int64) * width + w, column < columns)
@@ -151,7 +151,7 @@ def _combine(z, index, value, out, columns, width, alpha, COLUMNS: tl.constexpr)
     tl.store(out + o * columns + column, total, mask=column < columns)
 
 
-@triton.jit(do_not_specialize=["key_low", "key_high", "step"])  # else step 1, 16 and 17 would be compiled apart
+@triton.jit(do_not_specialize=["key_low", "key_high", "step"])  # steps 1, 16 and 17 would be compiled apart
 def _update(
     weight, products, index, value, residual, m, n, d2, width, decay, key_low, key_high, step,
     RANDOM: tl.constexpr, RESIDUAL: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
@@ -180,7 +180,7 @@ def _update(
 
 @triton.jit
 def _random_halves(element, key_low, key_high, step):
-    """Philox4x32 with 7 rounds; which element takes which bits: `random_halves` in torch_sketch.py."""
+    """Run Philox4x32 with 7 rounds; `random_halves` in torch_sketch.py says which element takes which bits."""
     counter = element // 128 * 16 + element % 16
     c0 = counter.to(tl.uint32)
     c1 = (counter >> 32).to(tl.uint32)
@@ -203,7 +203,7 @@ def _random_halves(element, key_low, key_high, step):
 
 @triton.jit
 def _nearest(exact, dtype: tl.constexpr):
-    """Rounded to nearest even; of bf16 by hand, because Triton's interpreter cuts it off."""
+    """Round to nearest even; bf16 by hand, because Triton's interpreter would cut it off."""
     if dtype == tl.bfloat16:
         bits = exact.to(tl.uint32, bitcast=True)
         is_nan = (bits & 0x7FFFFFFF) > 0x7F800000

@@ -58,14 +58,6 @@ class FlatAdam:
         """Return the live state tensors by name."""
         return {"master": self.master, "exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq}
 
-    def scalars(self) -> dict[str, Any]:
-        """Return the numbers that resuming needs beside the tensors: none here."""
-        return {}
-
-    def load_scalars(self, scalars: dict[str, Any]) -> None:
-        """Take back what `scalars` gave."""
-        assert not scalars
-
 
 class RowAdam(FlatAdam):
     """AdamW of rows [n, w] from sparse row gradients.

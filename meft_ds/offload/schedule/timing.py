@@ -21,6 +21,7 @@ LaneName = Literal["compute", "main", "down", "host", "up"]
 """Where work runs: in the model, elsewhere on the training thread, or on one of the three lanes."""
 MarkName = Literal["forward", "forward_end", "backward_end", "step", "end"]
 """Points of a window on the training thread."""
+_ON_MAIN = ("stall", "norm", "collect", "apply")  # work and waiting on the training thread
 
 
 class Span(NamedTuple):
@@ -39,10 +40,10 @@ class Span(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class WindowTimes:
-    """One accumulation window in seconds; a sum runs over its micro-batches or over all units.
+    """One accumulation window in seconds. A sum runs over its micro-batches or over all units.
 
-    `step_s` is forwards, backwards and the step; what the training program does between them is left out.
-    Sums of `down_s`, `host_update_s`, `up_s` are of work that ran in this window: with an overlapping schedule the host
+    `step_s` is forwards, backwards and the step, without what your program does between them. `down_s`,
+    `host_update_s` and `up_s` count work that ran in this window. With an overlapping schedule these are the host
     updates and uploads of the step before it.
     """
 
@@ -74,12 +75,12 @@ class WindowTimes:
 
     @property
     def efficiency(self) -> float:
-        """bound / measured, at most 1."""
+        """`bound_s` over `step_s`, at most 1."""
         return min(1.0, self.bound_s / self.step_s) if self.step_s > 0 else 1.0
 
 
 class Timeline:
-    """Collects spans from all threads and marks from the one that trains.
+    """Collects spans from all threads, and marks from the training thread.
 
     Args:
         bus: gives points in the device's work, so that forward and backward are the device's times.
@@ -107,10 +108,10 @@ class Timeline:
 
     def mark(self, what: MarkName) -> None:
         """Note a point of the window."""
-        self._marks.append((what, time.perf_counter(), self._timed_event()))
+        self._marks.append((what, time.perf_counter(), self._bus.mark(timed=True)))
 
     def close_window(self) -> WindowTimes:
-        """What was collected since the last call."""
+        """Return what was collected since the last call."""
         self.mark("end")
         with self._adding:
             spans, self._spans = self._spans, []
@@ -118,7 +119,7 @@ class Timeline:
         found = [(what, _between(first, last)) for what, first, last in phases(marks)]
         forwards, backwards = ([s for what, s in found if what == name] for name in ("forward", "backward"))
         total = {lane: sum(s.seconds for s in spans if s.lane == lane) for lane in ("down", "host", "up")}
-        main = {what: sum(s.seconds for s in spans if s.lane == "main" and s.what == what) for what in _MAIN}
+        main = {what: sum(s.seconds for s in spans if s.lane == "main" and s.what == what) for what in _ON_MAIN}
         step = next((at for what, at, _ in marks if what == "step"), marks[-1][1])
         return WindowTimes(
             step_s=sum(forwards) + sum(backwards) + marks[-1][1] - step,
@@ -138,20 +139,14 @@ class Timeline:
             marks=tuple((what, at) for what, at, _ in marks),
         )
 
-    def _timed_event(self) -> Any:
-        return self._bus.mark(timed=True)
-
-
-_MAIN = ("stall", "norm", "collect", "apply")
-
 
 _Mark = TypeVar("_Mark", bound=tuple[Any, ...])
 
 
 def phases(marks: Sequence[_Mark]) -> Iterator[tuple[str, _Mark, _Mark]]:
-    """("forward" or "backward", first mark, last mark) of each; a mark's first item says what it marks.
+    """Yield ("forward" or "backward", first mark, last mark). A mark's first item says what it marks.
 
-    A backward is from its forward's end to the last "backward_end" before the next forward or the step.
+    A backward goes from its forward's end to the last "backward_end" before the next forward or the step.
     """
     begun = ended = backward_ended = None
     for mark in marks:
@@ -170,8 +165,8 @@ def phases(marks: Sequence[_Mark]) -> Iterator[tuple[str, _Mark, _Mark]]:
 
 
 def _between(first: tuple[str, float, Any], last: tuple[str, float, Any]) -> float:
-    """Seconds of the device's work between two marks, or of the thread where the device has no clock of its own."""
+    """Return the seconds of the device's work between two marks; of the thread where the device has no clock."""
     if first[2] is None or last[2] is None:
         return last[1] - first[1]
-    last[2].synchronize()  # a step ends after the device did the backward, so this hardly waits
+    last[2].synchronize()  # hardly waits: a step ends after the device did the backward
     return first[2].elapsed_time(last[2]) / 1e3

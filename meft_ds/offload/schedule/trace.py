@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A Chrome trace of the lanes, for Perfetto (ui.perfetto.dev) or chrome://tracing: one row per lane, one process per
-rank.
+"""A Chrome trace of the lanes, for Perfetto (ui.perfetto.dev) or chrome://tracing.
 
-Times are `time.perf_counter`'s, which all ranks of a machine share, so the files of several ranks fit together.
+Each lane is a row, each rank a process. Times are `time.perf_counter`'s, which all ranks of a machine share, so the
+files of several ranks fit together.
 """
 
 from __future__ import annotations
@@ -27,13 +27,12 @@ _WARM_UP = 2  # windows left out: they pay for compilation and cold caches
 
 
 class Trace:
-    """Collects `windows` windows from the third on and writes them once: when the last of them has closed, or at
-    `close`, or when the interpreter exits.
+    """Collects windows from the third on and writes them once: after the last one, at `close`, or at the exit.
 
     Args:
         path: of rank 0's file; see `path_of_rank` for the others.
-        windows: how many.
-        rank: this process's.
+        windows: how many to collect.
+        rank: of this process.
     """
 
     def __init__(self, path: str, windows: int, rank: int = 0) -> None:
@@ -43,7 +42,7 @@ class Trace:
         self._write_once = weakref.finalize(self, _write, self.path, self._events, rank)
 
     def add(self, times: WindowTimes) -> None:
-        """Take the next window; only what the file needs of it is kept."""
+        """Take the next window. Only what the file needs of it is kept."""
         self._seen += 1
         if not self._write_once.alive or self._seen <= _WARM_UP:
             return
@@ -52,21 +51,21 @@ class Trace:
             self.close()
 
     def close(self) -> None:
-        """Write what there is, unless it was written."""
+        """Write what was collected, if nothing was written yet."""
         self._write_once()
 
 
 def path_of_rank(path: str, rank: int) -> Path:
-    """`name.json` for rank 0, `name.rank1.json` for rank 1."""
+    """Return `name.json` for rank 0, `name.rank1.json` for rank 1."""
     whole = Path(path).absolute()  # the program may change its folder before the file is written
     return whole if rank == 0 else whole.with_name(f"{whole.stem}.rank{rank}{whole.suffix}")
 
 
 def writable(path: str | None) -> str | None:
-    """`path`, if it is None or if a file can be written there.
+    """Return `path` if it is None or a file can be written there.
 
     Raises:
-        ValueError: saying what is wrong with it and what to do.
+        ValueError: naming what is wrong and what to do.
     """
     if path is None:
         return None
