@@ -56,11 +56,10 @@ def test_bytes_that_go_up_after_the_step_are_written_with_the_window_they_belong
     writer = Writer()
     monitor = telemetry(writer, bus)
     bus.count("rows", down=100, up=10)
-    window = bus.window
+    late = bus.of_window()
     monitor.close_window(step_result(), 0)
     assert writer.calls == []
-    with bus.counting_for(window):
-        bus.count("dense", up=7)
+    late.count("dense", up=7)
     bus.count("rows", up=1000)  # the next window's
     monitor.write(32)
     assert writer.values()["bytes_down"] == 100 and writer.values()["bytes_up"] == 17

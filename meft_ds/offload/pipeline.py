@@ -28,7 +28,7 @@ import torch
 from torch.autograd import Variable
 
 from meft_ds.offload.broken_windows import Windows
-from meft_ds.offload.host.transfer import Bus, WindowBytes
+from meft_ds.offload.host.transfer import Bus
 from meft_ds.offload.model.gradient_checkpointing import inside_backward
 from meft_ds.offload.ranks import LaneRanks, Ranks
 from meft_ds.offload.schedule.eager import Mode, Tuner
@@ -322,18 +322,14 @@ class Pipeline(Windows):
         entry.sent, entry.measured, entry.late, entry.again, entry.early = True, False, False, False, early
         with self.timeline.span("main", "collect", entry.unit.name):
             entry.unit.collect()
-        self._lanes.down.submit(partial(self._down_job, entry, self.bus.mark(), self.bus.window))
+        self._lanes.down.submit(partial(self._down_job, entry, self.bus.mark(), self.bus.of_window()))
         self._window.sending = False
 
-    def _down_job(self, entry: UnitProgress, after: Any, window: WindowBytes) -> None:
+    def _down_job(self, entry: UnitProgress, after: Any, bus: Bus) -> None:
         unit = entry.unit
-        with (
-            self.timeline.span("down", "send", unit.name),
-            self.bus.lane("down", after),
-            self.bus.counting_for(window),
-        ):
+        with self.timeline.span("down", "send", unit.name), bus.lane("down", after):
             unit.reduce(self._ranks_of.down)
-            unit.send(self.bus)
+            unit.send(bus)
         # norms go first: the verdict over all units waits for them
         self._lanes.host.submit(partial(self._norm_job, entry), urgent=True)
 

@@ -10,7 +10,7 @@ from functools import partial
 
 import torch
 
-from meft_ds.offload.host.transfer import Bus, WindowBytes
+from meft_ds.offload.host.transfer import Bus
 from meft_ds.offload.model.gradient_checkpointing import inside_backward
 from meft_ds.offload.ranks import LaneRanks
 from meft_ds.offload.schedule.eager import Tuner
@@ -87,21 +87,17 @@ class Updates:
         hyper = settings.hyper_of(entry.unit)
         entry.pending, entry.updated = True, False
         entry.steps += 1
-        self._lanes.host.submit(partial(self._host_job, entry, hyper, entry.steps, scale, self.bus.window))
+        self._lanes.host.submit(partial(self._host_job, entry, hyper, entry.steps, scale, self.bus.of_window()))
 
-    def _host_job(self, entry: UnitProgress, hyper: AdamHyper, step: int, scale: float, window: WindowBytes) -> None:
+    def _host_job(self, entry: UnitProgress, hyper: AdamHyper, step: int, scale: float, bus: Bus) -> None:
         with self.timeline.span("host", "update", entry.unit.name):
             entry.unit.host_step(hyper, step=step, grad_scale=scale)
-        self._lanes.up.submit(partial(self._up_job, entry, window))
+        self._lanes.up.submit(partial(self._up_job, entry, bus))
 
-    def _up_job(self, entry: UnitProgress, window: WindowBytes) -> None:
-        with (
-            self.timeline.span("up", "fetch", entry.unit.name),
-            self.bus.lane("up"),
-            self.bus.counting_for(window),
-        ):
-            entry.unit.fetch(self.bus, self._ranks_of.up)
-            entry.up_mark = self.bus.mark()
+    def _up_job(self, entry: UnitProgress, bus: Bus) -> None:
+        with self.timeline.span("up", "fetch", entry.unit.name), bus.lane("up"):
+            entry.unit.fetch(bus, self._ranks_of.up)
+            entry.up_mark = bus.mark()
         self._progress.tell(entry, "updated")
 
     def _update_early(self) -> None:

@@ -115,7 +115,7 @@ class RowsUnit(Unit):
     def fetch(self, bus: Bus, ranks: Ranks) -> None:
         ranks.here.barrier()  # a rank may fetch what another one updated only after it did
         lazy_alone = self._mode == "lazy" and ranks.here.world == 1
-        self.rows.refresh_keys(self._ids if lazy_alone else None)
+        self.rows.refresh_keys(bus, self._ids if lazy_alone else None)
 
     def apply(self) -> None:
         self._close(changed=True)

@@ -12,6 +12,7 @@ demand (`down`, `up`) lies in place already and is not copied, but its bytes are
 from __future__ import annotations
 
 import contextlib
+import copy
 import threading
 from collections.abc import Hashable, Iterator, Mapping
 from typing import Any, Literal
@@ -61,15 +62,13 @@ class Bus:
 
     Attributes:
         window: bytes of the open accumulation window.
-        allocations: page-locked blocks taken so far.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.is_host = device.type == "cpu"
         self.window = WindowBytes()
-        self.allocations = 0
-        self._of_thread = threading.local()
+        self._blocks: list[int] = []
         self._staging: dict[Hashable, Tensor] = {}
         self._runtime: Any = None if self.is_host else torch.get_device_module(device)
         self._streams: dict[str, Any] = {}
@@ -80,23 +79,22 @@ class Bus:
     # -- counters ------------------------------------------------------------------------------------------------------
 
     def count(self, channel: str, *, down: int = 0, up: int = 0) -> None:
-        """Add bytes to a channel's counters of the window that the calling thread works for."""
-        (getattr(self._of_thread, "window", None) or self.window).add(channel, down, up)
+        """Add bytes to a channel's counters."""
+        self.window.add(channel, down, up)
 
-    @contextlib.contextmanager
-    def counting_for(self, window: WindowBytes) -> Iterator[None]:
-        """Inside, what this thread moves belongs to `window`, although a later one may be open by now."""
-        before = getattr(self._of_thread, "window", None)
-        self._of_thread.window = window
-        try:
-            yield
-        finally:
-            self._of_thread.window = before
+    def of_window(self) -> Bus:
+        """Return this bus for a job of the open window, which is counted there even if it runs in the next one."""
+        return copy.copy(self)  # the same buffers and streams; `close_window` gives only the original new counters
 
     def close_window(self) -> WindowBytes:
         """Open the next window's counters; return those of the one closed."""
         closed, self.window = self.window, WindowBytes()
         return closed
+
+    @property
+    def allocations(self) -> int:
+        """How many page-locked blocks have been taken so far."""
+        return len(self._blocks)
 
     # -- buffers -------------------------------------------------------------------------------------------------------
 
@@ -220,6 +218,6 @@ class Bus:
         return buffer[:nbytes].view(dtype).view(shape)
 
     def _pinned(self, nbytes: int) -> Tensor:
-        self.allocations += 1
+        self._blocks.append(nbytes)
         with torch.inference_mode(False):  # an evaluation may be the first to need it
             return torch.empty(nbytes, dtype=torch.uint8, pin_memory=not self.is_host)

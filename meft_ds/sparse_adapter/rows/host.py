@@ -190,15 +190,18 @@ class HostRows:
         if changed:
             self.version += 1
 
-    def refresh_keys(self, ids: Tensor | None) -> None:
-        """Bring the device's key replica up to date after an update of rows `ids` (all of them for None)."""
+    def refresh_keys(self, bus: Bus, ids: Tensor | None) -> None:
+        """Bring the device's key replica up to date after an update of rows `ids` (all of them for None).
+
+        `bus` is the one of the window that was updated.
+        """
         if self._keys is None:
             return
         if ids is None:
-            self._bus.up_into(self._keys, self.store[1][:, : self.d], "keys")
+            bus.up_into(self._keys, self.store[1][:, : self.d], "keys")
         elif ids.numel():
-            fresh = self._bus.up(self.store[1][:, : self.d].index_select(0, ids), "keys")
-            self._keys.index_copy_(0, self._bus.up(ids, "ids"), fresh)
+            fresh = bus.up(self.store[1][:, : self.d].index_select(0, ids), "keys")
+            self._keys.index_copy_(0, bus.up(ids, "ids"), fresh)
 
     def device_bytes(self) -> int:
         """Bytes held on the device: row cache, gradients, and the key replica with device selection."""
