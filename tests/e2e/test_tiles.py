@@ -13,8 +13,9 @@ import torch
 from safetensors.torch import load_file
 
 import meft_ds
-from tests.e2e.test_trainer import HERE, config_file, run
-from tests.ranks import run_ranks
+from tests.e2e import programs
+from tests.e2e.test_trainer import config_file, run
+from tests.forked import Forge
 from tests.toy import batch, tiny_llama
 
 SCORED = 2
@@ -26,16 +27,16 @@ def config(folder: Path, **settings: Any) -> str:
     return str(config_file(folder, block={"sparse_matrix": settings}, optimizer=False))
 
 
-def train(folder: Path, config: str, *args: str) -> dict[str, Any]:
-    return run("trainer_program.py", str(folder), config, "--steps", "9", *args)
+def train(forge: Forge, folder: Path, config: str, **settings: Any) -> dict[str, Any]:
+    return run(forge, programs.train, folder, config=config, steps=9, **settings)
 
 
 @pytest.fixture(scope="module")
-def straight(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Path, str]:
-    """What a whole run of 9 steps printed, its folder and its config."""
+def straight(forge: Forge, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Path, str]:
+    """What a whole run of 9 steps returned, its folder and its config."""
     folder = tmp_path_factory.mktemp("straight")
     path = config(folder)
-    return train(folder / "run", path, "--watch"), folder / "run", path
+    return train(forge, folder / "run", path, watch=True), folder / "run", path
 
 
 def exported(folder: Path) -> tuple[Any, Any]:
@@ -63,10 +64,10 @@ def test_scoring_steps_train_nothing_and_the_learning_rate_schedule_starts_after
 
 
 @pytest.mark.compat
-def test_resume_in_training_is_bit_identical(straight: Any, tmp_path: Path) -> None:
+def test_resume_in_training_is_bit_identical(forge: Forge, straight: Any, tmp_path: Path) -> None:
     found, folder, path = straight
     shutil.copytree(folder / "checkpoint-6", tmp_path / "checkpoint-6")
-    resumed = train(tmp_path, path, "--resume", "--watch")
+    resumed = train(forge, tmp_path, path, resume=True, watch=True)
     assert resumed["losses"] == found["losses"] and resumed["digests"] == found["digests"][6:]
     assert resumed["rates"] == found["rates"] and resumed["tiles"] == found["tiles"]
     assert torch.equal(torch.load(tmp_path / "logits.pt"), torch.load(folder / "logits.pt"))
@@ -81,9 +82,8 @@ def test_save_model_writes_the_bases_keys_and_nothing_else(straight: Any) -> Non
     assert torch.equal(logits, torch.load(folder / "logits.pt"))
 
 
-def test_two_ranks_save_one_file_that_turns_the_base_into_the_exported_model(tmp_path: Path) -> None:
-    outputs = run_ranks(HERE / "tiles_program.py", 2, str(tmp_path), config(tmp_path))
-    told = [json.loads(out.strip().splitlines()[-1]) for out in outputs]
+def test_two_ranks_save_one_file_that_turns_the_base_into_the_exported_model(forge: Forge, tmp_path: Path) -> None:
+    told = forge.results(programs.save_tiles, tmp_path, config=config(tmp_path))
     assert all(rank["written"] and rank["fault"] for rank in told)
     assert "the first rank could not write" in told[1]["fault"]
     base, plain = tiny_llama().bfloat16().state_dict(), tiny_llama().bfloat16()
@@ -96,13 +96,13 @@ def test_two_ranks_save_one_file_that_turns_the_base_into_the_exported_model(tmp
 
 
 @pytest.mark.long
-def test_resume_within_scoring_chooses_the_same_tiles(tmp_path: Path) -> None:
+def test_resume_within_scoring_chooses_the_same_tiles(forge: Forge, tmp_path: Path) -> None:
     path = config(tmp_path, warmup_steps=4, choice_out=str(tmp_path / "a.json"))
-    found = train(tmp_path / "a", path, "--watch")
+    found = train(forge, tmp_path / "a", path, watch=True)
     assert found["digests"][:4] == [found["digests"][0]] * 4 and len(set(found["digests"])) == 5
     shutil.copytree(tmp_path / "a" / "checkpoint-3", tmp_path / "b" / "checkpoint-3")
     again = config(tmp_path / "again", warmup_steps=4, choice_out=str(tmp_path / "b.json"))
-    resumed = train(tmp_path / "b", again, "--resume", "--watch")
+    resumed = train(forge, tmp_path / "b", again, resume=True, watch=True)
     assert resumed["digests"] == found["digests"][3:] and resumed["losses"] == found["losses"]
     a, b = (json.loads((tmp_path / name).read_text()) for name in ("a.json", "b.json"))
     assert a["tiles"] == b["tiles"]
@@ -110,17 +110,19 @@ def test_resume_within_scoring_chooses_the_same_tiles(tmp_path: Path) -> None:
 
 @pytest.mark.long
 @pytest.mark.parametrize("kind", ["reentrant", "nonreentrant"])
-def test_trainers_gradient_checkpointing_changes_nothing(tmp_path: Path, straight: Any, kind: str) -> None:
-    checkpointed = train(tmp_path / "b", config(tmp_path / "b"), "--checkpointing", kind, "--watch")
+def test_trainers_gradient_checkpointing_changes_nothing(
+    forge: Forge, tmp_path: Path, straight: Any, kind: str
+) -> None:
+    checkpointed = train(forge, tmp_path / "b", config(tmp_path / "b"), checkpointing=kind, watch=True)
     assert checkpointed == straight[0]
 
 
 @pytest.mark.long
-def test_a_scheduler_of_the_ds_config_starts_after_scoring_too(tmp_path: Path) -> None:
+def test_a_scheduler_of_the_ds_config_starts_after_scoring_too(forge: Forge, tmp_path: Path) -> None:
     settings = {"density": 0.2, "budget": "per_module", "block_size": 6}
     rates = []
     for name, score in (("scored", {"warmup_steps": SCORED}), ("unscored", {"score": "magnitude"})):
         path = config_file(tmp_path / name, block={"sparse_matrix": {**settings, **score}})
-        rates.append(train(tmp_path / name / "run", str(path))["rates"])
+        rates.append(train(forge, tmp_path / name / "run", str(path))["rates"])
     scored, unscored = rates
     assert scored[SCORED:] == unscored[:-SCORED] and len(set(scored)) > 4

@@ -3,17 +3,23 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from tests.ranks import run_ranks
+from tests.e2e import programs
+from tests.forked import Forge
 from tests.toy import ADAPTER, tiny_llama
 
 pytestmark = pytest.mark.compat
-HERE = Path(__file__).parent
+
+
+def run(forge: Forge, program: Callable[..., Any], folder: Path, *, world: int = 1, **arguments: Any) -> dict[str, Any]:
+    """What the first rank returns."""
+    return forge.results(program, folder, world=world, **arguments)[0]
 
 
 def config_file(folder: Path, *, block: Any = ..., precision: str = "bf16", optimizer: bool = True) -> Path:
@@ -46,32 +52,28 @@ def config_file(folder: Path, *, block: Any = ..., precision: str = "bf16", opti
     return path
 
 
-def run(program: str, *args: str, world: int = 1) -> dict[str, Any]:
-    return json.loads(run_ranks(HERE / program, world, *args)[0].strip().splitlines()[-1])
-
-
-@pytest.mark.parametrize("optimizer", [True, False])
-def test_trainer_trains_saves_and_resumes_bit_identically(tmp_path: Path, optimizer: bool) -> None:
+@pytest.mark.parametrize("optimizer", [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_trainer_trains_saves_and_resumes_bit_identically(forge: Forge, tmp_path: Path, optimizer: bool) -> None:
     config = str(config_file(tmp_path, optimizer=optimizer))
-    straight = run("trainer_program.py", str(tmp_path / "a"), config)
+    straight = run(forge, programs.train, tmp_path / "a", config=config)
     assert straight["losses"][-1] < straight["losses"][0]
     assert straight["rows"]["up"] == straight["rows"]["down"] > 0
     assert len(set(straight["rates"])) > 3 and all(norm > 0 for norm in straight["norms"])
 
     (tmp_path / "b").mkdir()
     shutil.copytree(tmp_path / "a" / "checkpoint-3", tmp_path / "b" / "checkpoint-3")
-    resumed = run("trainer_program.py", str(tmp_path / "b"), config, "--resume")
+    resumed = run(forge, programs.train, tmp_path / "b", config=config, resume=True)
     assert resumed["losses"] == straight["losses"]  # the log history of the first half comes with the checkpoint
     assert torch.equal(torch.load(tmp_path / "a" / "logits.pt"), torch.load(tmp_path / "b" / "logits.pt"))
 
 
-def test_save_model_of_trainer_holds_a_plain_base_and_the_adapter(tmp_path: Path) -> None:
+def test_save_model_of_trainer_holds_a_plain_base_and_the_adapter(forge: Forge, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 
     import meft_ds
     from tests.toy import batch
 
-    run("trainer_program.py", str(tmp_path / "a"), str(config_file(tmp_path, precision="fp32")))
+    run(forge, programs.train, tmp_path / "a", config=str(config_file(tmp_path, precision="fp32")))
     model, info = AutoModelForCausalLM.from_pretrained(
         tmp_path / "a" / "final", output_loading_info=True, attn_implementation="eager"
     )
@@ -85,24 +87,26 @@ def test_save_model_of_trainer_holds_a_plain_base_and_the_adapter(tmp_path: Path
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["reentrant", "nonreentrant"])
-def test_trainers_gradient_checkpointing_changes_nothing(tmp_path: Path, kind: str) -> None:
+def test_trainers_gradient_checkpointing_changes_nothing(forge: Forge, tmp_path: Path, kind: str) -> None:
     config = str(config_file(tmp_path))
-    plain = run("trainer_program.py", str(tmp_path / "a"), config)
-    checkpointed = run("trainer_program.py", str(tmp_path / "b"), config, "--checkpointing", kind)
+    plain = run(forge, programs.train, tmp_path / "a", config=config)
+    checkpointed = run(forge, programs.train, tmp_path / "b", config=config, checkpointing=kind)
     assert checkpointed["losses"] == plain["losses"]
 
 
 @pytest.mark.slow
-def test_the_same_program_runs_on_two_ranks_and_without_the_block(tmp_path: Path) -> None:
+def test_the_same_program_runs_on_two_ranks_and_without_the_block(forge: Forge, tmp_path: Path) -> None:
     config = str(config_file(tmp_path))
-    two = run("trainer_program.py", str(tmp_path / "two"), config, world=2)
+    two = run(forge, programs.train, tmp_path / "two", world=2, config=config)
     assert two["losses"][-1] < two["losses"][0]
-    plain = run("trainer_program.py", str(tmp_path / "plain"), str(config_file(tmp_path / "p", block=None)))
+    config = str(config_file(tmp_path / "p", block=None))
+    plain = run(forge, programs.train, tmp_path / "plain", config=config)
     assert plain["rows"] is None
 
 
-def test_accelerate_loop_trains_and_its_scheduler_drives_the_learning_rate(tmp_path: Path) -> None:
-    got = run("accelerate_program.py", str(config_file(tmp_path, optimizer=False, precision="fp32")))
+def test_accelerate_loop_trains_and_its_scheduler_drives_the_learning_rate(forge: Forge, tmp_path: Path) -> None:
+    config = str(config_file(tmp_path, optimizer=False, precision="fp32"))
+    got = run(forge, programs.accelerate_loop, tmp_path, config=config)
     assert got["class"] == "MeftEngine"
     assert got["losses"][-1] < got["losses"][0] - 0.2
     assert got["lr"] == pytest.approx(5e-3)
@@ -112,14 +116,16 @@ def test_accelerate_loop_trains_and_its_scheduler_drives_the_learning_rate(tmp_p
 @pytest.mark.parametrize(
     ("how", "method"), [("twice", "adapter"), ("twice", "tiles"), ("smaller", "adapter"), ("smaller", "subspace")]
 )
-def test_a_trainer_trains_again_with_another_engine_on_the_same_model(tmp_path: Path, how: str, method: str) -> None:
+def test_a_trainer_trains_again_with_another_engine_on_the_same_model(
+    forge: Forge, tmp_path: Path, how: str, method: str
+) -> None:
     blocks: dict[str, Any] = {
         "adapter": {"sparse_adapter": dict(ADAPTER)},
         "subspace": {"subspace": {"dim": 8, "nonzeros": 2}},
         "tiles": {"sparse_matrix": {"density": 0.1, "block_size": 8, "score": "magnitude"}},
     }
     config = config_file(tmp_path, block=blocks[method], precision="fp32", optimizer=False)
-    found = run("again_program.py", str(tmp_path), str(config), how)
+    found = run(forge, programs.train_again, tmp_path, config=str(config), how=how)
     first, *_, last = found["losses"]
     if how == "twice":
         assert len(first) == len(last) == 6

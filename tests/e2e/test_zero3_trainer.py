@@ -13,7 +13,9 @@ import torch
 from safetensors.torch import load_file
 
 import meft_ds
+from tests.e2e import programs
 from tests.e2e.test_trainer import run
+from tests.forked import Forge
 from tests.toy import ADAPTER, batch, tiny_llama
 
 METHODS: dict[str, dict[str, Any]] = {
@@ -44,11 +46,11 @@ def config_file(folder: Path, method: str, *, stage: int = 3, gather: bool = Tru
     return str(path)
 
 
-def train(folder: Path, config: str, *args: str, world: int = 2) -> dict[str, Any]:
+def train(forge: Forge, folder: Path, config: str, **settings: Any) -> dict[str, Any]:
     base = folder.parent / "base"
     if not base.exists():
         tiny_llama().save_pretrained(base)
-    return run("zero3_trainer_program.py", str(folder), config, str(base), *args, world=world)
+    return run(forge, programs.train_in_parts, folder, world=2, config=config, base=str(base), **settings)
 
 
 def plain_logits(folder: Path) -> torch.Tensor:
@@ -67,8 +69,10 @@ def plain_logits(folder: Path) -> torch.Tensor:
 
 @pytest.mark.long
 @pytest.mark.parametrize("method", METHODS)
-def test_trainer_trains_a_model_in_parts_as_a_whole_one_and_saves_complete_weights(tmp_path: Path, method: str) -> None:
-    found = train(tmp_path / "a", config_file(tmp_path, method))
+def test_trainer_trains_a_model_in_parts_as_a_whole_one_and_saves_complete_weights(
+    forge: Forge, tmp_path: Path, method: str
+) -> None:
+    found = train(forge, tmp_path / "a", config_file(tmp_path, method))
     assert found["parts"] and found["engine"] == "MeftEngine"
     saved = load_file(tmp_path / "a" / "final" / "model.safetensors")
     assert {k: t.shape for k, t in saved.items()} == {k: t.shape for k, t in tiny_llama().state_dict().items()}
@@ -76,7 +80,7 @@ def test_trainer_trains_a_model_in_parts_as_a_whole_one_and_saves_complete_weigh
     torch.testing.assert_close(plain_logits(tmp_path / "a"), torch.load(tmp_path / "a" / "logits.pt"))
     assert any(not torch.equal(saved[name], t) for name, t in tiny_llama().state_dict().items())
 
-    whole = train(tmp_path / "b", config_file(tmp_path, method, stage=2))
+    whole = train(forge, tmp_path / "b", config_file(tmp_path, method, stage=2))
     assert not whole["parts"]
     for name in ("loss", "eval_loss", "grad_norm"):
         assert found[name] == pytest.approx(whole[name], abs=2e-4), name  # logs are rounded to four digits
@@ -85,18 +89,20 @@ def test_trainer_trains_a_model_in_parts_as_a_whole_one_and_saves_complete_weigh
 @pytest.mark.long
 @pytest.mark.compat
 @pytest.mark.parametrize("method", ["adapter", "tiles"])
-def test_trainer_resumes_bit_identically_in_bf16(tmp_path: Path, method: str) -> None:
+def test_trainer_resumes_bit_identically_in_bf16(forge: Forge, tmp_path: Path, method: str) -> None:
     config = config_file(tmp_path, method, precision="bf16")
-    straight = train(tmp_path / "a", config)
+    straight = train(forge, tmp_path / "a", config)
     shutil.copytree(tmp_path / "a" / "checkpoint-3", tmp_path / "b" / "checkpoint-3")
-    resumed = train(tmp_path / "b", config, "--resume")
+    resumed = train(forge, tmp_path / "b", config, resume=True)
     assert resumed["loss"] == straight["loss"] and resumed["grad_norm"] == straight["grad_norm"]
     assert torch.equal(torch.load(tmp_path / "a" / "logits.pt"), torch.load(tmp_path / "b" / "logits.pt"))
 
 
 @pytest.mark.long
-def test_without_gathering_save_model_writes_a_checkpoint_instead_and_nobody_hangs(tmp_path: Path) -> None:
-    train(tmp_path / "a", config_file(tmp_path, "adapter", gather=False))
+def test_without_gathering_save_model_writes_a_checkpoint_instead_and_nobody_hangs(
+    forge: Forge, tmp_path: Path
+) -> None:
+    train(forge, tmp_path / "a", config_file(tmp_path, "adapter", gather=False))
     final = tmp_path / "a" / "final"
     assert not (final / "model.safetensors").exists() and not (final / "meft_adapter.json").exists()
     states = list(final.glob("global_step*/mp_rank_00_model_states.pt"))
