@@ -43,6 +43,7 @@ def test_example_runs_with_the_block_and_reports_its_traffic(tmp_path: Path, con
     assert (tmp_path / "loss.png").stat().st_size > 1000
 
 
+@pytest.mark.slow
 def test_example_scores_tiles_then_trains_them_and_nothing_else(tmp_path: Path) -> None:
     # 20 steps score, so two train
     result = launch("smt.json", tmp_path, "--max_steps", "22")

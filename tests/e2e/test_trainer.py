@@ -52,7 +52,7 @@ def config_file(folder: Path, *, block: Any = ..., precision: str = "bf16", opti
     return path
 
 
-@pytest.mark.parametrize("optimizer", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("optimizer", [True, False])
 def test_trainer_trains_saves_and_resumes_bit_identically(forge: Forge, tmp_path: Path, optimizer: bool) -> None:
     config = str(config_file(tmp_path, optimizer=optimizer))
     straight = run(forge, programs.train, tmp_path / "a", config=config)
