@@ -75,7 +75,9 @@ class MeftConfig(BaseModel):
         "with subspace, all that the program left trainable.",
     )
     moments_dtype: Literal["fp32", "bf16"] = Field(
-        "fp32", description="Dtype of AdamW's two moments on the host. bf16 halves them. Default: fp32, as DeepSpeed."
+        "fp32",
+        description="Dtype of AdamW's two moments on the host. bf16 halves them; a second moment rounded to bf16 "
+        "barely moves with beta2 = 0.999, so lower beta2 to about 0.98. Default: fp32, as DeepSpeed.",
     )
     grad_dtype: Literal["auto", "fp32"] = Field(
         "auto",

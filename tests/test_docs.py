@@ -7,6 +7,7 @@ import ast
 import inspect
 import json
 import re
+import runpy
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
@@ -45,6 +46,11 @@ def fences(page: Path, *kinds: str) -> list[tuple[str, str]]:
     """(mark, text) of a page's code blocks of these kinds; the mark is the comment on the line before."""
     found = FENCE.finditer(page.read_text(encoding="utf-8"))
     return [(m["mark"] or "", inspect.cleandoc("\n" + m["text"])) for m in found if m["kind"] in kinds]
+
+
+def test_the_page_of_keys_says_what_the_models_say() -> None:
+    run = runpy.run_path(str(ROOT / "docs" / "write_configuration.py"))
+    assert run["PAGE"].read_text(encoding="utf-8") == run["page"](), "run: python docs/write_configuration.py"
 
 
 def named(page: Path) -> str:

@@ -116,12 +116,6 @@ class SparseAdapterConfig(BaseModel):
         description="Row gradients cross the bus, and meet AdamW, as products with a sparse random projector: fewer "
         "bytes down, smaller moments. null = off.",
     )
-    compute: Literal["auto", "grouped", "union"] = Field(
-        "auto",
-        description='"grouped": by expert, cost T E r/N. "union": all tokens against the union of active '
-        'rows, cost T U; the slow oracle. auto = grouped for scope "token" (on a CPU at T = 2048, d = 512, r = 4096 '
-        '6 times faster in fp32, 11 in bf16), union for scope "batch", where each token does use the whole union.',
-    )
     cache_rows: _IntOrAuto = Field(
         "auto",
         description="Most rows per layer held on the device at once (rows of 2 d values). auto = min(r, 4096). A "
@@ -156,8 +150,6 @@ class SparseAdapterConfig(BaseModel):
         faults = []
         if not self.gate and self.balance_loss > 0:
             faults.append("balance_loss: must be 0 with gate: false, because the router then gets no gradient")
-        if self.compute == "grouped" and self.scope == "batch":
-            faults.append('compute: "grouped" needs scope "token"; with scope "batch" use "union" or "auto"')
         if isinstance(self.rows, int):
             faults += _size_faults(self.rows, self.experts, self.experts_per_token, self.keys_per_token)
         elif isinstance(self.experts, int) and self.experts_per_token > self.experts:
@@ -181,11 +173,6 @@ class SparseAdapterConfig(BaseModel):
             router_scale = unit_router_scale(d=d, r=r, n_experts=experts, per_token=experts_per_token, std=init_std)
         else:
             router_scale = PAPER_ROUTER_SCALE if self.router_scale == "paper" else float(self.router_scale)
-        compute: Literal["grouped", "union"]
-        if self.compute == "auto":
-            compute = "union" if self.scope == "batch" else "grouped"
-        else:
-            compute = self.compute
         return ResolvedSparseAdapter(
             d=d,
             rows=r,
@@ -196,7 +183,6 @@ class SparseAdapterConfig(BaseModel):
             scope=self.scope,
             selection=self.selection,
             optimizer=self.optimizer,
-            compute=compute,
             cache_rows=min(r, 4096 if self.cache_rows == "auto" else int(self.cache_rows)),
             balance_loss=self.balance_loss,
             router_scale=router_scale,
@@ -228,7 +214,6 @@ class ResolvedSparseAdapter:
     scope: Literal["token", "batch"] = "token"
     selection: Literal["host", "device"] = "host"
     optimizer: Literal["dense", "lazy"] = "dense"
-    compute: Literal["grouped", "union"] = "grouped"
     cache_rows: int
     balance_loss: float = 0.0
     router_scale: float

@@ -53,6 +53,8 @@ class SparseAdapter(nn.Module):
         if tuple(router_weight.shape) != (config.experts, config.d):
             raise ValueError(f"router is {tuple(router_weight.shape)}, expected ({config.experts}, {config.d})")
         self.config = config
+        self.union = config.scope == "batch"
+        """Whether all tokens meet the union of active rows: the slow form, and the oracle of the other."""
         self.layer = layer
         self.router = Router(router_weight)
         if rows is not None:
@@ -92,9 +94,9 @@ class SparseAdapter(nn.Module):
                 p = with_balance_gradient(p, selection.experts, selection.tokens, weight)
             job = Job(self.rows, selection, self.rows.trains, scores)
             gate_p = p if config.gate else None
-            if config.compute == "grouped" and selection.plan is None:
+            if not self.union and selection.plan is None:
                 y = apply_fused(x_rows, gate_p, job, self._starts)
-            elif config.compute == "grouped":
+            elif not self.union:
                 y = apply_grouped(x_rows, gate_p, job)
                 if not torch.is_grad_enabled():
                     selection.plan = None
@@ -165,7 +167,7 @@ class SparseAdapter(nn.Module):
         return selection, q if q.device == x.device else None
 
     def _needs_plan(self, x: Tensor) -> bool:
-        return self.config.compute == "grouped" and not can_fuse(x)
+        return not self.union and not can_fuse(x)
 
     def _plan(self, selection: Selection, x: Tensor, pairs: SortedPairs | None = None) -> GroupPlan:
         row_bytes = self.config.d * x.element_size()

@@ -17,7 +17,7 @@ from meft_ds.sparse_adapter.layer import SparseAdapter
 from meft_ds.sparse_adapter.rows.host import HostRows
 
 # what a new engine may choose anew: how rows are moved and updated, and how they would have begun
-_FREE = {"selection", "optimizer", "compute", "cache_rows", "balance_loss"}
+_FREE = {"selection", "optimizer", "cache_rows", "balance_loss"}
 _FREE |= {"router_scale", "init_std", "seed", "target_modules"}
 
 # made by an engine of this process, so a node's ranks share them as the next engine's would; copies are not in it

@@ -12,12 +12,12 @@ from tests.toy import ADAPTER, batch, ds_config, make_engine, oracle_model, trai
 
 @pytest.mark.parametrize("gate", [True, False])
 @pytest.mark.parametrize("selection", ["host", "device"])
-@pytest.mark.parametrize("compute", ["grouped", "union"])
+@pytest.mark.parametrize("union", [False, True])
 @pytest.mark.parametrize("tokens", [0, 1, 37, 256])
 def test_values_and_gradients_equal_the_dense_oracle(
-    cuda: torch.device, tokens: int, compute: str, selection: str, gate: bool
+    cuda: torch.device, tokens: int, union: bool, selection: str, gate: bool
 ) -> None:
-    config = small_config(24, rows=130, experts=11, compute=compute, selection=selection, gate=gate)
+    config = small_config(24, rows=130, experts=11, selection=selection, gate=gate)
     g = torch.Generator().manual_seed(tokens)
     rows, router = grid(config.rows, 48, generator=g), grid(config.experts, 24, generator=g)
     x, dy = grid(tokens, 24, generator=g), grid(tokens, 24, generator=g)
@@ -26,7 +26,7 @@ def test_values_and_gradients_equal_the_dense_oracle(
     y_want, _ = dense_adapter(*want, config, mask)
     y_want.backward(dy)
 
-    adapter = make_adapter(config, rows, router).to(cuda)
+    adapter = make_adapter(config, rows, router, union=union).to(cuda)
     x_own = x.to(cuda).requires_grad_()
     y = adapter(x_own, mask.to(cuda))
     y.backward(dy.to(cuda))
@@ -46,16 +46,16 @@ def test_values_and_gradients_equal_the_dense_oracle(
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_forms_agree(cuda: torch.device, dtype: torch.dtype) -> None:
     results = []
-    for compute in ("grouped", "union"):
-        adapter = random_adapter(small_config(compute=compute)).to(cuda, dtype)
+    for union in (False, True):
+        adapter = random_adapter(small_config(), union=union).to(cuda, dtype)
         x = torch.randn(64, 16, generator=torch.Generator().manual_seed(0)).to(cuda, dtype).requires_grad_()
         y = adapter(x)
         y.backward(torch.ones_like(y))
         assert y.dtype == dtype and rows_grad(adapter).dtype == torch.float32
         assert x.grad is not None and adapter.router.weight.grad is not None
         results.append((y.float(), x.grad.float(), adapter.router.weight.grad.float(), rows_grad(adapter)))
-    for grouped, union in zip(*results, strict=True):
-        torch.testing.assert_close(grouped, union, rtol=0.05, atol=0.03 * float(union.detach().abs().max()))
+    for grouped, whole in zip(*results, strict=True):
+        torch.testing.assert_close(grouped, whole, rtol=0.05, atol=0.03 * float(whole.detach().abs().max()))
 
 
 @pytest.mark.parametrize("selection", ["host", "device"])

@@ -45,10 +45,12 @@ def grid(*shape: int, generator: torch.Generator) -> Tensor:
 
 
 def make_adapter(
-    config: ResolvedSparseAdapter, rows: Tensor, router: Tensor, capacity: int | None = None
+    config: ResolvedSparseAdapter, rows: Tensor, router: Tensor, capacity: int | None = None, *, union: bool = False
 ) -> SparseAdapter:
     source = DeviceRows(rows.clone(), selection=config.selection, capacity=capacity, trainable=True)
-    return SparseAdapter(config, router.clone(), source)
+    adapter = SparseAdapter(config, router.clone(), source)
+    adapter.union |= union
+    return adapter
 
 
 def rows_grad(adapter: SparseAdapter) -> Tensor:
@@ -63,8 +65,11 @@ def small_config(d: int = 16, **given: object) -> ResolvedSparseAdapter:
     return SparseAdapterConfig(**{**settings, **given}).resolve(d)  # type: ignore[arg-type]
 
 
-def random_adapter(config: ResolvedSparseAdapter, seed: int = 0, capacity: int | None = None) -> SparseAdapter:
+def random_adapter(
+    config: ResolvedSparseAdapter, seed: int = 0, capacity: int | None = None, *, union: bool = False
+) -> SparseAdapter:
     """Keys, values and router all random, so that every gradient is alive."""
     g = torch.Generator().manual_seed(seed)
     rows = torch.randn(config.rows, 2 * config.d, generator=g)
-    return make_adapter(config, rows, torch.randn(config.experts, config.d, generator=g) / config.d**0.5, capacity)
+    router = torch.randn(config.experts, config.d, generator=g) / config.d**0.5
+    return make_adapter(config, rows, router, capacity, union=union)

@@ -26,7 +26,7 @@ def cases(draw: st.DrawFn) -> dict[str, object]:
         "keys_per_token": draw(st.integers(1, rows)),
         "gate": draw(st.booleans()),
         "scope": scope,
-        "compute": "union" if scope == "batch" else draw(st.sampled_from(["grouped", "union"])),
+        "union": draw(st.booleans()),
         "selection": draw(st.sampled_from(["host", "device"])),
         "d": draw(st.integers(1, 12)),
         "T": draw(st.integers(0, 40)),
@@ -40,8 +40,8 @@ def cases(draw: st.DrawFn) -> dict[str, object]:
 @given(case=cases())
 def test_values_and_gradients_equal_the_dense_oracle(case: dict) -> None:
     case = dict(case)
-    d, T, padding, capacity, chunked, seed = (
-        case.pop(name) for name in ("d", "T", "padding", "capacity", "chunked", "seed")
+    d, T, padding, capacity, chunked, seed, union = (
+        case.pop(name) for name in ("d", "T", "padding", "capacity", "chunked", "seed", "union")
     )
     config = small_config(d, **case)
     g = torch.Generator().manual_seed(seed)
@@ -59,7 +59,7 @@ def test_values_and_gradients_equal_the_dense_oracle(case: dict) -> None:
     y_want, _ = dense_adapter(*want, config, tokens)
     y_want.backward(dy)
 
-    adapter = make_adapter(config, rows, router, capacity)
+    adapter = make_adapter(config, rows, router, capacity, union=union)
     x_own = x.clone().requires_grad_()
     limits = (grouping._CHUNK_BYTES, grouping._CPU_BLOCK_BYTES)
     if chunked:  # several chunks of tokens, several blocks of tiles
@@ -85,10 +85,10 @@ def test_values_and_gradients_equal_the_dense_oracle(case: dict) -> None:
         assert adapter.router.weight.grad is None
 
 
-@pytest.mark.parametrize("compute", ["grouped", "union"])
-def test_rows_get_gradients_when_neither_input_nor_router_needs_one(compute: str) -> None:
-    config = small_config(gate=False, compute=compute)
-    adapter = random_adapter(config)
+@pytest.mark.parametrize("union", [False, True])
+def test_rows_get_gradients_when_neither_input_nor_router_needs_one(union: bool) -> None:
+    config = small_config(gate=False)
+    adapter = random_adapter(config, union=union)
     x = torch.randn(7, config.d)
     adapter(x).sum().backward()
     want = adapter.rows.master.clone().requires_grad_()
@@ -96,29 +96,29 @@ def test_rows_get_gradients_when_neither_input_nor_router_needs_one(compute: str
     torch.testing.assert_close(rows_grad(adapter), want.grad, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("compute", ["grouped", "union"])
-def test_rows_that_change_between_forward_and_backward_are_an_error(compute: str) -> None:
-    adapter = random_adapter(small_config(compute=compute))
+@pytest.mark.parametrize("union", [False, True])
+def test_rows_that_change_between_forward_and_backward_are_an_error(union: bool) -> None:
+    adapter = random_adapter(small_config(), union=union)
     y = adapter(torch.randn(5, 16))
     adapter.rows.version += 1  # type: ignore[misc]
     with pytest.raises(RuntimeError, match="changed between forward and backward"):
         y.sum().backward()
 
 
-@pytest.mark.parametrize("compute", ["grouped", "union"])
-def test_rows_that_do_not_train_get_no_gradient_but_their_input_does(compute: str) -> None:
-    adapter = random_adapter(small_config(compute=compute))
+@pytest.mark.parametrize("union", [False, True])
+def test_rows_that_do_not_train_get_no_gradient_but_their_input_does(union: bool) -> None:
+    adapter = random_adapter(small_config(), union=union)
     adapter.rows.trainable = False  # type: ignore[misc]
     x = torch.randn(5, 16, requires_grad=True)
     adapter(x).sum().backward()
     assert adapter.rows.grad is None and x.grad is not None and len(adapter._replay) == 0  # type: ignore[attr-defined]
 
 
-@pytest.mark.parametrize("compute", ["grouped", "union"])
-def test_eval_mode_trains_as_train_mode_does(compute: str) -> None:
+@pytest.mark.parametrize("union", [False, True])
+def test_eval_mode_trains_as_train_mode_does(union: bool) -> None:
     grads = []
     for training in (True, False):
-        adapter = random_adapter(small_config(compute=compute)).train(training)
+        adapter = random_adapter(small_config(), union=union).train(training)
         adapter(torch.randn(5, 16, generator=torch.Generator().manual_seed(3))).sum().backward()
         grads.append(adapter.rows.grad)  # type: ignore[attr-defined]
     assert grads[1].any() and torch.equal(grads[0], grads[1])
@@ -139,16 +139,16 @@ def test_training_forward_is_recorded_once() -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_forms_agree_and_accumulate_rows_in_fp32(dtype: torch.dtype) -> None:
     results = []
-    for compute in ("grouped", "union"):
-        adapter = random_adapter(small_config(compute=compute)).to(dtype)
+    for union in (False, True):
+        adapter = random_adapter(small_config(), union=union).to(dtype)
         torch.manual_seed(0)
         x = torch.randn(64, 16).to(dtype).requires_grad_()
         y = adapter(x)
         y.backward(torch.ones_like(y))
         assert y.dtype == dtype and rows_grad(adapter).dtype == torch.float32
         results.append((y.float(), x.grad.float(), adapter.router.weight.grad.float(), rows_grad(adapter)))
-    for grouped, union in zip(*results, strict=True):
-        torch.testing.assert_close(grouped, union, rtol=0.05, atol=0.03 * float(union.detach().abs().max()))
+    for grouped, whole in zip(*results, strict=True):
+        torch.testing.assert_close(grouped, whole, rtol=0.05, atol=0.03 * float(whole.detach().abs().max()))
 
 
 def test_fp16_gates_do_not_overflow() -> None:

@@ -13,9 +13,8 @@ def test_auto_follows_the_paper() -> None:
     at_7b = SparseAdapterConfig(rows=8464).resolve(4096)
     assert (at_7b.experts, at_7b.experts_per_token, at_7b.keys_per_token, at_7b.slice_size) == (368, 8, 64, 23)
     auto = SparseAdapterConfig().resolve(512, 0.01)
-    assert (auto.rows, auto.experts, auto.cache_rows, auto.init_std, auto.compute) == (1024, 128, 1024, 0.01, "grouped")
+    assert (auto.rows, auto.experts, auto.cache_rows, auto.init_std) == (1024, 128, 1024, 0.01)
     assert SparseAdapterConfig().resolve(4096).cache_rows == 4096
-    assert SparseAdapterConfig(scope="batch").resolve(64).compute == "union"
     assert SparseAdapterConfig(router_scale="paper").resolve(64).router_scale == 50
     assert SparseAdapterConfig(router_scale=2).resolve(64).router_scale == 2.0
     assert 1.0 < at_7b.router_scale < 2.5
@@ -33,7 +32,6 @@ def test_every_field_is_described() -> None:
         ({"experts": 4}, "experts_per_token: 8 is more than experts = 4"),
         ({"rows": 100, "experts": 4}, "experts_per_token: 8 is more than experts = 4"),
         ({"gate": False, "balance_loss": 0.1}, "balance_loss"),
-        ({"scope": "batch", "compute": "grouped"}, "compute"),
         ({"rows": 0}, 'at least 1 or "auto"'),
         ({"rows": True}, "rows"),
         ({"rows": 64.0}, "rows"),
