@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs a program on several ranks (gloo, this machine), as a launcher would, and hands back what each rank printed."""
+"""Programs in interpreters of their own, as a launcher starts them; `forked.py` starts ranks ten times as fast."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ REPO = Path(__file__).resolve().parent.parent
 SHM = Path("/dev/shm")
 
 
-def start_ranks(
-    script: Path, world: int, *args: str, env: dict[str, str] | None = None, cwd: Path | None = None
-) -> list[subprocess.Popen[str]]:
-    """Start `world` processes of `script` with the environment that a launcher sets."""
+def run_ranks(
+    script: Path, world: int, *args: str, timeout: float = 240, env: dict[str, str] | None = None
+) -> list[str]:
+    """Run `script` on `world` ranks to the end; return what each printed. Fail with both streams when a rank fails."""
     port = free_port()
     processes = []
     for rank in range(world):
@@ -37,18 +37,11 @@ def start_ranks(
             subprocess.Popen(
                 [sys.executable, str(script), *args],
                 env={**os.environ, **ours, **(env or {})},
-                cwd=cwd,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
                 text=True,
             )
         )
-    return processes
-
-
-def run_ranks(script: Path, world: int, *args: str, timeout: float = 240, **kwargs: dict[str, str]) -> list[str]:
-    """Run to the end; fails with both streams when a rank fails."""
-    processes = start_ranks(script, world, *args, **kwargs)  # type: ignore[arg-type]
     outputs, failed = [], []
     try:
         for rank, process in enumerate(processes):

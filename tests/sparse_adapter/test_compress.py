@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from meft_ds.offload.host.shared_memory import TensorSpec, allocate
 from meft_ds.offload.host.transfer import Bus
 from meft_ds.offload.ranks import Ranks
 from meft_ds.ops.adam import AdamHyper
@@ -21,7 +23,8 @@ from meft_ds.sparse_adapter.rows import compression as compress_module
 from meft_ds.sparse_adapter.rows.compression import RowCompression, view_bytes
 from meft_ds.sparse_adapter.rows.host import HostRows
 from meft_ds.sparse_adapter.unit import RowsUnit
-from tests.ranks import run_ranks
+from tests.forked import Forge
+from tests.offload.arena_ranks import ranks_here
 
 CPU = torch.device("cpu")
 R, D = 40, 12
@@ -314,59 +317,55 @@ def test_a_window_without_active_rows_still_moves_rows_in_dense_mode_and_none_in
         assert torch.equal(before, unit.rows.master) == (mode == "lazy")
 
 
-RANKS = """
-import hashlib, torch, torch.distributed as dist
-from meft_ds.offload.host.shared_memory import TensorSpec, allocate
-from meft_ds.offload.host.transfer import Bus
-from meft_ds.offload.ranks import Ranks
-from meft_ds.ops.adam import AdamHyper
-from meft_ds.sparse_adapter.rows.compression import RowCompression
-from meft_ds.sparse_adapter.config import ResolvedCompress
-from meft_ds.sparse_adapter.rows.host import HostRows
-from meft_ds.sparse_adapter.unit import RowsUnit
-
-dist.init_process_group("gloo")
-me, world, cpu = dist.get_rank(), dist.get_world_size(), torch.device("cpu")
-together = Ranks(rank=me, world=world, group=dist.group.WORLD)
-R, D, settings = 41, 12, ResolvedCompress(dim=5, nonzeros=2, scale=1.5)
-
-def train(mode, ranks, mine):
-    master = allocate({"m": TensorSpec((R, 2 * D), torch.float32)}, ranks)["m"]
+def trained(mode: str, ranks: Ranks, mine: Iterable[int]) -> Tensor:
+    """Rows after 20 windows, in each of which these ranks' parts have gradients."""
+    r, bus = 41, Bus(CPU)
+    master = allocate({"m": TensorSpec((r, 2 * D), torch.float32)}, ranks)["m"]
     if ranks.rank == 0:
-        master.copy_(torch.randn(R, 2 * D, generator=torch.Generator().manual_seed(0)))
+        master.copy_(torch.randn(r, 2 * D, generator=torch.Generator().manual_seed(0)))
     ranks.barrier()
-    bus = Bus(cpu)
-    rows = HostRows(master=master, replica=master, capacity=R, bus=bus, selection="host")
-    unit = RowsUnit(name="u", layer=0, rows=rows, group=0, ranks=ranks, mode=mode, moments_dtype=torch.float32,
-                    grad_dtype=torch.float32, compression=RowCompression.draw(settings, D, 7, 0, cpu))
+    rows = HostRows(master=master, replica=master, capacity=r, bus=bus, selection="host")
+    unit = RowsUnit(
+        name="u",
+        layer=0,
+        rows=rows,
+        group=0,
+        ranks=ranks,
+        mode=mode,
+        moments_dtype=torch.float32,
+        grad_dtype=torch.float32,
+        compression=RowCompression.draw(ResolvedCompress(dim=5, nonzeros=2, scale=1.5), D, 7, 0, CPU),
+    )
     for window in range(20):
         for rank in mine:
             g = torch.Generator().manual_seed(100 * window + rank)
-            ids = torch.randperm(R, generator=g)[: 3 + 2 * rank]
+            ids = torch.randperm(r, generator=g)[: 3 + 2 * rank]
             rows.gather(ids)
             rows.add_grad(ids, torch.randn(len(ids), 2 * D, generator=g))
-        unit.collect(); unit.reduce(ranks); unit.send(bus); unit.sq_norm()
+        unit.collect()
+        unit.reduce(ranks)
+        unit.send(bus)
+        unit.sq_norm()
         hyper = AdamHyper(lr=0.02, beta1=0.9, beta2=0.99, eps=1e-4, weight_decay=0.1)
         unit.host_step(hyper, step=window + 1, grad_scale=1.0)
-        unit.fetch(bus, ranks); unit.apply()
+        unit.fetch(bus, ranks)
+        unit.apply()
     ranks.barrier()
-    assert unit.state_tensors()["exp_avg"].shape[0] <= R // ranks.world + 1
+    assert unit.state_tensors()["exp_avg"].shape[0] <= r // ranks.world + 1
     return master.clone()
 
-for mode in ("dense", "lazy"):
-    two, again = train(mode, together, [me]), train(mode, together, [me])
-    assert torch.equal(two, again), "from run to run"
-    one = train(mode, Ranks(), range(world))
-    torch.testing.assert_close(two, one, atol=1e-5, rtol=1e-5)
-    print(hashlib.sha256(two.numpy().tobytes()).hexdigest())
-dist.barrier()
-together = None
-dist.destroy_process_group()
-"""
+
+def two_as_one(folder: Path) -> list[list[float]]:
+    """On each rank: training together repeats its bits and equals training alone; returns the rows, by mode."""
+    together, found = ranks_here(), []
+    for mode in ("dense", "lazy"):
+        two, again = (trained(mode, together, [together.rank]) for _ in range(2))
+        assert torch.equal(two, again), "from run to run"
+        torch.testing.assert_close(two, trained(mode, Ranks(), range(together.world)), atol=1e-5, rtol=1e-5)
+        found.append(two.flatten().tolist())
+    return found
 
 
-def test_two_ranks_equal_one_rank_and_repeat_bit_for_bit(tmp_path: Path) -> None:
-    script = tmp_path / "compressed.py"
-    script.write_text(RANKS)
-    first, second = run_ranks(script, 2)
-    assert first == second and len(first.split()) == 2
+def test_two_ranks_equal_one_rank_and_repeat_bit_for_bit(forge: Forge, tmp_path: Path) -> None:
+    first, second = forge.results(two_as_one, tmp_path)
+    assert first == second and first[0] != first[1]
