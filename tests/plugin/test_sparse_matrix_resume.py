@@ -158,7 +158,7 @@ def test_damaged_files_are_refused_before_anything_changes(tmp_path: Path, phase
     }
     if phase == "training":
         content = json.loads(manifest)
-        tiles = content["methods"]["sparse_matrix"]["state"]["choice"]["tiles"]
+        tiles = content["methods"]["sparse_matrix"]["choice"]["tiles"]
         tiles[0]["rows"] = [0, 999]
         damages["does not fit this model"] = lambda: (folder / "meft_state.json").write_text(
             json.dumps(sealed(content))

@@ -19,17 +19,7 @@ from torch import Tensor
 from meft_ds import files
 from meft_ds.offload.ranks import Ranks
 from meft_ds.offload.unit import MOMENTS, Unit
-from meft_ds.plugin.checkpoint.transaction import (
-    FOLDER,
-    MANIFEST,
-    Manifest,
-    MethodEntry,
-    Saving,
-    SharedEntry,
-    SliceEntry,
-    finish,
-    read_sealed,
-)
+from meft_ds.plugin.checkpoint.transaction import FOLDER, MANIFEST, FileEntry, Manifest, Saving, finish, read_sealed
 
 FORMAT = 2
 
@@ -43,7 +33,7 @@ def save(
     *,
     counters: dict[str, Any],
     about: dict[str, Any],
-    methods: dict[str, MethodState] | None = None,
+    methods: dict[str, MethodState],
 ) -> None:
     """Write this rank's slices and, on rank 0 and last of all, the manifest. Collective.
 
@@ -58,9 +48,7 @@ def save(
         RuntimeError: on every rank, when a file cannot be written; a checkpoint of the same tag is as it was then.
     """
     folder, ranks, first = saving.folder, saving.ranks, saving.ranks.rank == 0
-    ours: dict[str, SliceEntry] = {}
-    shared: dict[str, SharedEntry] = {}
-    of_methods: dict[str, MethodEntry] = {}
+    ours: dict[str, FileEntry] = {}
     with saving.attempt(folder):
         for unit in (unit for unit in units if unit.saves_state):
             lo, hi, total = unit.state_range()
@@ -69,12 +57,10 @@ def save(
             ours[name] = {"unit": unit.name, "lo": lo, "hi": hi, "total": total, **found}
         for unit in units if first else ():
             if tensors := unit.shared_tensors():
-                name = f"{unit.name}.shared.safetensors"
-                shared[name] = {"unit": unit.name, **_write(saving, name, tensors)}
-        for method, (state, kept) in (methods or {}).items() if first else ():
-            file = f"{method}.method.safetensors" if kept else None
-            found = files.Fingerprint() if file is None else _write(saving, file, kept)
-            of_methods[method] = {"state": state, "file": file, **found}
+                ours[_shared(unit)] = {"unit": unit.name, **_write(saving, _shared(unit), tensors)}
+        for method, (_, kept) in methods.items() if first else ():
+            if kept:
+                ours[_kept(method)] = {"unit": method, **_write(saving, _kept(method), kept)}
     gathered = saving.agree((ours, saving.of_deepspeed))
     if first:
         saving.complete(
@@ -82,10 +68,9 @@ def save(
                 "format": FORMAT,
                 "about": about,
                 "counters": counters,
-                "units": {unit.name: {"wire": unit.wire, "scalars": unit.scalars()} for unit in units},
+                "units": {unit.name: unit.scalars() for unit in units},
+                "methods": {method: numbers for method, (numbers, _) in methods.items()},
                 "files": {name: entry for mine, _ in gathered for name, entry in mine.items()},
-                "shared": shared,
-                "methods": of_methods,
                 "deepspeed": {name: entry for _, theirs in gathered for name, entry in theirs.items()},
             }
         )
@@ -142,21 +127,21 @@ def load(folder: Path, manifest: Manifest, units: list[Unit], *, moments: bool) 
         lo, hi, _ = unit.state_range()
         targets = {k: t for k, t in unit.state_tensors().items() if moments or k in unit.weight_state}
         for name, entry in manifest["files"].items():
-            if entry["unit"] == unit.name and entry["lo"] < hi and lo < entry["hi"]:
+            if entry["unit"] == unit.name and "lo" in entry and entry["lo"] < hi and lo < entry["hi"]:
                 _copy_overlap(folder / name, entry["lo"], entry["hi"], targets, lo, hi)
         if moments:
-            for name in _shared_files(manifest, unit):
-                unit.load_shared(_read_all(folder / name))
-            unit.load_scalars(manifest["units"][unit.name]["scalars"])
+            if _shared(unit) in manifest["files"]:
+                unit.load_shared(_read_all(folder / _shared(unit)))
+            unit.load_scalars(manifest["units"][unit.name])
         unit.after_load()
 
 
 def method_state(folder: Path, manifest: Manifest, method: str) -> MethodState | None:
     """Return what `save` was given for a method, from a verified folder; None if it was nothing."""
-    entry = manifest["methods"].get(method)
-    if entry is None:
+    if method not in manifest["methods"]:
         return None
-    return entry["state"], {} if entry["file"] is None else _read_all(folder / entry["file"])
+    kept = _read_all(folder / _kept(method)) if _kept(method) in manifest["files"] else {}
+    return manifest["methods"][method], kept
 
 
 def latest_tag(load_dir: Path) -> str | None:
@@ -215,32 +200,29 @@ def _check_about(
 
 
 def _check_files(folder: Path, manifest: Manifest, units: list[Unit]) -> None:
-    for unit in units:
-        lo, hi, total = unit.state_range()
-        mine = [(n, e) for n, e in manifest["files"].items() if e["unit"] == unit.name]
-        if not mine or any(e["total"] != total for _, e in mine):
-            sizes = sorted({e["total"] for _, e in mine})
+    """Check the files that this rank reads."""
+    if not all(isinstance(numbers, dict) for numbers in [*manifest["units"].values(), *manifest["methods"].values()]):
+        raise TypeError("units and methods")
+    mine = {unit.name: unit.state_range() for unit in units}
+    for name, (_, _, total) in mine.items():
+        sizes = {entry["total"] for entry in manifest["files"].values() if entry["unit"] == name and "lo" in entry}
+        if sizes != {total}:
             raise ValueError(
-                f"{folder}: unit {unit.name} has {sizes or 'no'} items, this run has {total}; make them equal"
+                f"{folder}: unit {name} has {sorted(sizes) or 'no'} items, this run has {total}; make them equal"
             )
-        for name, entry in mine:
-            if entry["lo"] < hi and lo < entry["hi"]:
-                _check_file(folder / name, entry)
-        for name in _shared_files(manifest, unit):
-            _check_file(folder / name, manifest["shared"][name])
-    known = {unit.name for unit in units}
-    # units that come with the checkpoint (a method's choice): whole, since nobody knows yet which part is this rank's
-    of_units: dict[str, SharedEntry] = {**manifest["files"], **manifest["shared"]}
-    for name, of_unit in of_units.items():
-        if of_unit["unit"] not in known:
-            _check_file(folder / name, of_unit)
-    for of_method in manifest["methods"].values():
-        if of_method["file"] is not None:
-            _check_file(folder / of_method["file"], of_method)
+    for name, entry in manifest["files"].items():
+        # of units that come with the checkpoint (a method's choice) nobody knows yet which part is this rank's
+        lo, hi, _ = mine.get(entry["unit"], (0, 2**63, 0))
+        if "lo" not in entry or (entry["lo"] < hi and lo < entry["hi"]):
+            _check_file(folder / name, entry)
 
 
-def _shared_files(manifest: Manifest, unit: Unit) -> list[str]:
-    return [name for name, entry in manifest["shared"].items() if entry["unit"] == unit.name]
+def _shared(unit: Unit) -> str:
+    return f"{unit.name}.shared.safetensors"
+
+
+def _kept(method: str) -> str:
+    return f"{method}.method.safetensors"
 
 
 def _read_all(path: Path) -> dict[str, Tensor]:

@@ -28,8 +28,11 @@ MANIFEST = "meft_state.json"
 _MARK = "meft-"  # in the suffix of files of a save in progress
 
 
-class SliceEntry(files.Fingerprint):
-    """A rank's slice of a unit's state: items [lo, hi) of `total`."""
+class FileEntry(files.Fingerprint, total=False):
+    """One of our files: a rank's slice of a unit's state, items [lo, hi) of `total`.
+
+    Without `lo` it is what all ranks share of a unit or a method, and is read whole.
+    """
 
     unit: str
     lo: int
@@ -37,36 +40,15 @@ class SliceEntry(files.Fingerprint):
     total: int
 
 
-class SharedEntry(files.Fingerprint):
-    """What every rank holds of a unit's state."""
-
-    unit: str
-
-
-class MethodEntry(files.Fingerprint):
-    """What a method keeps beside its units: JSON, and the name of a file of tensors."""
-
-    state: dict[str, Any]
-    file: str | None
-
-
-class UnitEntry(TypedDict):
-    """A unit's numbers, and the format that it trains in."""
-
-    wire: str
-    scalars: dict[str, Any]
-
-
 class Manifest(TypedDict):
-    """What is in a checkpoint. Files and units go by their names."""
+    """What is in a checkpoint: files by their names, numbers of units and of methods by theirs."""
 
     format: int
     about: dict[str, Any]
     counters: dict[str, Any]
-    units: dict[str, UnitEntry]
-    files: dict[str, SliceEntry]
-    shared: dict[str, SharedEntry]
-    methods: dict[str, MethodEntry]
+    units: dict[str, dict[str, Any]]
+    methods: dict[str, dict[str, Any]]
+    files: dict[str, FileEntry]
     deepspeed: dict[str, files.Fingerprint]
     generation: NotRequired[str]
     sha256: NotRequired[str]
@@ -163,7 +145,7 @@ class Saving:
             files.write_text(self.folder / MANIFEST, text, replaced=self._is_complete)
             finish(self.folder)
             for path in self.folder.glob("*.safetensors"):  # of another number of ranks, or of other units
-                if path.name not in files_of(manifest):
+                if path.name not in manifest["files"]:
                     path.unlink()
 
     def _is_complete(self) -> None:
@@ -197,12 +179,6 @@ def finish(folder: Path) -> None:
     for path in _staged(folder, generation) if generation.isalnum() else ():
         with contextlib.suppress(FileNotFoundError):  # somebody else who loads was quicker
             os.replace(path, path.with_name(path.name[1 : -len(f".{_MARK}{generation}")]))
-
-
-def files_of(manifest: Manifest) -> set[str]:
-    """Return the names of all our files of a checkpoint."""
-    methods = [entry["file"] for entry in manifest["methods"].values() if entry["file"] is not None]
-    return {*manifest["files"], *manifest["shared"], *methods}
 
 
 def sealed(manifest: Manifest) -> Manifest:
