@@ -58,7 +58,7 @@ class _PostImportHook:
         with self._lock:
             module = sys.modules.get(self.module_name)
             if module is None and self not in sys.meta_path:
-                sys.meta_path.insert(0, self)  # type: ignore[arg-type]
+                sys.meta_path.insert(0, self)
             if module is None or module is self._called_with:
                 return
             if _is_initializing(module):
@@ -74,7 +74,7 @@ class _PostImportHook:
                 return
             self._called_with = module
             if self in sys.meta_path:
-                sys.meta_path.remove(self)  # type: ignore[arg-type]
+                sys.meta_path.remove(self)
         self._callback(module)
 
     def find_spec(self, fullname: str, path: Any = None, target: ModuleType | None = None) -> ModuleSpec | None:
@@ -96,10 +96,10 @@ class _PostImportHook:
 
     def _find_behind(self, fullname: str, path: Any, target: ModuleType | None) -> ModuleSpec | None:
         finders = list(sys.meta_path)
-        behind = finders[finders.index(self) + 1 :] if self in finders else finders  # type: ignore[arg-type]
+        behind = finders[finders.index(self) + 1 :] if self in finders else finders
         for finder in behind:
             find_spec = getattr(finder, "find_spec", None)
-            spec = find_spec(fullname, path, target) if find_spec is not None else None
+            spec: ModuleSpec | None = find_spec(fullname, path, target) if find_spec is not None else None
             if spec is not None:
                 return spec
         return None

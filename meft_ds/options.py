@@ -9,7 +9,7 @@ import os
 import re
 import reprlib
 import time
-from typing import Any
+from typing import Any, TypeGuard
 
 import regex
 
@@ -30,12 +30,12 @@ def shown(value: Any) -> str:
         return f"{type(value).__name__} of more than 4,300 digits"
 
 
-def is_whole(value: Any, least: int, most: int = LARGEST) -> bool:
+def is_whole(value: Any, least: int, most: int = LARGEST) -> TypeGuard[int]:
     """Whether it is a whole number in this range; true and false are none."""
     return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
 
 
-def is_number(value: Any) -> bool:
+def is_number(value: Any) -> TypeGuard[int | float]:
     """Whether it is a number that a float can hold, not NaN and not infinite; true and false are none."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return False

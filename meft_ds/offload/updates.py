@@ -39,7 +39,7 @@ class Updates:
     _progress: Progress
     _lanes: Lanes
     _ranks_of: LaneRanks
-    _one_applies: threading.RLock  # type: ignore[valid-type]  # the thread that trains, or one that touched a weight
+    _one_applies: threading.RLock  # the thread that trains, or one that touched a weight
 
     @abstractmethod
     def fail(self, error: BaseException) -> None:

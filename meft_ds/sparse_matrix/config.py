@@ -32,8 +32,8 @@ def _fraction(value: Any) -> float:
 
 
 def _budget(value: Any) -> str | dict[str, float] | None:
-    if value in (None, "global", "per_module"):
-        return value
+    if value is None or value in ("global", "per_module"):
+        return None if value is None else str(value)
     if not isinstance(value, dict) or not value or not all(isinstance(role, str) for role in value):
         raise ValueError(
             'expected null, "global", "per_module" or an object of fractions by role such as {"q": 0.02}, '

@@ -38,7 +38,7 @@ def tap(
     backward, a view would hold the whole input. `anchor`: a tensor that requires grad, in the place of a weight that
     must not, because its storage is swapped between forward and backward (ZeRO-3).
     """
-    module.forward = TappedLinear(module, weakref.ref(receiver), index, keep, anchor)  # type: ignore[assignment]
+    module.forward = TappedLinear(module, weakref.ref(receiver), index, keep, anchor)
 
 
 def untap(module: nn.Module, receiver: ActivationSink) -> None:
@@ -88,27 +88,33 @@ class TappedLinear(ModelHook):
         assert isinstance(weight, Tensor)
         trains = weight.requires_grad or self.anchor is not None
         if receiver is None or not (torch.is_grad_enabled() and trains):
-            return type(module).forward(module, x)  # type: ignore[arg-type]
+            y: Tensor = type(module).forward(module, x)
+            return y
         bias = module.bias
         assert isinstance(bias, Tensor | None)
         transposed = not isinstance(module, nn.Linear)
         tapped = x, (weight if self.anchor is None else self.anchor), receiver, self.index, self.keep
         if self.anchor is not None:
-            return _Tap.apply(_Product.apply(x, weight, bias, transposed), *tapped)
+            return _applied(_Tap, _applied(_Product, x, weight, bias, transposed), *tapped)
         if not transposed:
             y = _linear(x, weight.detach(), bias)
             if not y._is_view():
-                return _Tap.apply(y, *tapped)
+                return _applied(_Tap, y, *tapped)
             # with a bias torch gives a view of a product [tokens, out]; a view that a function changes in place costs
             # two copies of its gradient
             assert y._base is not None and y._base.numel() == y.numel()
-            return _Tap.apply(y._base, *tapped).view(y.shape)
+            return _applied(_Tap, y._base, *tapped).view(y.shape)
         assert bias is not None
         flat = torch.addmm(bias, x.reshape(-1, x.shape[-1]), weight.detach())
-        return _Tap.apply(flat, *tapped).view(*x.shape[:-1], weight.shape[1])
+        return _applied(_Tap, flat, *tapped).view(*x.shape[:-1], weight.shape[1])
 
     def of_copy(self) -> tuple[Any, ...]:
         return (self.module,)
+
+
+def _applied(function: type[torch.autograd.Function], *given: Any) -> Tensor:
+    made: Tensor = function.apply(*given)
+    return made
 
 
 class _Product(torch.autograd.Function):
@@ -124,7 +130,7 @@ class _Product(torch.autograd.Function):
         return _linear(x, weight.t() if transposed else weight, bias).detach()
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, dy: Tensor) -> Any:
         (weight,) = ctx.saved_tensors
         dx = db = None
         if ctx.needs_input_grad[0]:
@@ -148,7 +154,7 @@ class _Tap(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, dy: Tensor) -> Any:
         (x,) = ctx.saved_tensors
         with torch.no_grad():
             ctx.receiver.tapped(ctx.index, x.detach(), dy)  # who keeps x must not keep its graph

@@ -21,11 +21,11 @@ def weights(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, nn.Paramete
     """(module name, module, key, weight) of linear layers [m, n] and of expert tensors [experts, m, n]."""
     for name, module in model.named_modules():
         if _is_linear(module):
-            yield name, module, "weight", module.weight  # type: ignore[misc]
+            yield name, module, "weight", module.weight
         elif not isinstance(module, nn.modules.conv._ConvNd | parametrize.ParametrizationList):
             for key, p in module._parameters.items():
                 if p is not None and _has_experts(f"{name}.{key}", shape_of(p)):
-                    yield name, module, key, p  # type: ignore[misc]
+                    yield name, module, key, p
 
 
 def _is_linear(module: nn.Module) -> bool:

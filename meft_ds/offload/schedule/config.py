@@ -15,9 +15,9 @@ _MOST_THREADS = 1024
 
 
 def _threads(value: Any) -> int | str:
-    if value != "auto" and not is_whole(value, 1, _MOST_THREADS):
-        raise ValueError(f'expected a whole number of threads from 1 to {_MOST_THREADS} or "auto", got {shown(value)}')
-    return value
+    if value == "auto" or is_whole(value, 1, _MOST_THREADS):
+        return "auto" if value == "auto" else value
+    raise ValueError(f'expected a whole number of threads from 1 to {_MOST_THREADS} or "auto", got {shown(value)}')
 
 
 class ScheduleConfig(BaseModel):

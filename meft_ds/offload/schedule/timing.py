@@ -169,4 +169,4 @@ def _between(first: tuple[str, float, Any], last: tuple[str, float, Any]) -> flo
     if first[2] is None or last[2] is None:
         return last[1] - first[1]
     last[2].synchronize()  # hardly waits: a step ends after the device did the backward
-    return first[2].elapsed_time(last[2]) / 1e3
+    return float(first[2].elapsed_time(last[2])) / 1e3
