@@ -143,16 +143,31 @@ def guard_gathers(
                     alive.needed(unit)
         streams.read()
 
-    def adopt(params: Sequence[Tensor]) -> None:
-        for p in params:
-            if (unit := of.get(id(p), _nobody)()) is not None:
-                unit.adopt_one(p)
+    def before_gather(original: Callable[..., Any], p: Tensor) -> Any:
+        def gather(params: Any = None, *args: Any, **kwargs: Any) -> Any:
+            given = kwargs.pop("param_list", kwargs.pop("params", params))
+            listed = [p] if given is None else list(given)
+            wait_for(listed)
+            return original(listed, *args, **kwargs)
+
+        return gather
+
+    def around_partition(original: Callable[..., Any], p: Tensor) -> Any:
+        def partition(param_list: Any = None, *args: Any, **kwargs: Any) -> Any:
+            listed = [p] if param_list is None else list(param_list)
+            if kwargs.get("has_been_updated"):  # `GatheredParameters(modifier_rank=...)` says what the program wrote
+                for q in listed:
+                    if (unit := of.get(id(q), _nobody)()) is not None:
+                        unit.adopt_one(q)  # now, while it is whole
+            return original(listed, *args, **kwargs)
+
+        return partition
 
     # DeepSpeed may ask any parameter to gather a list of others, so each of them gets a guard
-    guards: list[_Guard] = [
-        _Guard(p, name, wait_for) for p in model.parameters() for name in ("all_gather", "all_gather_coalesced")
+    guards = [
+        _Guard(p, name, before_gather) for p in model.parameters() for name in ("all_gather", "all_gather_coalesced")
     ]
-    guards += [_EditGuard(p, "partition", adopt) for p in model.parameters()]
+    guards += [_Guard(p, "partition", around_partition) for p in model.parameters()]
     return [*guards, model.register_forward_pre_hook(_Enter(streams), prepend=True)]
 
 
@@ -168,37 +183,15 @@ class _Enter(ModelHook):
 
 
 class _Guard:
-    """Stands before one of the two gathers of a parameter."""
+    """Puts another function in the place of a parameter's method, until `remove`."""
 
-    def __init__(self, p: Tensor, name: str, tell: Callable[[Sequence[Tensor]], None]) -> None:
+    def __init__(self, p: Tensor, name: str, standing_in: Callable[[Callable[..., Any], Tensor], Any]) -> None:
         self._p, self._name, self._original = p, name, getattr(p, name)
-        setattr(p, name, self._standing_in(self._original, tell))
-
-    def _standing_in(self, original: Callable[..., Any], wait_for: Callable[[Sequence[Tensor]], None]) -> Any:
-        def gather(params: Any = None, *args: Any, **kwargs: Any) -> Any:
-            given = kwargs.pop("param_list", kwargs.pop("params", params))
-            listed = [self._p] if given is None else list(given)
-            wait_for(listed)
-            return original(listed, *args, **kwargs)
-
-        return gather
+        setattr(p, name, standing_in(self._original, p))
 
     def remove(self) -> None:
-        """Put the parameter's own gather back."""
+        """Put the parameter's own method back."""
         setattr(self._p, self._name, self._original)
-
-
-class _EditGuard(_Guard):
-    """Stands around the partitioning of a parameter: `GatheredParameters(modifier_rank=...)` says what was written."""
-
-    def _standing_in(self, original: Callable[..., Any], adopt: Callable[[Sequence[Tensor]], None]) -> Any:
-        def partition(param_list: Any = None, *args: Any, **kwargs: Any) -> Any:
-            listed = [self._p] if param_list is None else list(param_list)
-            if kwargs.get("has_been_updated"):
-                adopt(listed)  # now, while they are whole
-            return original(listed, *args, **kwargs)
-
-        return partition
 
 
 def _nobody() -> None:
