@@ -55,8 +55,8 @@ def scatter_rows_(dst: Tensor, ids: Tensor, rows: Tensor) -> None:
         dst.index_copy_(0, ids, rows)
 
 
-def sq_norm(t: Tensor, scale: float = 1.0) -> float:
-    """Return the sum of squares of ``t * scale`` in float64; infinity or NaN where `t` holds one.
+def sq_norm(t: Tensor) -> float:
+    """Return the sum of squares of `t` in float64; infinity or NaN where `t` holds one.
 
     The result does not depend on the number of threads.
 
@@ -69,10 +69,8 @@ def sq_norm(t: Tensor, scale: float = 1.0) -> float:
     expect("t", t, FLOATS, t.shape)
     cpp = kernels()
     if cpp is not None:
-        total = cpp.sq_norm(*typed(t), t.numel(), torch.get_num_threads())
-    else:
-        total = sum(_sum_squares(chunk) for chunk in t.detach().reshape(-1).split(_SUM_CHUNK))
-    return float(total) * scale * scale
+        return float(cpp.sq_norm(*typed(t), t.numel(), torch.get_num_threads()))
+    return float(sum(_sum_squares(chunk) for chunk in t.detach().reshape(-1).split(_SUM_CHUNK)))
 
 
 def _expect_move(whole_name: str, whole: Tensor, ids: Tensor, part_name: str, part: Tensor) -> None:

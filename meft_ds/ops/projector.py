@@ -123,10 +123,6 @@ class Projector:
         padded[slots] = values.reshape(-1)
         return padded.view(index.shape).sum(1)
 
-    def gram(self) -> Tensor:
-        """Return P^T P, float64 [d, d]."""
-        return overlap(self, self)
-
     def dense(self) -> Tensor:
         """Return P as float32 [m, d], for tests and small problems."""
         out = torch.zeros(self.m, self.dim, device=self.row_index.device)

@@ -192,7 +192,7 @@ def _coordinates(new: Projector, old: Projector) -> Tensor:
     With ridge r and one step of refinement (iterated Tikhonov) a direction of eigenvalue e is off by (r / (e + r))^2,
     1e-6 at e = 0.1, and none is amplified by more than about 0.8 / sqrt(r).
     """
-    gram, cross = old.gram(), overlap(old, new)
+    gram, cross = overlap(old, old), overlap(old, new)
     ridged = gram.clone()
     ridged.diagonal().add_(_RIDGE * float(gram.diagonal().mean()))
     factor = torch.linalg.cholesky(ridged)

@@ -57,11 +57,11 @@ def test_scatter_rows_is_assignment(
 @given(
     n=st.sampled_from([0, 1, 15, 16, 17, 16384, 16385, 300001]),
     dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
-    scale=st.sampled_from([1.0, 1e-3, 2.0**14]),
+    scale=st.sampled_from([1.0, 1e-3, 2.0**13]),
 )
 def test_sq_norm_equals_float64_sum(path: str, n: int, dtype: torch.dtype, scale: float) -> None:
-    t = torch.randn(n).to(dtype)
-    assert ops.sq_norm(t, scale) == pytest.approx(float((t.double() * scale).square().sum()), rel=1e-12)
+    t = (torch.randn(n) * scale).to(dtype)
+    assert ops.sq_norm(t) == pytest.approx(float(t.double().square().sum()), rel=1e-12)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -85,7 +85,7 @@ def test_sq_norm_shows_non_finite_values(path: str, dtype: torch.dtype, at: int)
     t[at] = math.inf
     assert ops.sq_norm(t) == math.inf
     t[at] = math.nan
-    assert math.isnan(ops.sq_norm(t, 0.5))
+    assert math.isnan(ops.sq_norm(t))
 
 
 def test_sq_norm_does_not_overflow_where_fp32_would(path: str) -> None:
