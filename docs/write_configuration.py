@@ -24,7 +24,8 @@ One top-level block in the ds_config. `"meft_offload": {}` turns the sparse adap
 `{"subspace": {}}` the subspace projectors, both keys both methods. Remove the block, and DeepSpeed behaves as if
 meft-ds were not installed. One error lists all faults of a block, each with the key's path and the nearest valid key.
 
-What the block makes of the rest of the ds_config has [a page of its own](ds-config.md).
+What `train` selects, and what trains without it: [what trains](../explanation/what-trains.md). What the block makes of
+the rest of the ds_config: [the rest of the ds_config](ds-config.md).
 """
 
 INTROS = {
