@@ -33,6 +33,7 @@ KINDS = ["reentrant", "nonreentrant"]
 
 @every_method
 @pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.compat
 def test_it_learns_and_repeats_its_bits(entry: Entry, precision: str) -> None:
     def run() -> tuple[list[float], dict[str, Tensor]]:
         engine = engine_of(entry, precision=precision)

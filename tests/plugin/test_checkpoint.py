@@ -2,7 +2,6 @@
 """Save, resume, reuse."""
 
 import json
-import random
 from pathlib import Path
 from typing import Any
 
@@ -24,26 +23,6 @@ def config(precision: str = "bf16", **adapter: Any) -> dict[str, Any]:
     if precision == "fp16":
         made["fp16"] |= {"initial_scale_power": 8, "loss_scale_window": 2}
     return made
-
-
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
-@pytest.mark.parametrize("optimizer", ["dense", "lazy"])
-def test_resumed_training_is_bit_identical_to_uninterrupted_training(
-    tmp_path: Path, precision: str, optimizer: str
-) -> None:
-    straight = make_engine(config(precision, optimizer=optimizer))
-    train(straight, 3)
-    straight.save_checkpoint(str(tmp_path))
-    expected = train(straight, 4, first_seed=500)
-
-    resumed = make_engine(config(precision, optimizer=optimizer, seed=5), tiny_llama(seed=9))
-    path, _ = resumed.load_checkpoint(str(tmp_path))
-    assert path is not None and resumed.global_steps == 3
-    assert train(resumed, 4, first_seed=500) == expected
-    one, two = state_of(straight), state_of(resumed)
-    assert all(torch.equal(one[k], two[k]) for k in one)
-    assert straight.get_lr() == resumed.get_lr()
-    assert straight.optimizer.counters() == resumed.optimizer.counters()
 
 
 def test_our_files_are_safetensors_and_json_and_nothing_temporary_is_left(tmp_path: Path) -> None:
@@ -85,23 +64,6 @@ def refuse(engine: Any, folder: Path, before: dict[str, torch.Tensor]) -> str:
     return str(e.value)
 
 
-def test_a_truncated_file_is_refused_by_name(tmp_path: Path) -> None:
-    engine, folder, before = damaged(tmp_path)
-    victim = next(folder.glob("layer1.rows*"))
-    victim.write_bytes(victim.read_bytes()[:-100])
-    message = refuse(engine, folder, before)
-    assert victim.name in message and "truncated" in message and "earlier checkpoint" in message
-
-
-def test_a_flipped_bit_is_refused_by_name(tmp_path: Path) -> None:
-    engine, folder, before = damaged(tmp_path)
-    victim = next(folder.glob("layer0.dense*"))
-    content = bytearray(victim.read_bytes())
-    content[-5] ^= 1
-    victim.write_bytes(content)
-    assert victim.name in (message := refuse(engine, folder, before)) and "SHA-256" in message
-
-
 def test_an_unfinished_or_damaged_save_is_refused(tmp_path: Path) -> None:
     engine, folder, before = damaged(tmp_path)
     manifest = folder / "meft_state.json"
@@ -113,28 +75,6 @@ def test_an_unfinished_or_damaged_save_is_refused(tmp_path: Path) -> None:
     assert "its checksum" in refuse(engine, folder, before)
     manifest.unlink()
     assert "unfinished save" in refuse(engine, folder, before)
-
-
-def test_every_file_is_refused_by_name_when_it_is_missing_cut_or_has_a_bit_flipped(tmp_path: Path) -> None:
-    engine, folder, before = damaged(tmp_path)
-    chance = random.Random(0)
-    files = sorted(path for path in folder.parent.rglob("*") if path.is_file())
-    assert "mp_rank_00_model_states.pt" in {path.name for path in files} and len(files) > 4
-    for path in files:
-        whole = path.read_bytes()
-        for _ in range(3):
-            flipped = bytearray(whole)
-            flipped[chance.randrange(len(whole))] ^= 1 << chance.randrange(8)
-            if path.suffix == ".json" and b"".join(bytes(flipped).split()) == b"".join(whole.split()):
-                continue  # one kind of white space for another
-            path.write_bytes(flipped)
-            assert path.name in (message := refuse(engine, folder, before)) and "damaged" in message
-        path.write_bytes(whole[: chance.randrange(len(whole))])
-        assert path.name in refuse(engine, folder, before)
-        path.unlink()
-        assert path.name in (message := refuse(engine, folder, before)) and "missing" in message
-        path.write_bytes(whole)
-    assert engine.load_checkpoint(str(tmp_path))[0] is not None
 
 
 @pytest.mark.parametrize("content", [b"", b"global_stop2", b"\xe7lobal_step2", b"t\x00"])

@@ -14,7 +14,6 @@ from torch import nn
 from meft_ds.offload.model.capture import TappedLinear
 from meft_ds.plugin.checkpoint.transaction import sealed
 from meft_ds.sparse_matrix.choice.choice import Choice
-from meft_ds.sparse_matrix.discover import find_sites
 from tests.plugin.tiles import SCORED, config, differing, everything, method_of, steps, tiles_units
 from tests.sparse_adapter.tiny import tiny_model
 from tests.toy import ADAPTER, batch, make_engine, tiny_llama
@@ -36,7 +35,7 @@ def scores(engine: Any) -> list[torch.Tensor]:
     ("precision", "kind", "at"),
     [
         pytest.param("bf16", "abs_mean", 1, marks=pytest.mark.compat),
-        pytest.param("fp16", "abs_mean", SCORED + 2, marks=pytest.mark.compat),
+        pytest.param("fp16", "abs_mean", SCORED + 2, marks=pytest.mark.slow),
         pytest.param("fp32", "paper", 1, marks=pytest.mark.slow),
         pytest.param("fp16", "l2", 1, marks=pytest.mark.slow),
         pytest.param("fp32", "mean_abs", 0, marks=pytest.mark.slow),
@@ -235,35 +234,6 @@ def test_scores_that_are_all_zero_are_no_choice() -> None:
 
 
 # The model when its engine is gone
-
-
-@pytest.mark.parametrize("phase", ["scoring", "training"])
-def test_a_destroyed_engine_leaves_an_ordinary_model_and_another_can_take_over(phase: str) -> None:
-    model = tiny_llama()
-    model.model.layers[0].mlp.up_proj.requires_grad_(False)
-    trained = {name for name, p in model.named_parameters() if p.requires_grad}
-    engine = make_engine(config(), model)
-    steps(engine, range(1 if phase == "scoring" else SCORED + 2))
-    assert tapped(model)
-    engine.eval()
-    with torch.no_grad():
-        logits = engine(**batch(5)).logits
-    engine.destroy()
-    assert not any("forward" in m.__dict__ for m in model.modules() if isinstance(m, nn.Linear))
-    assert {name for name, p in model.named_parameters() if p.requires_grad} == trained
-    torch.testing.assert_close(model(**batch(5)).logits, logits, rtol=1e-5, atol=1e-5)
-    model(**batch(0)).loss.backward()
-    assert {name for name, p in model.named_parameters() if p.grad is not None} == trained
-    model.zero_grad()
-    again = make_engine(config(), model)
-    assert len(find_sites(tiny_llama(), method_of(again)._config)[0]) == 14 and len(tapped(model)) == 13
-    engine.destroy()  # once more, as when it is collected
-    assert len(tapped(model)) == 13 and len([p for p in model.parameters() if p.requires_grad]) == 13
-    again.train()
-    steps(again, range(SCORED))
-    before = everything(again)
-    steps(again, [SCORED])
-    assert all(f"{unit.name}/master" in differing(before, everything(again)) for unit in tiles_units(again))
 
 
 @pytest.mark.parametrize("score", ["random", "abs_mean"])

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import math
 from pathlib import Path
@@ -11,11 +10,10 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
 
 from meft_ds.offload.model.capture import TappedLinear
 from tests.sparse_adapter.tiny import tiny_model
-from tests.toy import ADAPTER, batch, ds_config, make_engine, state_of, tiny_llama, train
+from tests.toy import ADAPTER, batch, ds_config, make_engine, state_of, tiny_llama
 
 FEW = r".*\.(q_proj|v_proj|up_proj|c_attn|c_fc|down_proj|experts)"  # what fits cost, not what they cover
 
@@ -71,18 +69,6 @@ def biases(engine: Any) -> dict[str, dict[str, float]]:
 # What a step computes
 
 
-@pytest.mark.compat
-@pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_training_learns_and_is_bit_identical_from_run_to_run(precision: str) -> None:
-    def run() -> tuple[list[float], dict[str, Any]]:
-        engine = make_engine(config(precision, gas=2, target_modules=FEW))
-        return train(engine, 10, distinct=4), everything(engine)
-
-    (first, state), (second, again) = run(), run()
-    assert first == second and differing(state, again) == []
-    assert sum(first[-4:]) < sum(first[:4]) - 1.0
-
-
 @pytest.mark.parametrize("name", ["llama", "gpt2", "mixtral", "qwen2-moe"])
 def test_both_sides_give_the_same_losses(name: str) -> None:
     losses = []
@@ -97,28 +83,9 @@ def test_both_sides_give_the_same_losses(name: str) -> None:
     torch.testing.assert_close(losses[0], losses[1], atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("side", ["activation", "weight"])
-def test_four_micro_batches_of_two_equal_one_of_eight(side: str) -> None:
-    def run(gas: int) -> dict[str, torch.Tensor]:
-        made = config(gas=gas, gradient_side=side, projectors="random", refit_interval=0)
-        made["train_micro_batch_size_per_gpu"] = micro = 8 // gas
-        made["optimizer"]["params"]["eps"] = 1e-4
-        engine = make_engine(made)
-        for step in range(4):
-            whole = batch(step, rows=8)
-            whole["attention_mask"][:] = 1
-            whole["labels"] = whole["input_ids"].clone()
-            for k in range(gas):
-                engine.backward(engine(**{key: t[k * micro : (k + 1) * micro] for key, t in whole.items()}).loss)
-                engine.step()
-        return state_of(engine)
-
-    one, four = run(1), run(4)
-    for name in one:
-        torch.testing.assert_close(four[name], one[name], atol=2e-5, rtol=1e-3, msg=name)
-
-
-@pytest.mark.parametrize(("side", "rounding"), [("activation", "stochastic"), ("weight", "residual")])
+@pytest.mark.parametrize(
+    ("side", "rounding"), [("activation", "stochastic"), pytest.param("weight", "residual", marks=pytest.mark.slow)]
+)
 def test_fp16_overflow_in_any_kind_of_window_leaves_everything_as_it_was(side: str, rounding: str) -> None:
     """Before the first fit, in an ordinary window, and in one with a check; then training goes on as without it."""
     settings = dict(gradient_side=side, rounding=rounding, refit_interval=2, refit_threshold=0.0, target_modules=FEW)
@@ -191,37 +158,6 @@ def test_a_program_that_trains_in_eval_mode_gets_its_fit_too() -> None:
 
 
 # Save and resume
-
-
-@pytest.mark.compat
-@pytest.mark.parametrize(
-    ("precision", "projectors", "rounding", "side", "at"),
-    [
-        ("bf16", "learned", "stochastic", "activation", 4),
-        ("bf16", "learned", "residual", "weight", 4),
-        ("bf16", "random", "residual", "activation", 3),
-        ("fp16", "learned", "stochastic", "weight", 3),
-        ("fp32", "learned", "stochastic", "activation", 4),
-        ("bf16", "random", "stochastic", "activation", 4),
-    ],
-)
-def test_resumed_training_is_bit_identical_to_uninterrupted_training(
-    tmp_path: Path, precision: str, projectors: str, rounding: str, side: str, at: int
-) -> None:
-    """The check after three updates lies before the save at four, and first of all after the one at three."""
-    settings = {"projectors": projectors, "rounding": rounding, "gradient_side": side}
-    made = config(precision, gas=2, refit_threshold=0.0, target_modules=FEW, **settings)
-    straight = make_engine(made)
-    steps(straight, range(at))
-    straight.save_checkpoint(str(tmp_path))
-    expected = steps(straight, range(at, 7))
-    resumed = make_engine(made, tiny_llama(seed=9))
-    if at == 3:  # a window that was begun is given up
-        resumed.backward(resumed(**batch(77)).loss)
-    assert resumed.load_checkpoint(str(tmp_path))[0] is not None
-    resumed.micro_steps = straight.gradient_accumulation_steps() * at
-    assert steps(resumed, range(at, 7)) == expected
-    assert differing(everything(straight), everything(resumed)) == []
 
 
 @pytest.mark.parametrize(
@@ -322,67 +258,19 @@ def test_a_model_without_a_matrix_to_compress_is_refused_with_names(settings: di
 # The model beside its engine
 
 
-def test_a_copy_of_a_training_model_is_a_model_of_its_own() -> None:
-    engine = make_engine(config(projectors="random"))
-    steps(engine, [0])
-    engine.meft_flush()
-    twin, inputs = copy.deepcopy(engine.module), batch(5)
-    assert torch.equal(twin(**inputs).loss, engine.module(**inputs).loss)
-    before = everything(engine)
-    twin(**inputs).loss.backward()
-    assert twin.model.layers[0].mlp.up_proj.weight.grad is not None
-    assert not any(unit._acc.any() for unit in engine.optimizer.pipeline.units)
-    with torch.no_grad():
-        twin.model.layers[0].mlp.up_proj.weight.zero_()
-    assert differing(before, everything(engine)) == []
-    assert not torch.equal(twin(**inputs).loss, engine.module(**inputs).loss)
-
-
-def test_a_destroyed_engine_leaves_the_models_forwards_as_they_were_and_another_can_take_over() -> None:
-    model = tiny_llama()
-    engine = make_engine(config(projectors="random"), model)
-    steps(engine, [0])
-    assert isinstance(model.model.layers[0].mlp.up_proj.__dict__["forward"], TappedLinear)
-    engine.destroy()
-    assert not any("forward" in m.__dict__ for m in model.modules() if isinstance(m, nn.Linear))
-    model(**batch(0)).loss.backward()
-    assert all(p.grad is not None for p in model.parameters())
-    model.zero_grad()
-    again = make_engine(config(projectors="random"), model)
-    before = state_of(again)
-    steps(again, [0])
-    assert differing(before, state_of(again)) == list(before)
-    assert all(unit._modules.count(None) == 0 for unit in subspace_units(again))
-
-
-@pytest.mark.parametrize("what", ["eval", "no_sync", "reentrant", "nonreentrant"])
-def test_it_changes_nothing_to_train_with(what: str) -> None:
-    def run(what: str) -> dict[str, Any]:
+def test_reentrant_checkpoints_over_frozen_embeddings_change_nothing() -> None:
+    def run(checkpoints: bool) -> dict[str, Any]:
         model = tiny_llama()
         model.model.embed_tokens.requires_grad_(False)  # under it reentrant checkpoints would see no graph
-        if "reentrant" in what:
-            model.gradient_checkpointing_enable({"use_reentrant": what == "reentrant"})
+        if checkpoints:
+            model.gradient_checkpointing_enable({"use_reentrant": True})
         engine = make_engine(config("bf16", gas=2, target_modules=FEW), model)
-        if "reentrant" in what:
-            engine.train()
-        for step in range(4):
-            for micro in range(2):
-                loss = engine(**batch(10 * step + micro)).loss
-                if what == "no_sync" and micro == 0:
-                    with engine.no_sync():
-                        engine.backward(loss)
-                else:
-                    engine.backward(loss)
-                engine.step()
-                if what == "eval":
-                    engine.eval()
-                    with torch.no_grad():
-                        engine(**batch(1000 + micro, rows=7))
-                    engine.train()
+        engine.train()
+        steps(engine, range(4))
         assert all("held_out" in b for b in biases(engine).values())
         return everything(engine)
 
-    assert differing(run("plain"), run(what)) == []
+    assert differing(run(False), run(True)) == []
 
 
 # Both methods
