@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from meft_ds.config import METHODS, MeftConfig
+from meft_ds.config import MeftConfig
 
 PAGE = Path(__file__).resolve().parent / "reference" / "configuration.md"
 
@@ -94,7 +94,7 @@ _WORDS = {
 
 
 def _default(name: str, field: FieldInfo) -> str:
-    if name in METHODS:
+    if name in MeftConfig.methods():
         return "off"
     value = field.get_default(call_default_factory=True)
     return "`{}`" if isinstance(value, BaseModel) else f"`{json.dumps(value)}`"

@@ -24,7 +24,6 @@ from meft_ds.subspace.config import SubspaceConfig
 
 BLOCK = "meft_offload"
 _MOST_LISTED = 20
-METHODS = ("sparse_adapter", "subspace", "sparse_matrix")
 
 
 def _gib_or_auto(value: Any) -> float | str:
@@ -35,7 +34,8 @@ def _train(value: Any) -> tuple[str, ...] | None:
     return () if value in ([], ()) else patterns(value)
 
 
-def _object(value: Any) -> Any:
+def settings_object(value: Any) -> Any:
+    """Refuse null where the key names a method: the field of each method has this validator."""
     if value is None:
         raise ValueError(
             "expected an object of settings (it may be empty: {}), got null; remove the key to turn it off"
@@ -54,13 +54,13 @@ class MeftConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
-    sparse_adapter: Annotated[SparseAdapterConfig | None, BeforeValidator(_object)] = Field(
+    sparse_adapter: Annotated[SparseAdapterConfig | None, BeforeValidator(settings_object)] = Field(
         None, description="MEFT: large sparse adapters whose rows live on the host."
     )
-    subspace: Annotated[SubspaceConfig | None, BeforeValidator(_object)] = Field(
+    subspace: Annotated[SubspaceConfig | None, BeforeValidator(settings_object)] = Field(
         None, description="LSP-Offload: all linear layers train through gradients compressed by sparse projectors."
     )
-    sparse_matrix: Annotated[SparseMatrixConfig | None, BeforeValidator(_object)] = Field(
+    sparse_matrix: Annotated[SparseMatrixConfig | None, BeforeValidator(settings_object)] = Field(
         None, description="SMT: only the tiles of the linear layers with the largest gradients train."
     )
     schedule: ScheduleConfig = Field(
@@ -89,11 +89,17 @@ class MeftConfig(BaseModel):
         description="GiB of host memory per node that the offloaded state may take. auto = what is free at the start.",
     )
 
+    @classmethod
+    def methods(cls) -> list[str]:
+        """Return the keys that name a method; a block without any means the first."""
+        return [name for name, field in cls.model_fields.items() if BeforeValidator(settings_object) in field.metadata]
+
     @model_validator(mode="before")
     @classmethod
     def _some_method(cls, block: Any) -> Any:
-        if isinstance(block, dict) and not any(block.get(method) is not None for method in METHODS):
-            return {**block, METHODS[0]: block.get(METHODS[0], {})}
+        if isinstance(block, dict) and not any(block.get(method) is not None for method in cls.methods()):
+            first = cls.methods()[0]
+            return {**block, first: block.get(first, {})}
         return block
 
     @model_validator(mode="after")

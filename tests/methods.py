@@ -17,6 +17,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from tests import fourth_method
 from tests.offload.overlap import make_late
 from tests.toy import ADAPTER, batch, ds_config, make_engine, tiny_llama
 
@@ -68,6 +69,7 @@ METHODS = [
         falls=1.0,
         **FITTED,
     ),
+    Entry(name="fourth method", block={"random_mask": {"fraction": 0.3}}, falls=1.0, installed=fourth_method.installed),
 ]
 
 VARIANTS = [

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 import meft_ds
-from meft_ds.config import METHODS, parse_config
+from meft_ds.config import MeftConfig, parse_config
 from meft_ds.plugin.engine import MeftEngine
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -215,7 +215,7 @@ def test_examples_run(names: dict[str, Any], text: str, monkeypatch: pytest.Monk
 def test_the_page_of_statistics_has_every_key(names: dict[str, Any]) -> None:
     page = (ROOT / "docs" / "reference" / "statistics.md").read_text(encoding="utf-8")
     stats = names["engine"].meft_stats()
-    keys = {*stats, *stats["bytes"], *(key for name in METHODS for key in stats.get(name, ()))}
+    keys = {*stats, *stats["bytes"], *(key for name in MeftConfig.methods() for key in stats.get(name, ()))}
     assert [key for key in keys if f"`{key.removeprefix('eval_')}`" not in page] == []
-    for name in (name for name in METHODS if name in stats):
+    for name in (name for name in MeftConfig.methods() if name in stats):
         assert f", under `{name}`\n" in page
