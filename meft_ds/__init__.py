@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from meft_ds.sparse_adapter.files import load_adapter
     from meft_ds.sparse_matrix.files import apply_tiles, revert_tiles
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = [
     "MeftConfig",
     "__version__",
