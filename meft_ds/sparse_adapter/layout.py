@@ -17,7 +17,7 @@ from meft_ds.sparse_adapter.config import ResolvedSparseAdapter
 __all__ = ["FORMAT", "JSON_NAME", "About", "TensorFile", "read_about", "text_of"]
 
 JSON_NAME = "meft_adapter.json"
-FORMAT = 2
+FORMAT = 3
 _Name = Annotated[str, StringConstraints(min_length=1)]
 _Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 
@@ -77,7 +77,7 @@ def read_about(path: Path) -> About:
         raise _damaged(path, f"expected a JSON object, found {_short(found)}")
     version = found.get("format")
     if isinstance(version, int) and not isinstance(version, bool) and version != FORMAT:
-        fix = "update meft-ds" if version > FORMAT else "it has no checksum; save the adapter again"
+        fix = "update meft-ds" if version > FORMAT else "save the adapter again with this version"
         raise ValueError(f"{path}: format {version}, this version reads {FORMAT}; {fix}")
     told = found.pop("sha256", None)
     try:

@@ -126,8 +126,8 @@ def test_changed_settings_are_refused(saved: Path) -> None:
         ({"base": ["lm_head.weight"]}, r"base\.lm_head\.weight is missing"),
         ({"more": 1}, "more: Extra"),
         ({"method": "lora"}, "method"),
-        ({"format": 99}, "format 99, this version reads 2; update meft-ds"),
-        ({"format": 1}, "format 1, .*no checksum; save the adapter again"),
+        ({"format": 99}, "format 99, this version reads 3; update meft-ds"),
+        ({"format": 2}, "format 2, .*save the adapter again with this version"),
         ({"format": "2"}, "format"),
     ],
 )
