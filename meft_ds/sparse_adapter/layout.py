@@ -47,7 +47,7 @@ class About(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
-    format: Literal[2] = 2
+    format: Literal[3] = 3
     method: Literal["sparse_adapter"] = "sparse_adapter"
     model_class: _Name
     config: ResolvedSparseAdapter
