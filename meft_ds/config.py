@@ -26,10 +26,6 @@ BLOCK = "meft_offload"
 _MOST_LISTED = 20
 
 
-def _gib_or_auto(value: Any) -> float | str:
-    return positive(value, ("auto",), "GiB as a number above 0")
-
-
 def _train(value: Any) -> tuple[str, ...] | None:
     return () if value in ([], ()) else patterns(value)
 
@@ -84,7 +80,9 @@ class MeftConfig(BaseModel):
         description="Dtype of compressed and row gradients on the bus: auto = the compute dtype, fp32 = twice the "
         "bytes in bf16.",
     )
-    host_memory_gb: Annotated[float | Literal["auto"], BeforeValidator(_gib_or_auto)] = Field(
+    host_memory_gb: Annotated[
+        float | Literal["auto"], BeforeValidator(positive("auto", what="GiB as a number above 0"))
+    ] = Field(
         "auto",
         description="GiB of host memory per node that the offloaded state may take. auto = what is free at the start.",
     )

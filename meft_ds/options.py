@@ -9,6 +9,7 @@ import os
 import re
 import reprlib
 import time
+from collections.abc import Callable
 from typing import Any, TypeGuard
 
 import regex
@@ -45,26 +46,39 @@ def is_number(value: Any) -> TypeGuard[int | float]:
         return False
 
 
-def positive_int(value: Any) -> int:
-    """A whole number from 1."""
-    return _whole(value, 1)
+def number(
+    what: str, low: float, high: float = math.inf, *, whole: bool = False, words: tuple[str, ...] = ()
+) -> Callable[[Any], Any]:
+    """Return a validator of finite numbers from `low` to `high`.
+
+    It gives a whole number as it is (with `whole` it takes no others), others as a float, and one of `words` as it is.
+
+    Args:
+        what: the number without its upper limit, as an error names it: "a whole number of at least 1".
+    """
+
+    def check(value: Any) -> Any:
+        if isinstance(value, str) and value in words:
+            return value
+        if is_number(value) and low <= value <= high and (isinstance(value, int) or not whole):
+            return value if whole else float(value)
+        limit = f" and at most {high}" if high < LARGEST or (isinstance(value, int) and value > high) else ""
+        named = "".join(f' or "{word}"' for word in words)
+        raise ValueError(f"expected {what}{limit}{named}, got {shown(value)}")
+
+    return check
 
 
-def positive_int_or_auto(value: Any) -> int | str:
-    """A whole number from 1, or "auto"."""
-    return value if value == "auto" else _whole(value, 1, other=' or "auto"')
+def positive(*words: str, what: str = "a finite number above 0", high: float = math.inf) -> Callable[[Any], Any]:
+    """Return a validator of finite numbers above 0, or one of `words`."""
+    return number(what, math.nextafter(0, 1), high, words=words)
 
 
-def whole(value: Any) -> int:
-    """A whole number from 0."""
-    return _whole(value, 0)
-
-
-def seed(value: Any) -> int:
-    """A whole number from 0 to 2**31 - 1."""
-    if not is_whole(value, 0):
-        raise ValueError(f"expected a whole number from 0 to 2**31 - 1, got {shown(value)}")
-    return value
+positive_int = number("a whole number of at least 1", 1, LARGEST, whole=True)
+positive_int_or_auto = number("a whole number of at least 1", 1, LARGEST, whole=True, words=("auto",))
+whole = number("a whole number of at least 0", 0, LARGEST, whole=True)
+not_negative = number("a finite number of at least 0", 0)
+fraction = positive(what="a fraction above 0", high=1)
 
 
 def size_or_fraction(value: Any) -> int | float:
@@ -74,23 +88,6 @@ def size_or_fraction(value: Any) -> int | float:
     if isinstance(value, float) and value >= 1:
         raise ValueError(f"expected a fraction below 1 or a whole number without a decimal point, got {value!r}")
     return value
-
-
-def not_negative(value: Any) -> float:
-    """A finite number from 0."""
-    if not is_number(value) or value < 0:
-        raise ValueError(f"expected a finite number of at least 0, got {shown(value)}")
-    return float(value)
-
-
-def positive(value: Any, words: tuple[str, ...] = (), what: str = "a finite number above 0") -> float | str:
-    """A finite number above 0, or one of `words`."""
-    if isinstance(value, str) and value in words:
-        return value
-    if not is_number(value) or value <= 0:
-        named = "".join(f' or "{word}"' for word in words)
-        raise ValueError(f"expected {what}{named}, got {shown(value)}")
-    return float(value)
 
 
 def file_name(value: Any) -> str | None:
@@ -167,10 +164,3 @@ class Pattern:
 def compiled(pattern: str) -> Pattern:
     """The `Pattern`; one for all who ask, so that its time is bounded however often they match."""
     return Pattern(pattern)
-
-
-def _whole(value: Any, least: int, other: str = "") -> int:
-    if is_whole(value, least):
-        return value
-    limit = f" and at most {LARGEST}" if isinstance(value, int) and value > LARGEST else ""
-    raise ValueError(f"expected a whole number of at least {least}{limit}{other}, got {shown(value)}")

@@ -17,8 +17,8 @@ from meft_ds.options import (
     positive_int_or_auto,
     shown,
     size_or_fraction,
+    whole,
 )
-from meft_ds.options import seed as check_seed
 
 __all__ = ["PAPER_ROUTER_SCALE", "CompressConfig", "ResolvedCompress", "ResolvedSparseAdapter", "SparseAdapterConfig"]
 
@@ -49,7 +49,7 @@ class CompressConfig(BaseModel):
     nonzeros: Annotated[int, BeforeValidator(positive_int)] = Field(
         4, description="k, nonzeros in each row of Q. The LSP-Offload paper: 4 to 16."
     )
-    scale: Annotated[float | Literal["adam"], BeforeValidator(lambda v: positive(v, ("adam",)))] = Field(
+    scale: Annotated[float | Literal["adam"], BeforeValidator(positive("adam"))] = Field(
         "adam",
         description='Factor on every update. "adam": sqrt(d / d\'), so that a step moves a row by about as much as '
         "AdamW with the same learning rate would.",
@@ -126,14 +126,12 @@ class SparseAdapterConfig(BaseModel):
         description="Weight of a Switch-style load-balance loss on the router (arXiv 2101.03961, eq. 4), added to the "
         "gradient only. Default 0 as in the MEFT paper.",
     )
-    router_scale: Annotated[
-        float | Literal["unit", "paper"], BeforeValidator(lambda v: positive(v, ("unit", "paper")))
-    ] = Field(
+    router_scale: Annotated[float | Literal["unit", "paper"], BeforeValidator(positive("unit", "paper"))] = Field(
         "unit",
         description='Factor on the router\'s first value (mean key of the expert). "unit": selected gates start at '
         'order 1 (see router.unit_router_scale). "paper": 50, gates near 31 at d = 4,096, overflows fp16 easily.',
     )
-    init_std: Annotated[float | _Auto, BeforeValidator(lambda v: positive(v, ("auto",)))] = Field(
+    init_std: Annotated[float | _Auto, BeforeValidator(positive("auto"))] = Field(
         "auto",
         description="Standard deviation of new keys (values start at 0). auto = the model's initializer_range or 0.02.",
     )
@@ -141,7 +139,7 @@ class SparseAdapterConfig(BaseModel):
         None,
         description="Regular expression(s) for whole module names that get an adapter. null = find the FFNs.",
     )
-    seed: Annotated[int, BeforeValidator(check_seed)] = Field(
+    seed: Annotated[int, BeforeValidator(whole)] = Field(
         0, description="Seed of keys and router; independent of the global random state."
     )
 

@@ -10,8 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from meft_ds.options import compiled, file_name, is_number, patterns, positive_int, positive_int_or_auto, shown, whole
-from meft_ds.options import seed as check_seed
+from meft_ds.options import compiled, file_name, fraction, patterns, positive_int, positive_int_or_auto, shown, whole
 
 PAPER_ROLES = ("q", "k", "v")
 LARGEST_SIDE = 256
@@ -25,12 +24,6 @@ _MAKE_THE_CHOICE = (
 )
 
 
-def _fraction(value: Any) -> float:
-    if not is_number(value) or not 0 < value <= 1:
-        raise ValueError(f"expected a fraction above 0 and at most 1, got {shown(value)}")
-    return float(value)
-
-
 def _budget(value: Any) -> str | dict[str, float] | None:
     if value is None or value in ("global", "per_module"):
         return None if value is None else str(value)
@@ -40,9 +33,9 @@ def _budget(value: Any) -> str | dict[str, float] | None:
             f"got {shown(value)}"
         )
     found = {}
-    for role, fraction in value.items():
+    for role, share in value.items():
         try:
-            found[role] = _fraction(fraction)
+            found[role] = fraction(share)
         except ValueError as fault:
             raise ValueError(f"{shown(role)[1:-1]}: {fault}") from None
     return found
@@ -66,7 +59,7 @@ class SparseMatrixConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
-    density: Annotated[float, BeforeValidator(_fraction)] = Field(
+    density: Annotated[float, BeforeValidator(fraction)] = Field(
         0.01,
         description="Trained elements as a fraction of the elements of all 2-D weights of the model, embeddings and "
         "head included. The paper: 0.0071 to 0.0491 on LLaMA; default: near its lower end.",
@@ -129,7 +122,7 @@ class SparseMatrixConfig(BaseModel):
     choice_out: Annotated[str | None, BeforeValidator(file_name)] = Field(
         None, description="Write the chosen tiles to this JSON file as soon as they are known. null = do not."
     )
-    seed: Annotated[int, BeforeValidator(check_seed)] = Field(
+    seed: Annotated[int, BeforeValidator(whole)] = Field(
         0, description='Seed of score "random"; independent of the global random state.'
     )
 

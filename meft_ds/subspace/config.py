@@ -8,7 +8,6 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from meft_ds.options import not_negative, patterns, positive, positive_int, size_or_fraction, whole
-from meft_ds.options import seed as check_seed
 
 _LEAST_GAIN = 1.5
 """Values of a matrix for each of its S, or learning through S saves next to nothing."""
@@ -54,7 +53,7 @@ class SubspaceConfig(BaseModel):
     fit_steps: Annotated[int, BeforeValidator(whole)] = Field(
         50, description="Most Adam steps of one matrix's fit. The paper: up to 100."
     )
-    fit_lr: Annotated[float, BeforeValidator(positive)] = Field(
+    fit_lr: Annotated[float, BeforeValidator(positive())] = Field(
         0.5,
         description="Learning rate of the fit, relative to the RMS of the values. Default: measured "
         "(benchmarks/README.md).",
@@ -64,7 +63,7 @@ class SubspaceConfig(BaseModel):
         description="Most seconds that one check of all matrices may spend on fitting; those left then keep what they "
         "have. A fit cut short depends on the clock and is warned of.",
     )
-    scale: Annotated[float | Literal["adam"], BeforeValidator(lambda v: positive(v, ("adam",)))] = Field(
+    scale: Annotated[float | Literal["adam"], BeforeValidator(positive("adam"))] = Field(
         "adam",
         description='Factor on every update. "adam": sqrt(m n) / d, so that a step moves W by about as much as AdamW '
         "with the same learning rate would.",
@@ -85,7 +84,7 @@ class SubspaceConfig(BaseModel):
         "expert tensors except embeddings, heads, PEFT's, tied weights and matrices too small to gain. Heads and what "
         "PEFT added are never compressed; small matrices are when they are named here.",
     )
-    seed: Annotated[int, BeforeValidator(check_seed)] = Field(
+    seed: Annotated[int, BeforeValidator(whole)] = Field(
         0, description="Seed of positions, signs and rounding; independent of the global random state."
     )
 

@@ -7,7 +7,7 @@ from typing import Annotated
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
-from meft_ds.options import positive, seed
+from meft_ds.options import positive, whole
 
 
 class RandomMaskConfig(BaseModel):
@@ -15,7 +15,7 @@ class RandomMaskConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
-    fraction: Annotated[float, BeforeValidator(positive)] = Field(
+    fraction: Annotated[float, BeforeValidator(positive())] = Field(
         0.1, le=1.0, description="Of each matrix's elements, how many train."
     )
-    seed: Annotated[int, BeforeValidator(seed)] = Field(0, description="Of the mask.")
+    seed: Annotated[int, BeforeValidator(whole)] = Field(0, description="Of the mask.")

@@ -3,21 +3,15 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 from meft_ds.offload.schedule.eager import Mode
 from meft_ds.offload.schedule.trace import writable
-from meft_ds.options import file_name, is_whole, positive_int, shown
+from meft_ds.options import file_name, number, positive_int
 
-_MOST_THREADS = 1024
-
-
-def _threads(value: Any) -> int | str:
-    if value == "auto" or is_whole(value, 1, _MOST_THREADS):
-        return "auto" if value == "auto" else value
-    raise ValueError(f'expected a whole number of threads from 1 to {_MOST_THREADS} or "auto", got {shown(value)}')
+_threads = number("a whole number of threads, at least 1", 1, 1024, whole=True, words=("auto",))
 
 
 class ScheduleConfig(BaseModel):
