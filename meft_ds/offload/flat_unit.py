@@ -9,7 +9,7 @@ parameters.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from meft_ds import ops
 from meft_ds.offload.host.transfer import Bus
-from meft_ds.offload.model.capture import hand_over
+from meft_ds.offload.model.capture import hand_over, tap, untap
 from meft_ds.offload.model.weights import WHOLE, Weights, shape_of
 from meft_ds.offload.ranks import Ranks, owned_range
 from meft_ds.offload.unit import MOMENTS, Footprint, Unit
@@ -62,13 +62,15 @@ class FlatUnit(Unit):
         place: where it stands.
         numel: length of the vector.
         state_bytes: bytes of state per element.
+        modules: by parameter: the linear layer that hands its activations to `tapped`; None where autograd gives the
+            gradient.
     """
 
-    def __init__(self, place: Place, *, numel: int, state_bytes: int) -> None:
+    def __init__(self, place: Place, *, numel: int, state_bytes: int, modules: Sequence[nn.Module | None] = ()) -> None:
         self.name, self.layer, self.group, self._ranks = place.name, place.layer, place.group, place.ranks
         self.on_device, self.weights, self.params = place.on_device, place.weights, place.params
         self._wire_dtype, self._moments_dtype = place.wire_dtype, place.moments_dtype
-        self.numel, self._state_bytes = numel, state_bytes
+        self.numel, self._state_bytes, self._modules = numel, state_bytes, modules
         self._lo, self._hi = owned_range(numel, place.ranks)
         first = place.params[0][1]
         self._dtype, self._device = first.dtype, first.device if place.device is None else place.device
@@ -87,24 +89,25 @@ class FlatUnit(Unit):
         self._acc = torch.zeros(self.numel, dtype=torch.float32, device=self._device)
         # the sum over ranks must not replace the gradient: more of it may come, and then it is summed again
         self._sum = torch.empty_like(self._acc) if world > 1 else None
-        # one row per rank, as long as the longest slice, because not every backend gathers slices of different sizes
-        longest = max(hi - lo for lo, hi in self._slices())
-        self._replies = None
-        if world > 1 or not self._on_host:
-            rows = world + 1 if world > 1 else 1  # the last one is what this rank gives
-            self._replies = torch.zeros(rows, longest, dtype=self._dtype, device=self._device)
-            if self.on_device:
-                self._reply = self._replies[-1][: self._hi - self._lo]
+        self._replies = self._rows(self._dtype) if world > 1 or not self._on_host else None
+        if self.on_device and self._replies is not None:
+            self._reply = self._replies[-1][: self._hi - self._lo]
         self._await_all()
         for index, (_, p) in enumerate(self.params):
             if p.requires_grad:  # not the weight of a layer that is tapped by an anchor
                 self._hooks.append(hand_over(p, self, index))
+        for index, module in enumerate(self._modules):
+            if module is not None:
+                tap(module, self, index, self._kept(index), self.weights.anchor)
 
     def release(self) -> None:
         """Stop collecting gradients."""
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
+        for module in self._modules:
+            if module is not None:
+                untap(module, self)
 
     def hold(self, apply: Callable[[], None]) -> None:
         if not self.weights.partitioned:  # slices are guarded where they are gathered
@@ -138,6 +141,14 @@ class FlatUnit(Unit):
     @abstractmethod
     def add_gradient(self, index: int, grad: Tensor) -> None:
         """Add the gradient of parameter `index` to the window's sum."""
+
+    def tapped(self, index: int, x: Tensor, dy: Tensor) -> None:
+        """Add the gradient of parameter `index`, a linear layer's weight: x [..., kept], dy [..., out]."""
+        raise NotImplementedError
+
+    def _kept(self, index: int) -> Tensor | None:
+        """Return the input features, int64 [kept], that `tapped` wants of a layer; None for all."""
+        return None
 
     def take(self, index: int, grad: Tensor) -> None:
         """Parameter `index`'s gradient is complete for this backward."""
@@ -207,18 +218,15 @@ class FlatUnit(Unit):
         self.update(self._host_payload, self._reply, hyper, step=step, grad_scale=grad_scale)
 
     def fetch(self, bus: Bus, ranks: Ranks) -> None:
-        if self.on_device:
-            if self._update is not None:
-                # here and not in `host_step`, because this runs on the stream that `apply` waits for
-                self._run_update()
-            if self._replies is None:
-                return
-            *everyone, mine = self._replies.unbind(0)
-        elif self._replies is None:
-            bus.count(self.wire, up=self._reply.numel() * self._reply.element_size())
+        if self.on_device and self._update is not None:
+            # here and not in `host_step`, because this runs on the stream that `apply` waits for
+            self._run_update()
+        if self._replies is None:
+            if not self.on_device:
+                bus.count(self.wire, up=self._reply.numel() * self._reply.element_size())
             return
-        else:
-            *everyone, mine = self._replies.unbind(0)
+        *everyone, mine = self._replies.unbind(0)
+        if not self.on_device:
             bus.up_into(mine[: self._reply.numel()], self._reply, self.wire)
         if everyone:
             dist.all_gather(everyone, mine, group=ranks.group)
@@ -230,9 +238,7 @@ class FlatUnit(Unit):
     @torch.no_grad()
     def apply(self) -> None:
         # alone, this rank's part is all there is, and where the state is on the device it is the reply itself
-        rows = [self._reply] if self._replies is None else list(self._replies[: self._ranks.world].unbind(0))
-        parts = [row[: hi - lo] for row, (lo, hi) in zip(rows, self._slices(), strict=True)]
-        self.change(parts[0] if len(parts) == 1 else torch.cat(parts))
+        self.change(self._joined([self._reply] if self._replies is None else self._replies[: self._ranks.world]))
         self._update = None
         self._open_window()
 
@@ -283,13 +289,10 @@ class FlatUnit(Unit):
         """A vector [numel] of which every rank gives its slice `own`, on the device. Collective."""
         if self._ranks.world == 1:
             return own.to(self._device)
-        slices = self._slices()
-        # rows of one length, because not every backend gathers slices of different sizes
-        rows = torch.zeros(len(slices) + 1, max(hi - lo for lo, hi in slices), dtype=own.dtype, device=self._device)
-        *everyone, mine = rows.unbind(0)
+        *everyone, mine = self._rows(own.dtype).unbind(0)
         mine[: self._hi - self._lo] = own
         dist.all_gather(everyone, mine, group=self._ranks.group)
-        return torch.cat([row[: hi - lo] for row, (lo, hi) in zip(everyone, slices, strict=True)])
+        return self._joined(everyone)
 
     def state_range(self) -> tuple[int, int, int]:
         return self._lo, self._hi, self.numel
@@ -298,6 +301,19 @@ class FlatUnit(Unit):
         self._acc.zero_()
         self._payload = self._host_payload = None
         self._await_all()
+
+    def _rows(self, dtype: torch.dtype) -> Tensor:
+        """Return a row per rank, and one more for what this rank gives if there are others.
+
+        All are as long as the longest slice, because not every backend gathers slices of different sizes.
+        """
+        world, longest = self._ranks.world, max(hi - lo for lo, hi in self._slices())
+        return torch.zeros(world + (world > 1), longest, dtype=dtype, device=self._device)
+
+    def _joined(self, rows: Iterable[Tensor]) -> Tensor:
+        """Return the slices that begin the ranks' rows as one vector [numel]."""
+        parts = [row[: hi - lo] for row, (lo, hi) in zip(rows, self._slices(), strict=True)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _slices(self) -> list[tuple[int, int]]:
         world = self._ranks.world

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from meft_ds.offload.flat_unit import Place
 from meft_ds.offload.master_unit import MasterUnit
-from meft_ds.offload.model.capture import tap, untap
 from meft_ds.offload.model.weights import WHOLE
 from meft_ds.sparse_matrix.tiles import Tiles
 
@@ -37,27 +36,17 @@ class TilesUnit(MasterUnit):
             place,
             numel=sum(matrix.numel for matrix in matrices),
             state_bytes=4 + 2 * place.moments_dtype.itemsize + self._original_bytes,
+            modules=modules,
         )
-        self.matrices, self._modules = matrices, modules
+        self.matrices = matrices
         self._of_param = [[m for m in matrices if m.param == index] for index in range(len(place.params))]
 
     def allocate(self) -> None:
-        """Take the memory, keep the tiles' values as their originals, and listen to parameters and modules."""
+        """Take the memory, and keep the tiles' values as their originals."""
         super().allocate()
         where = self._device if self.on_device else torch.device("cpu")
         self.original = self.values()[self._lo : self._hi].to(where, copy=True)
         self._start_from(self.original)
-        for index, module in enumerate(self._modules):
-            if module is not None:
-                (tiles,) = self._of_param[index]
-                tap(module, self, index, tiles.keep, self.weights.anchor)
-
-    def release(self) -> None:
-        """Stop listening to parameters and modules. The weights keep what was learned."""
-        super().release()
-        for module in self._modules:
-            if module is not None:
-                untap(module, self)
 
     @property
     def state_bytes(self) -> int:
@@ -67,11 +56,14 @@ class TilesUnit(MasterUnit):
     # -- gradients -----------------------------------------------------------------------------------------------------
 
     def tapped(self, index: int, x: Tensor, dy: Tensor) -> None:
-        """Add the gradient of a linear layer's tiles: x [..., kept], dy [..., out]."""
         self._begin()
         (tiles,) = self._of_param[index]
         tiles.add_product(tiles.part(self._acc), x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1]))
         self._received(index)
+
+    def _kept(self, index: int) -> Tensor | None:
+        (tiles,) = self._of_param[index]
+        return tiles.keep
 
     def add_gradient(self, index: int, grad: Tensor) -> None:
         """Add the tiles' part of a whole gradient that autograd made.

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from meft_ds import ops
 from meft_ds.offload.flat_unit import FlatUnit, Place
-from meft_ds.offload.model.capture import tap, untap
 from meft_ds.offload.model.weights import numel_of, shape_of
 from meft_ds.offload.ranks import Ranks
 from meft_ds.offload.unit import Footprint
@@ -79,8 +78,8 @@ class SubspaceUnit(FlatUnit):
         stack: int = 0,
     ) -> None:
         numel = sum(matrix.numel for matrix in matrices)
-        super().__init__(place, numel=numel, state_bytes=2 * place.moments_dtype.itemsize)
-        self.matrices, self._modules, self.depth = matrices, modules, (stack, place.layer)
+        super().__init__(place, numel=numel, state_bytes=2 * place.moments_dtype.itemsize, modules=modules)
+        self.matrices, self.depth = matrices, (stack, place.layer)
         self._of_param = [[m for m in matrices if m.param == index] for index in range(len(place.params))]
         self.sides = list({id(side): side for m in matrices for side in (m.left, m.right)}.values())
         self._scale, self._seed = scale, seed
@@ -96,22 +95,13 @@ class SubspaceUnit(FlatUnit):
         self._sketched: dict[int, tuple[Tensor, Tensor]] = {}
 
     def allocate(self) -> None:
-        """Also take the moments, and start listening to the modules."""
+        """Also take the moments."""
         super().allocate()
         where = self._device if self.on_device else torch.device("cpu")
         self.exp_avg = torch.zeros(self._hi - self._lo, dtype=self._moments_dtype, device=where)
         self.exp_avg_sq = torch.zeros_like(self.exp_avg)
         if self._keep_residual:
             self._residuals = [torch.zeros(shape_of(p), device=self._device) for _, p in self.params]
-        for index, module in enumerate(self._modules):
-            if module is not None:
-                tap(module, self, index, anchor=self.weights.anchor)
-
-    def release(self) -> None:
-        super().release()
-        for module in self._modules:
-            if module is not None:
-                untap(module, self)
 
     def footprint(self) -> Footprint:
         plain = super().footprint()
