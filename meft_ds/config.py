@@ -17,13 +17,12 @@ from pydantic import (
 )
 
 from meft_ds.offload.schedule.config import ScheduleConfig
-from meft_ds.options import patterns, positive, shown
+from meft_ds.options import MOST_LISTED, listed, patterns, positive, shown
 from meft_ds.sparse_adapter.config import SparseAdapterConfig
 from meft_ds.sparse_matrix.config import SparseMatrixConfig
 from meft_ds.subspace.config import SubspaceConfig
 
 BLOCK = "meft_offload"
-_MOST_LISTED = 20
 
 
 def _train(value: Any) -> tuple[str, ...] | None:
@@ -138,11 +137,9 @@ def parse_config(
         faults += found
         faults += [] if config is None else conflicts(config)
     if faults:
-        lines = "\n".join(f"  {n}. {fault}" for n, fault in enumerate(faults[:_MOST_LISTED], 1))
-        if len(faults) > _MOST_LISTED:
-            lines += f"\n  and {len(faults) - _MOST_LISTED:,} more"
+        lines = listed([f"{n}. {fault}" for n, fault in enumerate(faults, 1)], MOST_LISTED, "\n  ")
         plural = "fault" if len(faults) == 1 else "faults"
-        raise ValueError(f"the ds_config's {BLOCK!r} block has {len(faults):,} {plural}:\n{lines}")
+        raise ValueError(f"the ds_config's {BLOCK!r} block has {len(faults):,} {plural}:\n  {lines}")
     assert config is not None
     return config
 

@@ -16,6 +16,8 @@ from typing import Any, TypedDict
 
 from safetensors import SafetensorError
 
+from meft_ds.options import shown
+
 _KINDS = {
     stat.S_IFIFO: "a FIFO (named pipe)",
     stat.S_IFSOCK: "a socket",
@@ -111,15 +113,22 @@ def check_writable(path: str | Path) -> None:
     """Raise now if a file could not be written to `path` later.
 
     Raises:
-        ValueError: as `checked_target`.
-        OSError: when its folder does not exist or cannot be written to.
+        ValueError: as `checked_target`, and when its folder does not exist or cannot be written to.
     """
     path = checked_target(path)
-    with contextlib.suppress(FileNotFoundError):
-        os.lstat(path)  # a name that is too long is one that exists nowhere, too
-    probe = path.absolute().parent / f".{secrets.token_hex(8)}.tmp"
+    folder = path.absolute().parent
+    probe = folder / f".{secrets.token_hex(8)}.tmp"
     try:
+        with contextlib.suppress(FileNotFoundError):
+            os.lstat(path)  # a name that is too long is one that exists nowhere, too
         write_new(probe, lambda _: None, sync=False)
+    except OSError as e:
+        name = shown(str(folder))
+        fix = f"make the folder {name} writable" if folder.is_dir() else f"create the folder {name}"
+        raise ValueError(
+            f"expected a file in an existing, writable folder, got {shown(str(path))} ({e.strerror}); {fix} or choose "
+            "another"
+        ) from None
     finally:
         with contextlib.suppress(OSError):
             probe.unlink()
@@ -203,7 +212,7 @@ def _check_name(path: str | Path) -> None:
 def _check_kind(mode: int, path: str | Path) -> None:
     kind = _KINDS.get(stat.S_IFMT(mode))
     if kind is not None:
-        raise ValueError(f"{path} is {kind}, expected a regular file; move it away")
+        raise ValueError(f"{path} is {kind}, expected a regular file; move it away, or choose another path")
 
 
 def _to_disk(path: Path) -> None:

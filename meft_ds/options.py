@@ -9,13 +9,15 @@ import os
 import re
 import reprlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeGuard
 
 import regex
 
 LARGEST = 2**31 - 1
 """The largest whole number that a setting may be."""
+MOST_LISTED = 20
+"""Names or faults in an error."""
 _SECONDS = 10.0
 _MOST_REPEATS = 10_000
 _REPR = reprlib.Repr()
@@ -29,6 +31,12 @@ def shown(value: Any) -> str:
         return _REPR.repr(value)
     except ValueError:  # Python writes no whole number of more than 4,300 digits
         return f"{type(value).__name__} of more than 4,300 digits"
+
+
+def listed(items: Sequence[str], most: int = 8, between: str = "; ") -> str:
+    """Return the first of them, and how many more there are, for a message."""
+    more = len(items) - most
+    return between.join(items[:most]) + (f"{between}and {more:,} more" if more > 0 else "")
 
 
 def is_whole(value: Any, least: int, most: int = LARGEST) -> TypeGuard[int]:

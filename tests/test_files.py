@@ -223,7 +223,7 @@ def test_tiles_with_values_that_are_not_finite_are_not_applied(value: float, tmp
     model = torch.nn.Module()
     model.w = torch.nn.Parameter(torch.zeros(4, 4))
     write_tiles(path := tmp_path / "t", replace(TILES, values={"w": torch.full((4,), value)}))
-    with pytest.raises(ValueError, match="tiles of w hold NaN or infinite values"):
+    with pytest.raises(ValueError, match="NaN or infinite values in tiles of w"):
         apply_tiles(model, path)
     assert not model.w.any()
 

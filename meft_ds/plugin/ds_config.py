@@ -14,9 +14,8 @@ import torch.distributed as dist
 from packaging.version import Version
 from torch import nn
 
-from meft_ds.offload.model.discover import listed
 from meft_ds.offload.ranks import Ranks
-from meft_ds.options import is_number, is_whole, shown
+from meft_ds.options import is_number, is_whole, listed, shown
 
 _logger = logging.getLogger("meft_ds")
 

@@ -13,10 +13,9 @@ from collections.abc import Sequence
 from torch import nn
 
 from meft_ds.offload.method import Method
-from meft_ds.offload.model.discover import listed
 from meft_ds.offload.model.heads import head_parameters, peft_parameters, pretrained, vocabulary_parameters
 from meft_ds.offload.model.weights import numel_of
-from meft_ds.options import compiled
+from meft_ds.options import compiled, listed
 
 _logger = logging.getLogger("meft_ds")
 _FROZEN = "_meft_frozen"  # names of what an engine froze, on the model that it was given

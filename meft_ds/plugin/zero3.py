@@ -22,6 +22,7 @@ from meft_ds.offload.model.weights import Piece, Weights, rectangles, shape_of
 from meft_ds.offload.pipeline import Pipeline
 from meft_ds.offload.ranks import Ranks
 from meft_ds.offload.unit import Unit
+from meft_ds.options import MOST_LISTED, listed
 
 
 class PartitionedWeights(Weights):
@@ -239,7 +240,7 @@ def load_consolidated(model: nn.Module, state: Mapping[str, Tensor], weights: We
         if name in shapes and tuple(state[name].shape) != shapes[name]
     ]
     if faults:
-        raise RuntimeError(f"the checkpoint does not fit {type(model).__name__}: " + "; ".join(faults[:20]))
+        raise RuntimeError(f"the checkpoint does not fit {type(model).__name__}: " + listed(faults, MOST_LISTED))
     with torch.no_grad():
         for name, p in model.named_parameters(remove_duplicate=False):
             if name in state:

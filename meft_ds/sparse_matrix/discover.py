@@ -11,9 +11,10 @@ import torch
 from torch import nn
 
 from meft_ds.offload.model.capture import can_tap
-from meft_ds.offload.model.discover import Search, listed, output_heads, weights, whole_name
+from meft_ds.offload.model.discover import Search, output_heads, weights, whole_name
 from meft_ds.offload.model.heads import peft_layer
 from meft_ds.offload.model.weights import numel_of, shape_of
+from meft_ds.options import listed
 from meft_ds.sparse_matrix.config import SparseMatrixConfig
 from meft_ds.sparse_matrix.roles import input_first, names_of_parts, parts_of
 

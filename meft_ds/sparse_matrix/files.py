@@ -23,12 +23,12 @@ from torch import Tensor, nn
 
 from meft_ds.files import check_file, checked_folder, parse_json, write_whole
 from meft_ds.offload.model.capture import is_tapped
+from meft_ds.options import MOST_LISTED, listed
 from meft_ds.sparse_matrix.choice.choice import Choice, Range, misplaced, overlapping
 from meft_ds.sparse_matrix.unit import TilesUnit
 
 _FORMAT = 1
 _KEY = "meft_tiles"
-_MOST_LISTED = 20
 StoredTile = tuple[int | None, Range, Range]
 """Expert (None without), rows and columns."""
 
@@ -68,18 +68,16 @@ def apply_tiles(model: nn.Module, path: str | Path) -> nn.Module:
     """
     saved = read_tiles(path)
     weights = _weights(model, saved, path)
-    differing = _differing(weights, saved.tiles, saved.originals)
-    if differing:
+    if differing := _differing(weights, saved.tiles, saved.originals):
         if not _differing(weights, saved.tiles, saved.values):
             raise ValueError(f"{path}: these tiles are applied already; revert_tiles takes them out")
         raise ValueError(
-            f"{path}: {_listed(differing)} does not hold what these tiles were trained from: the model is not the base "
+            f"{path}: these tiles were not trained from what is in {listed(differing)}: the model is not the base "
             "that they belong to, or other tiles are applied to it; load that base, or revert those first"
         )
-    broken = [name for name, values in saved.values.items() if not torch.isfinite(values).all()]
-    if broken:
+    if broken := [name for name, values in saved.values.items() if not torch.isfinite(values).all()]:
         raise ValueError(
-            f"{path}: tiles of {_listed(broken)} hold NaN or infinite values; save the tiles of an earlier checkpoint"
+            f"{path}: NaN or infinite values in tiles of {listed(broken)}; save the tiles of an earlier checkpoint"
         )
     _put(weights, saved.tiles, saved.values)
     return model
@@ -102,13 +100,12 @@ def revert_tiles(model: nn.Module, path: str | Path) -> nn.Module:
     """
     saved = read_tiles(path)
     weights = _weights(model, saved, path)
-    differing = _differing(weights, saved.tiles, saved.values)
-    if differing:
+    if differing := _differing(weights, saved.tiles, saved.values):
         if not _differing(weights, saved.tiles, saved.originals):
             raise ValueError(f"{path}: these tiles are not applied to this model; there is nothing to revert")
         raise ValueError(
-            f"{path}: {_listed(differing)} does not hold the values of these tiles: the model is another one, or other "
-            "tiles are applied to it, or it was trained further; revert with the file that was applied or saved last"
+            f"{path}: the values of these tiles are not what is in {listed(differing)}: the model is another one, or "
+            "other tiles are applied to it, or it was trained further; revert with the file applied or saved last"
         )
     _put(weights, saved.tiles, saved.originals)
     return model
@@ -246,10 +243,7 @@ def _weights(model: nn.Module, saved: SavedTiles, path: str | Path) -> dict[str,
         elif len(same := names_of[id(p)]) > 1:
             faults.append(f"{name}: it is tied to {', '.join(other for other in same if other != name)} here")
     if faults:
-        more = f"; and {len(faults) - _MOST_LISTED} more" if len(faults) > _MOST_LISTED else ""
-        raise ValueError(
-            f"{path}: these tiles do not fit this {type(model).__name__}: " + "; ".join(faults[:_MOST_LISTED]) + more
-        )
+        raise ValueError(f"{path}: these tiles do not fit this {type(model).__name__}: {listed(faults, MOST_LISTED)}")
     return {name: found[name].detach() for name in saved.shapes}
 
 
@@ -292,7 +286,3 @@ def _tiles(weight: Tensor, tiles: list[StoredTile], flat: Tensor) -> Iterator[tu
         shape = bottom - top, right - left
         yield matrix[top:bottom, left:right], flat[start : start + shape[0] * shape[1]].view(shape)
         start += shape[0] * shape[1]
-
-
-def _listed(names: list[str]) -> str:
-    return names[0] if len(names) == 1 else f"{names[0]} (the first of {len(names)})"

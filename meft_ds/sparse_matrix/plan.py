@@ -16,9 +16,9 @@ from torch import Tensor
 from meft_ds.files import check_writable
 from meft_ds.offload.flat_unit import flat_footprint
 from meft_ds.offload.method import Run
-from meft_ds.offload.model.discover import listed
 from meft_ds.offload.ranks import Ranks
 from meft_ds.offload.unit import Footprint
+from meft_ds.options import listed
 from meft_ds.sparse_matrix.choice.choice import Choice, check_choice
 from meft_ds.sparse_matrix.choice.score import Scorer, tile_elements
 from meft_ds.sparse_matrix.choice.select import (

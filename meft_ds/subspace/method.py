@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from meft_ds.offload.host.memory import state_on_device
 from meft_ds.offload.method import Method, Run
 from meft_ds.offload.model.capture import is_tapped
-from meft_ds.offload.model.discover import count_layers, listed
+from meft_ds.offload.model.discover import count_layers
 from meft_ds.offload.model.weights import shape_of
 from meft_ds.offload.unit import Footprint, Unit
+from meft_ds.options import listed
 from meft_ds.subspace.calibrate import Refit, first_draw
 from meft_ds.subspace.config import SubspaceConfig
 from meft_ds.subspace.discover import Site, find_matrices

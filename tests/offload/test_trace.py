@@ -111,7 +111,7 @@ def test_a_path_that_cannot_be_written_is_refused_at_the_start_with_its_key_and_
     missing = fault(tmp_path / "none" / "t.json")
     assert "meft_offload.schedule.trace_file: expected a file in an existing, writable folder" in missing
     assert f"create the folder {str(tmp_path / 'none')!r}" in missing
-    assert 'add a file name, such as "trace.json"' in fault(tmp_path)
+    assert "is a folder, expected a regular file; move it away, or choose another path" in fault(tmp_path)
     assert "make the folder '/proc' writable" in fault("/proc/t.json")
     assert "meft_offload.schedule.trace_file" in fault("")
     assert parse_config({"schedule": {"trace_file": str(tmp_path / "t.json")}}).schedule.trace_windows == 20

@@ -142,7 +142,7 @@ def _tied(saved: SavedTiles) -> nn.Module:
     [
         (lambda saved: tiny_llama(), "torch.float32, the tiles are torch.bfloat16: load the model with that dtype"),
         (lambda saved: tiny_llama(seed=1).bfloat16(), "is not the base that they belong to, or other tiles are"),
-        (_changed, "does not hold what these tiles were trained from"),
+        (_changed, "these tiles were not trained from what is in"),
         (_narrow, r"layers\.1\.mlp\.up_proj\.weight: shape \(31, 16\), the tiles' weight had \(32, 16\)"),
         (lambda saved: tiny_llama(layers=1).bfloat16(), r"model\.layers\.1\.\S+: the model has no such parameter"),
         (lambda saved: nn.ModuleDict({"module": base()}), "the model has no such parameter"),
@@ -176,7 +176,7 @@ def test_tiles_are_applied_once_and_reverted_once_in_the_order_of_a_stack(
     for action, file, message in (
         (meft_ds.apply_tiles, path, "applied already; revert_tiles takes them out"),
         (meft_ds.apply_tiles, later, "other tiles are applied to it"),
-        (meft_ds.revert_tiles, later, "does not hold the values of these tiles"),
+        (meft_ds.revert_tiles, later, "the values of these tiles are not what is in"),
     ):
         with pytest.raises(ValueError, match=message):
             action(model, file)

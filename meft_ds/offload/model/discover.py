@@ -12,9 +12,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from meft_ds.offload.model.weights import shape_of
-from meft_ds.options import compiled
-
-MOST_LISTED = 20  # names in an error
+from meft_ds.options import MOST_LISTED, compiled, listed
 
 
 def weights(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, nn.Parameter]]:
@@ -74,12 +72,6 @@ def output_heads(model: nn.Module) -> set[nn.Module]:
         if isinstance(head, nn.Module):
             heads.update(head.modules())  # wrappers keep the layer inside
     return heads
-
-
-def listed(names: Sequence[str], most: int = 8) -> str:
-    """The first of them, for a message."""
-    more = len(names) - most
-    return "; ".join(names[:most]) + (f"; and {more} more" if more > 0 else "")
 
 
 class Sharing:
@@ -145,7 +137,7 @@ class Search:
         """Return the error for a model in which there is no matrix `what`, with names to choose from."""
         if self.unused:
             about = f" target_modules {sorted(self.unused)} matches no whole module name.{about}"
-        left_out = "; ".join([*self.told, *self.untold][:MOST_LISTED])
+        left_out = listed([*self.told, *self.untold], MOST_LISTED)
         return ValueError(
             f"no matrix of {type(self._model).__name__} {what}.{about} Linear layers: {self.listed_modules}. "
             + (f"Left out: {left_out}" if left_out else "")

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,7 +16,6 @@ from typing import Any, get_args
 
 from meft_ds.files import check_writable, write_text
 from meft_ds.offload.schedule.timing import LaneName, WindowTimes, phases
-from meft_ds.options import shown
 
 LANES: tuple[LaneName, ...] = get_args(LaneName)
 """Rows from top to bottom; "compute" holds the model's forwards and backwards."""
@@ -62,27 +60,9 @@ def path_of_rank(path: str, rank: int) -> Path:
 
 
 def writable(path: str | None) -> str | None:
-    """Return `path` if it is None or a file can be written there.
-
-    Raises:
-        ValueError: naming what is wrong and what to do.
-    """
-    if path is None:
-        return None
-    whole = Path(path).absolute()
-    folder = whole.parent
-    expected = "expected a file in an existing, writable folder"
-    if not os.path.isdir(folder):
-        raise ValueError(f"{expected}, got {shown(path)}; create the folder {shown(str(folder))} or choose another")
-    if os.path.isdir(whole):
-        raise ValueError(f'{expected}, got the folder {path!r}; add a file name, such as "trace.json"')
-    try:
-        check_writable(whole)
-    except OSError as e:
-        raise ValueError(
-            f"{expected}, got {shown(path)} ({e.strerror}); make the folder {shown(str(folder))} writable or choose "
-            "another"
-        ) from None
+    """Return `path` if it is None or a file can be written there; otherwise raise as `check_writable`."""
+    if path is not None:
+        check_writable(path)
     return path
 
 

@@ -16,12 +16,11 @@ import numpy as np
 from pydantic import TypeAdapter, ValidationError
 
 from meft_ds import files
-from meft_ds.offload.model.discover import listed
+from meft_ds.options import MOST_LISTED, listed
 from meft_ds.sparse_matrix.discover import Site
 
 Range = tuple[int, int]
 _FORMAT = 1
-_MOST_LISTED = 20
 
 
 @dataclass(frozen=True)
@@ -154,7 +153,7 @@ def check_choice(choice: Choice, sites: Sequence[Site], elsewhere: Mapping[str, 
         faults += [f"{_where(tiles[index])}: overlaps another tile" for index in again]
     if faults:
         raise ValueError(
-            f"the choice of tiles does not fit this model: {listed(faults, _MOST_LISTED)}. "
+            f"the choice of tiles does not fit this model: {listed(faults, MOST_LISTED)}. "
             "Choose the tiles again with this model and block, or use those that they were chosen with"
         )
 

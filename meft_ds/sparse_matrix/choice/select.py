@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from meft_ds.offload.model.discover import listed
 from meft_ds.offload.model.weights import WHOLE, Weights
+from meft_ds.options import listed
 from meft_ds.sparse_matrix.choice.choice import Choice, Tile
 from meft_ds.sparse_matrix.config import SparseMatrixConfig
 from meft_ds.sparse_matrix.discover import Site
