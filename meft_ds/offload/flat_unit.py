@@ -151,7 +151,7 @@ class FlatUnit(Unit):
         return None
 
     def take(self, index: int, grad: Tensor) -> None:
-        """Parameter `index`'s gradient is complete for this backward."""
+        """Take parameter `index`'s gradient, which is complete for this backward."""
         self._begin()
         self.add_gradient(index, grad)
         self._received(index)
@@ -286,7 +286,7 @@ class FlatUnit(Unit):
         return value.to(self._device, torch.float32)
 
     def gathered(self, own: Tensor) -> Tensor:
-        """A vector [numel] of which every rank gives its slice `own`, on the device. Collective."""
+        """Gather a vector [numel], on the device, of which every rank gives its slice `own`. Collective."""
         if self._ranks.world == 1:
             return own.to(self._device)
         *everyone, mine = self._rows(own.dtype).unbind(0)

@@ -33,7 +33,7 @@ class Ranks:
 
     @classmethod
     def everyone(cls) -> Ranks:
-        """All processes of the run; this one alone where torch.distributed is not in use."""
+        """Return all processes of the run; this one alone where torch.distributed is not in use."""
         return cls(rank=dist.get_rank(), world=dist.get_world_size()) if dist.is_initialized() else cls()
 
     @property

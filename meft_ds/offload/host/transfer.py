@@ -112,7 +112,7 @@ class Bus:
     # -- on the thread that trains -------------------------------------------------------------------------------------
 
     def down(self, t: Tensor, channel: str, key: Hashable | None = None) -> Tensor:
-        """Device -> host, done on return. With `key`, the result is valid until the key's next use."""
+        """Copy from the device to the host, done on return. With `key` it is valid until the key's next use."""
         self.count(channel, down=t.numel() * t.element_size())
         if self.is_host:
             return t
@@ -123,12 +123,12 @@ class Bus:
         return host
 
     def up(self, t: Tensor, channel: str) -> Tensor:
-        """Host -> device, as a new tensor (the same tensor on a CPU device)."""
+        """Copy from the host to the device, into a new tensor (on a CPU device return the tensor itself)."""
         self.count(channel, up=t.numel() * t.element_size())
         return t if self.is_host else t.to(self.device)
 
     def fetch_rows(self, src: Tensor, ids: Tensor, dst: Tensor, channel: str) -> None:
-        """Rows `ids` (int64 [k]) of host `src` [n, w] -> device `dst` [k, w] of the same dtype."""
+        """Copy rows `ids` (int64 [k]) of host `src` [n, w] to device `dst` [k, w], of the same dtype."""
         self.count(channel, up=dst.numel() * dst.element_size())
         if self.is_host:
             ops.gather_rows(src, ids, dst)
@@ -140,14 +140,14 @@ class Bus:
     # -- on a lane, or in line -----------------------------------------------------------------------------------------
 
     def send(self, t: Tensor, dtype: torch.dtype, channel: str, key: Hashable) -> Tensor:
-        """Device -> the key's page-locked buffer, cast to `dtype` before it crosses; done on return."""
+        """Cast to `dtype`, and copy from the device to the key's page-locked buffer; done on return."""
         host = self._stage(key, t.shape, dtype)
         self.count(channel, down=host.numel() * host.element_size())
         self._copy_down(host, t)
         return host
 
     def up_into(self, dst: Tensor, src: Tensor, channel: str) -> None:
-        """Host `src` -> device `dst`, same shape and dtype; done on return as far as the current stream goes."""
+        """Copy host `src` to device `dst`, of the same shape and dtype; the current stream waits for it."""
         self.count(channel, up=src.numel() * src.element_size())
         self._copy_up(dst, src)
 
@@ -160,7 +160,7 @@ class Bus:
     # -- streams and events --------------------------------------------------------------------------------------------
 
     def mark(self, *, timed: bool = False) -> Any:
-        """A point in the current stream's work, to wait for elsewhere; None where there are no streams."""
+        """Mark a point in the current stream's work, to wait for elsewhere; None where there are no streams."""
         if self.is_host:
             return None
         event = self._runtime.Event(enable_timing=timed)
@@ -168,7 +168,7 @@ class Bus:
         return event
 
     def wait(self, mark: Any) -> None:
-        """The current stream goes on only after `mark`; the calling thread does not wait."""
+        """Let the current stream go on only after `mark`; the calling thread does not wait."""
         if mark is not None:
             self._runtime.current_stream(self.device).wait_event(mark)
 
@@ -186,7 +186,7 @@ class Bus:
         stream.synchronize()
 
     def enter(self) -> None:
-        """The current stream is the one that trains."""
+        """Note that the current stream is the one that trains."""
         if self._runtime is not None:
             self._training = self._runtime.current_stream(self.device)
 

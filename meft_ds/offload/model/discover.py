@@ -16,7 +16,7 @@ from meft_ds.options import MOST_LISTED, compiled, listed
 
 
 def weights(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, nn.Parameter]]:
-    """(module name, module, key, weight) of linear layers [m, n] and of expert tensors [experts, m, n]."""
+    """Yield (module name, module, key, weight) of linear layers [m, n] and of expert tensors [experts, m, n]."""
     for name, module in model.named_modules():
         if _is_linear(module):
             yield name, module, "weight", module.weight
@@ -27,8 +27,10 @@ def weights(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, nn.Paramete
 
 
 def _is_linear(module: nn.Module) -> bool:
-    """Whether a module multiplies with its weight, and does nothing else but add its bias: as nn.Linear and Conv1D do,
-    or a subclass whose forward says the same in other words (Falcon's)."""
+    """Return whether a module multiplies with its weight, adds its bias, and does nothing else.
+
+    nn.Linear and Conv1D do, and subclasses whose forward says the same in other words (Falcon's).
+    """
     from transformers.pytorch_utils import Conv1D
 
     if "weight" not in module._parameters:  # weight norm computes it
@@ -41,7 +43,7 @@ def _is_linear(module: nn.Module) -> bool:
 
 @torch.no_grad()
 def _agrees_with_linear(module: nn.Linear) -> bool:
-    """Whether the forward of the module's class gives what nn.Linear's does, tried with a small weight."""
+    """Return whether the forward of the module's class gives what nn.Linear's does; try it with a small weight."""
     if type(module).forward is nn.Linear.forward:
         return True
     twin, draw = copy.copy(module), torch.Generator().manual_seed(0)
@@ -56,12 +58,12 @@ def _agrees_with_linear(module: nn.Linear) -> bool:
 
 
 def _has_experts(name: str, shape: Sequence[int]) -> bool:
-    """Whether a parameter is one matrix per expert; embeddings of positions are stored in three dimensions too."""
+    """Return whether a parameter is one matrix per expert; embeddings of positions have three dimensions too."""
     return len(shape) == 3 and min(shape) > 1 and "embed" not in name.rpartition(".")[2]
 
 
 def output_heads(model: nn.Module) -> set[nn.Module]:
-    """Modules of the output head, as far as the model, or what it wraps, says which that is."""
+    """Return the modules of the output head, as far as the model, or what it wraps, says which that is."""
     heads: set[nn.Module] = set()
     for module in model.modules():
         getter = getattr(module, "get_output_embeddings", None)
@@ -82,7 +84,7 @@ class Sharing:
         self._names = Counter(id(m) for _, m in model.named_modules(remove_duplicate=False))
 
     def shares(self, module: nn.Module, weight: nn.Parameter) -> bool:
-        """Whether `weight` is tied, or its module is in several places."""
+        """Return whether `weight` is tied, or its module is in several places."""
         return self._holders[id(weight)] > 1 or self._names[id(module)] > 1
 
 
@@ -154,12 +156,12 @@ def whole_name(module: str, key: str) -> str:
 
 
 def count_layers(model: nn.Module) -> int:
-    """Length of the model's lists of numbered blocks; at least 1."""
+    """Return the length of the model's lists of numbered blocks; at least 1."""
     return max((_number(name) or 0 for name, _ in model.named_parameters()), default=0) + 1
 
 
 def layer_of(model: nn.Module, layers: int) -> dict[str, int]:
-    """Layer of every parameter by its name: the first number in it, or that of the parameter before."""
+    """Return the layer of every parameter, by name: the first number in it, or that of the parameter before."""
     found, last = {}, 0
     for name, _ in model.named_parameters():
         number = _number(name)

@@ -25,8 +25,11 @@ _TASKS = re.compile(
 
 
 def head_parameters(model: nn.Module) -> set[int]:
-    """ids of the parameters of heads for classification, regression, questions, choices, rewards and values: by name,
-    or what a model for such a task has outside its base, or what a program has put around a pretrained model."""
+    """Return ids of the parameters of heads for classification, regression, questions, choices, rewards and values.
+
+    A head is known by its name. It is also what a model for such a task has outside its base, or what a program has
+    put around a pretrained model.
+    """
     outer = pretrained(model)
     found = {
         id(p)
@@ -47,13 +50,13 @@ def head_parameters(model: nn.Module) -> set[int]:
 
 
 def vocabulary_parameters(model: nn.Module) -> set[int]:
-    """ids of the parameters of output heads over a vocabulary, and of what is tied to them."""
+    """Return ids of the parameters of output heads over a vocabulary, and of what is tied to them."""
     modules = {*output_heads(model), *(m for name, m in model.named_modules() if name.split(".")[-1] == "lm_head")}
     return {id(p) for module in modules for p in module.parameters()}
 
 
 def peft_parameters(model: nn.Module) -> set[int]:
-    """ids of the parameters that PEFT added: those of its modules outside the ones that they wrap."""
+    """Return ids of the parameters that PEFT added: those of its modules outside the ones that they wrap."""
     found: set[int] = set()
 
     def walk(module: nn.Module) -> None:
@@ -79,7 +82,7 @@ def peft_layer(model: nn.Module) -> str | None:
 
 
 def pretrained(model: nn.Module) -> list[tuple[str, Any]]:
-    """The outermost of transformers' models in `model`, by their names."""
+    """Return the outermost of transformers' models in `model`, with their names."""
     transformers = sys.modules.get("transformers.modeling_utils")
     if transformers is None:
         return []

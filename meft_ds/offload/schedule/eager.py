@@ -39,7 +39,7 @@ class UnitTimes:
 
 
 def transition(times: Sequence[UnitTimes], backward_s: float) -> int:
-    """The first unit (shallowest = 0) that is served first come, first served; those below it last come first.
+    """Return the first unit (shallowest = 0) that is served first come, first served; below it the last comes first.
 
     L - (T_B - (o + p + u)) / max(o, p, u) with the measured means: the deep units for which there is time before the
     backward ends. LSP-Offload, section 4.2.
@@ -54,7 +54,7 @@ def transition(times: Sequence[UnitTimes], backward_s: float) -> int:
 
 
 def eager_order(times: Sequence[UnitTimes], first_fcfs: int) -> list[int]:
-    """The order in which one host worker serves the units, by a run of the two queues with the measured times.
+    """Return the order in which one host worker serves the units: run the two queues with the measured times.
 
     Units from `first_fcfs` on are served first come, first served; shallower ones last come, first served, and before
     any deep one that still waits. The order is fixed by the measured times instead of by who happens to come first, so
@@ -79,7 +79,7 @@ def eager_order(times: Sequence[UnitTimes], first_fcfs: int) -> list[int]:
 
 
 def choose_mode(*, forward_s: float, host_s: float, up_s: float) -> Literal["exact", "eager"]:
-    """`exact` where one forward hides the updates and the way up, else `eager`, which also has the backward for them.
+    """Return `exact` where one forward hides updates and the way up, else `eager`, which also has the backward.
 
     Args:
         forward_s: the first micro-batch's forward, the only one that exact updates can hide behind.
@@ -121,23 +121,23 @@ class Tuner:
         return self.choice == "eager" and self._order is not None and self.last_norm is not None
 
     def order(self) -> list[int]:
-        """Units in the order of their eager updates."""
+        """Return the units in the order of their eager updates."""
         assert self._order is not None
         return self._order
 
     def saw_norm(self, grad_norm: float) -> None:
-        """The global norm of a window, inf when it overflowed (the one before it is kept then)."""
+        """Note the global norm of a window; inf when it overflowed (the one before it is kept then)."""
         if math.isfinite(grad_norm):
             self.last_norm = grad_norm
 
     def saw(self, times: WindowTimes) -> None:
-        """The measurements of a window."""
+        """Note the measurements of a window."""
         self._windows += 1
         if self.mode in ("eager", "auto"):
             self._history.append(self._measure(times))
 
     def report(self) -> list[float]:
-        """This rank's measured medians, as many on every rank; nothing in windows that decide nothing."""
+        """Return this rank's measured medians, as many on every rank; nothing in windows that decide nothing."""
         due = self._windows >= MEASURED_WINDOWS and (self._order is None or self._windows % _REFRESH == 0)
         if self.mode not in ("eager", "auto") or not due:
             return []
@@ -145,7 +145,7 @@ class Tuner:
         return [statistics.median(window[key][i] for window in self._history) for key in keys for i in self._range(key)]
 
     def agreed(self, values: Sequence[float]) -> None:
-        """The averages of all ranks' reports."""
+        """Decide by the averages of all ranks' reports."""
         if not values:
             return
         n = len(self._names)
@@ -173,7 +173,7 @@ class Tuner:
         self.transition, self._order = first_fcfs, eager_order(times, first_fcfs)
 
     def state(self) -> dict[str, Any]:
-        """What resuming needs, as JSON; the norm in hex, so that every bit is kept."""
+        """Return what resuming needs, as JSON; the norm in hex, so that every bit is kept."""
         return {
             "choice": self.choice,
             "last_norm": None if self.last_norm is None else self.last_norm.hex(),
@@ -181,7 +181,7 @@ class Tuner:
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Counterpart of `state`. A mode set by hand since then wins."""
+        """Take back what `state` gave. A mode set by hand since then wins."""
         self.last_norm = None if state["last_norm"] is None else float.fromhex(state["last_norm"])
         if self.mode == "auto":
             self.choice = state["choice"] if state["choice"] in ("exact", "eager") else None

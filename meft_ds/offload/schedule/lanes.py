@@ -99,7 +99,7 @@ class Lanes:
     def threads(
         cls, on_error: Callable[[BaseException], None], at_start: dict[str, Callable[[], None]] | None = None
     ) -> Lanes:
-        """One thread each; `at_start` by lane name."""
+        """Make lanes of one thread each; `at_start` by lane name."""
         starts = at_start or {}
         return cls(**{name: ThreadLane(name, on_error, starts.get(name)) for name in ("down", "host", "up")})
 
@@ -204,13 +204,13 @@ class Progress:
         self.torn: BaseException | None = None
 
     def tell(self, entry: UnitProgress, what: Reached) -> None:
-        """Called on a lane: set `entry`'s field `what`."""
+        """Set `entry`'s field `what`; called on a lane."""
         with self._changed:
             setattr(entry, what, True)
             self._changed.notify_all()
 
     def fail(self, error: BaseException) -> None:
-        """Called on a lane: the thread that trains learns of it at its next call."""
+        """Keep the error that ended a lane's job, for the training thread's next call; called on a lane."""
         with self._changed:
             self.failure = self.failure or error
             self._changed.notify_all()

@@ -100,15 +100,17 @@ class Forgotten(Exception):
 
 
 def clip_factor(clip: float, grad_norm: float) -> float:
-    """What gradients of global norm `grad_norm` are multiplied by so that it is at most `clip` (0 for no limit)."""
+    """Return the factor on gradients of global norm `grad_norm` that makes it at most `clip` (0 for no limit)."""
     return clip / (grad_norm + 1e-6) if clip > 0 and grad_norm > clip else 1.0
 
 
 def agree(
     entries: Sequence[UnitProgress], tuner: Tuner, device: torch.device, ranks: Ranks
 ) -> tuple[float, list[UnitProgress]]:
-    """The sum of squares over units and ranks, and the units that must be sent again, because on some rank a gradient
-    came after they had been sent, or because what was sent has been forgotten. Collective.
+    """Return the sum of squares over units and ranks, and the units that must be sent again. Collective.
+
+    A unit is sent again when on some rank a gradient came after it had been sent, or when what was sent has been
+    forgotten.
 
     Units with late gradients, or that a backward left unfinished on some rank, are `reliable` no longer; the tuner
     learns the ranks' mean times.
