@@ -7,17 +7,10 @@ import difflib
 from collections.abc import Callable, Mapping
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    ValidationError,
-    model_validator,
-)
+from pydantic import BaseModel, BeforeValidator, Field, ValidationError, model_validator
 
 from meft_ds.offload.schedule.config import ScheduleConfig
-from meft_ds.options import MOST_LISTED, listed, patterns, positive, shown
+from meft_ds.options import MOST_LISTED, Settings, listed, patterns, positive, shown
 from meft_ds.sparse_adapter.config import SparseAdapterConfig
 from meft_ds.sparse_matrix.config import SparseMatrixConfig
 from meft_ds.subspace.config import SubspaceConfig
@@ -38,7 +31,7 @@ def settings_object(value: Any) -> Any:
     return value
 
 
-class MeftConfig(BaseModel):
+class MeftConfig(Settings):
     """Hold the whole block. A block that names no method means the sparse adapter with its defaults.
 
     `parse_config` checks a block and gives the better errors.
@@ -46,8 +39,6 @@ class MeftConfig(BaseModel):
     Example:
         meft_ds.MeftConfig.model_json_schema()["properties"]  # every key with its description
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     sparse_adapter: Annotated[SparseAdapterConfig | None, BeforeValidator(settings_object)] = Field(
         None, description="MEFT: large sparse adapters whose rows live on the host."

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeGuard
 
 import regex
+from pydantic import BaseModel, ConfigDict
 
 LARGEST = 2**31 - 1
 """The largest whole number that a setting may be."""
@@ -23,6 +24,12 @@ _MOST_REPEATS = 10_000
 _REPR = reprlib.Repr()
 _REPR.maxstring = _REPR.maxother = 120
 _REPR.maxlong, _REPR.maxlevel, _REPR.maxlist, _REPR.maxtuple, _REPR.maxdict = 40, 3, 8, 8, 8
+
+
+class Settings(BaseModel):
+    """Settings of a block, or of an object in it: no other keys, no other types, and they stay as they are."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
 def shown(value: Any) -> str:
@@ -82,8 +89,8 @@ def positive(*words: str, what: str = "a finite number above 0", high: float = m
     return number(what, math.nextafter(0, 1), high, words=words)
 
 
-positive_int = number("a whole number of at least 1", 1, LARGEST, whole=True)
-positive_int_or_auto = number("a whole number of at least 1", 1, LARGEST, whole=True, words=("auto",))
+count = number("a whole number of at least 1", 1, LARGEST, whole=True)
+count_or_auto = number("a whole number of at least 1", 1, LARGEST, whole=True, words=("auto",))
 whole = number("a whole number of at least 0", 0, LARGEST, whole=True)
 not_negative = number("a finite number of at least 0", 0)
 fraction = positive(what="a fraction above 0", high=1)

@@ -111,9 +111,8 @@ def refuse_what_cannot_fit(model: nn.Module, methods: list[Method], config: Meft
     """
     needed = sum(method.least_host_bytes(model) for method in methods)
     free = min(Ranks.everyone().gather(free_host_bytes()))
-    limit = None if config.host_memory_gb == "auto" else config.host_memory_gb
     knobs = [method.memory_hint for method in methods]
-    check_host_memory(needed, free, limit_gb=limit, detail="before moments and buffers", knobs=knobs)
+    check_host_memory(needed, free, limit_gb=config.host_memory_gb, detail="before moments and buffers", knobs=knobs)
 
 
 def preflight(run: Run, methods: list[Method], footprints: list[Footprint], specs: Specs, config: MeftConfig) -> int:
@@ -123,7 +122,6 @@ def preflight(run: Run, methods: list[Method], footprints: list[Footprint], spec
         ValueError: the same on every rank.
     """
     ranks, shared = run.ranks, arena_bytes(specs)
-    limit = None if config.host_memory_gb == "auto" else config.host_memory_gb
     several = ranks.here.world > 1
     mine = [sum(f.host_private for f in footprints), free_host_bytes(), free_shared_bytes() if several else 0]
     # all ranks decide by what all of them see as free, or one would raise while the others wait for it
@@ -134,7 +132,7 @@ def preflight(run: Run, methods: list[Method], footprints: list[Footprint], spec
         needed = shared + sum(private)
         detail = f"{in_units(shared)} shared, {in_units(sum(private))} moments and buffers"
         free, knobs = min(free_host), [method.memory_hint for method in methods]
-        check_host_memory(needed, free, limit_gb=limit, detail=detail, knobs=knobs)
+        check_host_memory(needed, free, limit_gb=config.host_memory_gb, detail=detail, knobs=knobs)
         if several:
             check_shared_memory(shared, min(free_shared), knobs=knobs)
     return needed

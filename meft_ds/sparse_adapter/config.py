@@ -7,14 +7,15 @@ import math
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from meft_ds.options import (
+    Settings,
+    count,
+    count_or_auto,
     not_negative,
     patterns,
     positive,
-    positive_int,
-    positive_int_or_auto,
     shown,
     size_or_fraction,
     whole,
@@ -27,7 +28,7 @@ PAPER_ROUTER_SCALE = 50.0
 
 
 _Auto = Literal["auto"]
-_IntOrAuto = Annotated[int | _Auto, BeforeValidator(positive_int_or_auto)]
+_IntOrAuto = Annotated[int | _Auto, BeforeValidator(count_or_auto)]
 
 
 def _object_or_null(value: Any) -> Any:
@@ -36,17 +37,15 @@ def _object_or_null(value: Any) -> Any:
     return value
 
 
-class CompressConfig(BaseModel):
+class CompressConfig(Settings):
     """Settings of the compression of row gradients (LSP-Offload, arXiv 2406.10181, on one side only)."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     dim: Annotated[int | float, BeforeValidator(size_or_fraction)] = Field(
         0.5,
         description="d', what the d values of a key's or a value's gradient become: a whole number below d, or a "
         "fraction of d. Default: half, as the LSP-Offload paper's 2,048 of 4,096.",
     )
-    nonzeros: Annotated[int, BeforeValidator(positive_int)] = Field(
+    nonzeros: Annotated[int, BeforeValidator(count)] = Field(
         4, description="k, nonzeros in each row of Q. The LSP-Offload paper: 4 to 16."
     )
     scale: Annotated[float | Literal["adam"], BeforeValidator(positive("adam"))] = Field(
@@ -68,13 +67,11 @@ class CompressConfig(BaseModel):
         )
 
 
-class SparseAdapterConfig(BaseModel):
+class SparseAdapterConfig(Settings):
     """Settings of the sparse adapter (MEFT, arXiv 2406.04984). Letters: d = hidden size, r = rows per layer.
 
     ``SparseAdapterConfig()`` is the published setting. ``resolve`` turns every "auto" into a number.
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     rows: _IntOrAuto = Field(
         "auto",
@@ -85,10 +82,10 @@ class SparseAdapterConfig(BaseModel):
         description="N, experts per layer; each owns a contiguous slice of r/N rows (sizes differ by at most one). "
         "auto = round(4 sqrt(r)), the paper's rule, at least experts_per_token and at most rows.",
     )
-    experts_per_token: Annotated[int, BeforeValidator(positive_int)] = Field(
+    experts_per_token: Annotated[int, BeforeValidator(count)] = Field(
         8, description="E, experts whose keys a token looks at. Default from the paper."
     )
-    keys_per_token: Annotated[int, BeforeValidator(positive_int)] = Field(
+    keys_per_token: Annotated[int, BeforeValidator(count)] = Field(
         64, description="K, most rows that a token uses. Default from the paper."
     )
     gate: bool = Field(

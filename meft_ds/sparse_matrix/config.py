@@ -8,9 +8,9 @@ from collections.abc import Iterable
 from fractions import Fraction
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
-from meft_ds.options import compiled, file_name, fraction, patterns, positive_int, positive_int_or_auto, shown, whole
+from meft_ds.options import Settings, compiled, count, count_or_auto, file_name, fraction, patterns, shown, whole
 
 PAPER_ROLES = ("q", "k", "v")
 LARGEST_SIDE = 256
@@ -49,15 +49,13 @@ def _segments(value: Any) -> dict[str, list[int]]:
         if not isinstance(sizes, list | tuple) or not sizes:
             raise ValueError(f"{shown(pattern)[1:-1]}: expected a list of the parts' sizes, got {shown(sizes)}")
         for size in sizes:
-            positive_int(size)
+            count(size)
     return {pattern: list(sizes) for pattern, sizes in value.items()}
 
 
-class SparseMatrixConfig(BaseModel):
+class SparseMatrixConfig(Settings):
     """Settings of sparse matrix tuning (SMT, arXiv 2405.15525). A tile is a rectangle of a weight as it is stored; a
     role is what a weight does in its layer: q, k, v, o, gate, up, down, or the name of its module."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     density: Annotated[float, BeforeValidator(fraction)] = Field(
         0.01,
@@ -88,7 +86,7 @@ class SparseMatrixConfig(BaseModel):
         description="Divide scores by the mean of their role, so that roles with larger gradients do not take all. "
         'null = with preset "all", except for score "random".',
     )
-    block_size: Annotated[int | Literal["auto"], BeforeValidator(positive_int_or_auto)] = Field(
+    block_size: Annotated[int | Literal["auto"], BeforeValidator(count_or_auto)] = Field(
         "auto",
         description="Side of a tile; tiles at an edge are smaller. auto = the paper's 256 where a matrix's share of "
         "the budget is at least half of such a tile (at density 0.01: from 3.3 M elements on), else the largest power "

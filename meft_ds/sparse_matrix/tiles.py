@@ -144,11 +144,8 @@ class Tiles:
     def add_product(self, acc: Tensor, x: Tensor, dy: Tensor) -> None:
         """Add the tiles' gradient dY^T X to the payload `acc` (float32) of this matrix.
 
-        x [tokens, kept], dy [tokens, out].
+        x [tokens, kept], dy [tokens, out], of one dtype.
         """
-        if x.dtype != dy.dtype:  # autocast
-            common = torch.promote_types(x.dtype, dy.dtype)
-            x, dy = x.to(common), dy.to(common)
         for group in self.groups:
             given = _take(x, group.inputs, 1)
             if self.input_first:

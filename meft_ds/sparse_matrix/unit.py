@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from meft_ds.offload.flat_unit import Place
 from meft_ds.offload.master_unit import MasterUnit
+from meft_ds.offload.model.capture import as_matrices
 from meft_ds.offload.model.weights import WHOLE
 from meft_ds.sparse_matrix.tiles import Tiles
 
@@ -58,7 +59,7 @@ class TilesUnit(MasterUnit):
     def tapped(self, index: int, x: Tensor, dy: Tensor) -> None:
         self._begin()
         (tiles,) = self._of_param[index]
-        tiles.add_product(tiles.part(self._acc), x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1]))
+        tiles.add_product(tiles.part(self._acc), *as_matrices(x, dy))
         self._received(index)
 
     def _kept(self, index: int) -> Tensor | None:

@@ -5,9 +5,9 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BeforeValidator, Field
 
-from meft_ds.options import not_negative, patterns, positive, positive_int, size_or_fraction, whole
+from meft_ds.options import Settings, count, not_negative, patterns, positive, size_or_fraction, whole
 
 _LEAST_GAIN = 1.5
 """Values of a matrix for each of its S, or learning through S saves next to nothing."""
@@ -16,10 +16,8 @@ _THIN, _FEW = 8, 2**21
 with so few values costs at most 24 MiB uncompressed."""
 
 
-class SubspaceConfig(BaseModel):
+class SubspaceConfig(Settings):
     """Settings of learned subspace projectors (LSP-Offload, arXiv 2406.10181). Letters: W is m x n, S is d x d."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     dim: Annotated[int | float, BeforeValidator(size_or_fraction)] = Field(
         0.5,
@@ -28,7 +26,7 @@ class SubspaceConfig(BaseModel):
         "nonzeros, S more than two thirds of the matrix, or a longer side over 8 times the shorter in at most "
         "2,097,152 values (routers, low-rank factors). Default: half (the paper's 2,048 of 4,096).",
     )
-    nonzeros: Annotated[int, BeforeValidator(positive_int)] = Field(
+    nonzeros: Annotated[int, BeforeValidator(count)] = Field(
         4, description="k, nonzeros in each row of a projector. The paper: 4 to 16."
     )
     gradient_side: Literal["activation", "weight"] = Field(

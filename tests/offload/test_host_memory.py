@@ -14,7 +14,7 @@ def test_too_little_memory_names_needed_free_and_the_knobs() -> None:
     with pytest.raises(
         ValueError, match=r"needs 8\.00 GiB .*only 2\.00 GiB are free.*sparse_adapter\.rows.*moments_dtype"
     ):
-        check_host_memory(8 * GIB, 2 * GIB, limit_gb=None, detail="rows", knobs=KNOBS)
+        check_host_memory(8 * GIB, 2 * GIB, limit_gb="auto", detail="rows", knobs=KNOBS)
 
 
 def test_the_users_own_limit_counts_even_when_more_is_free() -> None:

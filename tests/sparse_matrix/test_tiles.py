@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from meft_ds.offload.model.capture import tap
+from meft_ds.offload.model.capture import as_matrices, tap
 from meft_ds.offload.model.weights import WHOLE, Piece, rectangles
 from meft_ds.sparse_matrix.tiles import RowsCols, Tiles
 from tests.sparse_matrix.grids import cuts
@@ -39,7 +39,7 @@ class Harvest:
         self.chosen, self.acc = chosen, torch.zeros(chosen.numel)
 
     def tapped(self, index: int, x: Tensor, dy: Tensor) -> None:
-        self.chosen.add_product(self.acc, x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1]))
+        self.chosen.add_product(self.acc, *as_matrices(x, dy))
 
 
 def grid(m: int, n: int, side: int) -> list[RowsCols]:

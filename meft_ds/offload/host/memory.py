@@ -29,13 +29,13 @@ def free_shared_bytes(directory: Path = SHM_DIR) -> int:
     return stat.f_bavail * stat.f_frsize
 
 
-def check_host_memory(needed: int, free: int, *, limit_gb: float | None, detail: str, knobs: Sequence[str]) -> None:
+def check_host_memory(needed: int, free: int, *, limit_gb: float | str, detail: str, knobs: Sequence[str]) -> None:
     """Stop before anything is allocated when the plan does not fit.
 
     Args:
         needed: bytes that this node is about to hold for the offloaded state.
         free: bytes free on this node now.
-        limit_gb: the user's own limit (`meft_offload.host_memory_gb`), in GiB, or None.
+        limit_gb: the user's own limit (`meft_offload.host_memory_gb`), in GiB, or "auto": none.
         detail: what makes up `needed`, for the message.
         knobs: settings that make the methods in use take less.
 
@@ -44,16 +44,13 @@ def check_host_memory(needed: int, free: int, *, limit_gb: float | None, detail:
     """
     turn = ", ".join([*knobs, 'set "moments_dtype": "bf16" (halves the moments)'])
     turn += ', or train fewer base tensors ("train")'
-    if limit_gb is not None and needed > limit_gb * 2**30:
-        raise ValueError(
-            f"meft_offload needs {in_units(needed)} of host memory ({detail}) but meft_offload.host_memory_gb allows "
-            f"{in_units(limit_gb * 2**30)}. Raise host_memory_gb, {turn}."
-        )
-    if needed > free:
-        raise ValueError(
-            f"meft_offload needs {in_units(needed)} of host memory ({detail}) but only {in_units(free)} are free on "
-            f"this node (container limits included). Free memory, or {turn}."
-        )
+    if not isinstance(limit_gb, str) and needed > limit_gb * 2**30:
+        but = f"meft_offload.host_memory_gb allows {in_units(limit_gb * 2**30)}. Raise host_memory_gb,"
+    elif needed > free:
+        but = f"only {in_units(free)} are free on this node (container limits included). Free memory, or"
+    else:
+        return
+    raise ValueError(f"meft_offload needs {in_units(needed)} of host memory ({detail}) but {but} {turn}.")
 
 
 def check_shared_memory(needed: int, free: int, *, knobs: Sequence[str]) -> None:

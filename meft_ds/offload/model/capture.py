@@ -29,6 +29,12 @@ class ActivationSink(Protocol):
         """
 
 
+def as_matrices(x: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
+    """Return activations as [tokens, features], in one dtype: autocast may give them two."""
+    common = torch.promote_types(x.dtype, dy.dtype)
+    return x.reshape(-1, x.shape[-1]).to(common), dy.reshape(-1, dy.shape[-1]).to(common)
+
+
 def tap(
     module: nn.Module, receiver: ActivationSink, index: int, keep: Tensor | None = None, anchor: Tensor | None = None
 ) -> None:

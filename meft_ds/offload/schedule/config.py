@@ -5,19 +5,17 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BeforeValidator, Field
 
 from meft_ds.offload.schedule.eager import Mode
 from meft_ds.offload.schedule.trace import writable
-from meft_ds.options import file_name, number, positive_int
+from meft_ds.options import Settings, count, file_name, number
 
 _threads = number("a whole number of threads, at least 1", 1, 1024, whole=True, words=("auto",))
 
 
-class ScheduleConfig(BaseModel):
+class ScheduleConfig(Settings):
     """How a step's stages overlap with the model's compute."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     mode: Mode = Field(
         "exact",
@@ -36,6 +34,6 @@ class ScheduleConfig(BaseModel):
         description="Write a Chrome trace (JSON, opens in Perfetto) of the lanes to this file, with .rankN before its "
         "ending on ranks above 0. Default: none.",
     )
-    trace_windows: Annotated[int, BeforeValidator(positive_int)] = Field(
+    trace_windows: Annotated[int, BeforeValidator(count)] = Field(
         20, description="The trace holds this many accumulation windows, from the third on. Default: 20."
     )

@@ -26,7 +26,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from meft_ds.offload.model.capture import hand_over, tap, untap
+from meft_ds.offload.model.capture import as_matrices, hand_over, tap, untap
 from meft_ds.offload.ranks import Ranks
 from meft_ds.sparse_matrix.discover import Site
 
@@ -93,10 +93,7 @@ class Scorer:
 
     def tapped(self, index: int, x: Tensor, dy: Tensor) -> None:
         """Score the gradient of a linear layer: x [..., in], dy [..., out]."""
-        x, dy = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
-        if x.dtype != dy.dtype:  # autocast
-            common = torch.promote_types(x.dtype, dy.dtype)
-            x, dy = x.to(common), dy.to(common)
+        x, dy = as_matrices(x, dy)
         site = self._sites[index]
         left, right = (x, dy) if site.input_first else (dy, x)
         if self._kind == "mean_abs":
@@ -167,14 +164,14 @@ class Scorer:
 
         A score is the mean over windows of the sum over a window's micro-batches. All ranks get the same bits.
         """
-        found = {}
-        for site, total in zip(self._sites, self._reduced(self._total), strict=True):
-            found[site.name] = total
-        if self._kind == "paper":
-            for index, site in enumerate(self._sites):
-                found[site.name] = self._of_sum(site, self._reduced([self._sums[index]])[0])
+        found = self._totals()
+        for site, total in zip(self._sites, self._sums, strict=False):  # "paper" alone has sums
+            found[site.name] = self._of_sum(site, self._reduced([total])[0])
         counts = zip(self._sites, self._counts, strict=True)
         return {site.name: found[site.name] / count.cpu() / max(self.windows, 1) for site, count in counts}
+
+    def _totals(self) -> dict[str, Tensor]:
+        return dict(zip((site.name for site in self._sites), self._reduced(self._total), strict=True))
 
     def _reduced(self, tensors: list[Tensor]) -> list[Tensor]:
         """Return the sums over ranks, on the host."""
@@ -222,10 +219,9 @@ class Scorer:
 
     def state(self) -> dict[str, Tensor]:
         """Return the sums over ranks so far, on the host. Collective."""
-        names = [site.name for site in self._sites]
-        state = dict(zip(names, self._reduced(self._total), strict=True))
-        for name, total in zip(names, self._sums, strict=False):
-            state[f"{name}.sum"] = self._reduced([total])[0]
+        state = self._totals()
+        for site, total in zip(self._sites, self._sums, strict=False):
+            state[f"{site.name}.sum"] = self._reduced([total])[0]
         return state
 
     def load_state(self, state: dict[str, Tensor], windows: int) -> None:
