@@ -82,7 +82,7 @@ def detach(model: nn.Module) -> None:
 
 
 def find_adapters(model: nn.Module) -> dict[str, SparseAdapter]:
-    """Adapters of a model by the name of the module they sit in, in the order of the layers."""
+    """Return the adapters of a model by the name of the module they sit in, in the order of the layers."""
     found = {
         name.removesuffix(f".{ADAPTER_NAME}"): module
         for name, module in model.named_modules()

@@ -36,7 +36,7 @@ def remember(model: nn.Module, names: Iterable[str], elsewhere: Iterable[str]) -
 
 
 def _parts_with_adapters(model: nn.Module) -> list[str]:
-    """Names of the modules on the way to adapters, the model's own "" included."""
+    """Return the names of the modules on the way to adapters, the model's own "" included."""
     found = {""}
     for name in find_adapters(model):
         parts = name.split(".")
@@ -45,18 +45,18 @@ def _parts_with_adapters(model: nn.Module) -> list[str]:
 
 
 def trained_in(model: nn.Module) -> Trained:
-    """What ``remember`` was told of ``model``."""
+    """Return what ``remember`` was told of ``model``."""
     found = model.__dict__.get(_NAME)
     return found if isinstance(found, Trained) else Trained()
 
 
 def forget(model: nn.Module) -> None:
-    """The model has no adapter any more."""
+    """Forget what was remembered: the model has no adapter any more."""
     model.__dict__.pop(_NAME, None)
 
 
 def check_fits(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, nn.Parameter]:
-    """The parameters that ``tensors`` belong to. Raises ValueError when the model has others."""
+    """Return the parameters that ``tensors`` belong to. Raises ValueError when the model has others."""
     named = dict(model.named_parameters(remove_duplicate=False))
     faults = []
     for name, t in tensors.items():

@@ -55,7 +55,7 @@ class CompressConfig(Settings):
     )
 
     def resolve(self, d: int) -> ResolvedCompress:
-        """Numbers for rows of two halves of ``d`` values. Raises ValueError when they cannot work with that ``d``."""
+        """Return the numbers for rows of two halves of ``d`` values. Raises ValueError when that ``d`` cannot work."""
         dim = self.dim if isinstance(self.dim, int) else round(self.dim * d)
         prefix = f"sparse_adapter.compress at hidden size {d}: "
         if dim >= d:
@@ -154,7 +154,7 @@ class SparseAdapterConfig(Settings):
         return self
 
     def resolve(self, d: int, initializer_range: float | None = None) -> ResolvedSparseAdapter:
-        """Numbers for a model of hidden size ``d``. Raises ValueError when a size cannot work with that ``d``."""
+        """Return the numbers for a model of hidden size ``d``. Raises ValueError when that ``d`` cannot work."""
         from meft_ds.sparse_adapter.forward.router import unit_router_scale
 
         r = 2 * d if self.rows == "auto" else int(self.rows)

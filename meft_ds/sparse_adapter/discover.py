@@ -58,7 +58,7 @@ class Site:
 
 
 def find_ffns(model: nn.Module, target_modules: str | Sequence[str] | None = None) -> list[Site]:
-    """Sites in the order of the layers.
+    """Return the sites in the order of the layers.
 
     target_modules: regular expression(s) that the whole name of a module must match; None = look for layers with an
     FFN (Llama, Mistral, Qwen, Gemma, Phi, GPT-2, GPT-NeoX, T5 ...), a mixture-of-experts block (the adapter goes
@@ -83,7 +83,7 @@ def find_ffns(model: nn.Module, target_modules: str | Sequence[str] | None = Non
 
 
 def make_site(model: nn.Module, name: str, module: nn.Module) -> Site:
-    """The site for an adapter beside ``module``. Raises ValueError, saying why, when it is no FFN."""
+    """Return the site for an adapter beside ``module``. Raises ValueError, saying why, when it is no FFN."""
     why, site = _looked_at(model, name, module)
     if site is None:
         raise ValueError(f"{name} ({type(module).__name__}) is no feed-forward network: {why}")
@@ -134,7 +134,7 @@ def _matching(model: nn.Module, patterns: Sequence[str]) -> list[Site]:
 
 
 def _looked_at(model: nn.Module, name: str, module: nn.Module) -> tuple[str, Site | None]:
-    """The site at ``module``, or why there is none."""
+    """Return the site at ``module``, or why there is none."""
     attention = next((n for n, child in module.named_modules() if n and _is_attention(n, child)), None)
     for first, last in _pairs(module):
         if attention is not None or "." in first:
@@ -176,7 +176,7 @@ def _pairs(layer: nn.Module) -> Iterator[tuple[str, str]]:
 
 
 def _common(model: nn.Module, name: str, first: Widths, last: Widths) -> int | None:
-    """The width that ``first`` reads and ``last`` writes; where sides are unclear, the one that a config names."""
+    """Return the width that ``first`` reads and ``last`` writes; if sides are unclear, the one that a config names."""
     both = [d for d in first.read if d in last.written and set(last.left) <= {d}]
     if len(both) < 2:
         return both[0] if both else None
@@ -198,7 +198,7 @@ def _text_config(config: Any) -> Any:
 
 
 def _is_attention(name: str, module: nn.Module) -> bool:
-    """By its name or class; what only prepares or follows attention, such as a norm, has no two linear layers."""
+    """Tell it by its name or class; what only prepares or follows attention has no two linear layers."""
     last = name.rpartition(".")[2]
     return bool(_ATTENTION.search(last) or _ATTENTION.search(type(module).__name__)) and widths_of(module).weights >= 2
 
@@ -210,7 +210,7 @@ def _inside(module: nn.Module | None, path: str) -> nn.Module | None:
 
 
 def _candidates(model: nn.Module) -> str:
-    """Names that would do, numbers as ``\\d+``, so that they can be copied; or why those that there are would not."""
+    """Return names that would do, numbers as ``\\d+``, so that they can be copied; or why those here would not."""
     found = [site.name for site in _in_layers(model)]
     faults: dict[str, str] = {}
     if not found:

@@ -53,7 +53,7 @@ class SavedAdapter:
 
 
 def needed_from(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters that ``write_adapter`` writes, by name: routers, and what was trained of the base."""
+    """Return the parameters that ``write_adapter`` writes, by name: routers, and what was trained of the base."""
     named = dict(model.named_parameters(remove_duplicate=False))
     routers = [f"{module}.{ADAPTER_NAME}.router.weight" for module in find_adapters(model)]
     return {name: named[name] for name in [*routers, *trained_in(model).names] if name in named}

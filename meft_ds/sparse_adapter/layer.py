@@ -46,7 +46,7 @@ class SparseAdapter(nn.Module):
     def __init__(
         self, config: ResolvedSparseAdapter, router_weight: Tensor, rows: RowSource | None, layer: int = 0
     ) -> None:
-        """router_weight [N, d] in the dtype and on the device that the router shall have. rows may be set later."""
+        """Take router_weight [N, d] in the router's dtype and on its device. rows may be set later."""
         super().__init__()
         if rows is not None and (rows.r, rows.d) != (config.rows, config.d):
             raise ValueError(f"rows are {rows.r} x {rows.d}, the adapter wants r = {config.rows}, d = {config.d}")
@@ -68,7 +68,7 @@ class SparseAdapter(nn.Module):
         self._starts_on: dict[torch.device, Tensor] = {self._starts.device: self._starts}
 
     def forward(self, x: Tensor, token_mask: Tensor | None = None, *, repeatable: bool = True) -> Tensor:
-        """y, shaped and typed like x [..., d]. ``token_mask`` [...]: False or 0 for padding, which selects nothing.
+        """Return y, shaped and typed like x [..., d]. ``token_mask`` [...]: 0 for padding, which selects nothing.
 
         ``repeatable=False``: the model's whole forward runs without grad, so that no backward will repeat it.
         """
@@ -82,7 +82,7 @@ class SparseAdapter(nn.Module):
             self.evaluating = False
 
     def _forward(self, x: Tensor, token_mask: Tensor | None, *, again: bool) -> Tensor:
-        """``again``: backward repeats an earlier forward."""
+        """Do what `forward` says; ``again``: backward repeats an earlier forward."""
         config = self.config
         flat = x.reshape(-1, config.d)
         with torch.autocast(x.device.type, enabled=False):

@@ -58,7 +58,7 @@ class About(BaseModel):
 
 
 def text_of(about: About) -> str:
-    """The JSON, sealed."""
+    """Return the JSON, sealed."""
     plain = {**about.model_dump(mode="json", exclude={"config"}), "config": asdict(about.config)}
     return json.dumps({**plain, "sha256": _seal(json.loads(json.dumps(plain)))}, indent=2) + "\n"
 

@@ -58,7 +58,7 @@ class TokenMask:
         return not self._scopes or self._scopes[0].trained
 
     def of(self, x: Tensor) -> Tensor | None:
-        """The mask [B * S] of the tokens in x [B, S, d], or flattened to [B * S, d]; None when all count."""
+        """Return the mask [B * S] of the tokens in x [B, S, d], or flattened to [B * S, d]; None when all count."""
         scope = self._scopes[-1] if self._scopes else None
         if scope is None or scope.mask is None:
             return None
@@ -158,12 +158,12 @@ class _Leave:
 
 
 def _is_mask(given: Any, *, outermost: bool) -> bool:
-    """Whether it is [B, S] with 0 for padding. What modules hand on in floating point may be something to add."""
+    """Return whether it is [B, S] with 0 for padding. Modules may hand on floating point numbers to add."""
     return isinstance(given, Tensor) and given.dim() == 2 and (outermost or not given.is_floating_point())
 
 
 def _around(places: Iterable[str]) -> dict[str, bool]:
-    """Names of the modules around places, outermost first, and whether each holds a list of layers."""
+    """Return names of the modules around places, outermost first, and whether each holds a list of layers."""
     found: dict[str, bool] = {}
     for place in places:
         parts = place.split(".")

@@ -25,7 +25,7 @@ _stores: weakref.WeakSet[HostRows] = weakref.WeakSet()
 
 
 def take_over(model: nn.Module, sizes: ResolvedSparseAdapter, sites: Sequence[Site]) -> list[SparseAdapter]:
-    """The adapters of ``model`` in the order of the layers, with the new settings; none if it has none to go on with.
+    """Return ``model``'s adapters in the order of the layers, with the new settings; none if none can go on.
 
     Raises ValueError when they compute another function than ``sizes`` at ``sites`` asks for; nothing has been changed
     then. Adapters that never got rows, of a start that failed, are removed.
@@ -57,12 +57,12 @@ def take_over(model: nn.Module, sizes: ResolvedSparseAdapter, sites: Sequence[Si
 
 
 def holds_rows(model: nn.Module) -> bool:
-    """Whether there are adapters to go on with."""
+    """Return whether there are adapters to go on with."""
     return any(hasattr(adapter, "rows") for adapter in find_adapters(model).values())
 
 
 def kept_store(adapter: SparseAdapter, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
-    """(masters, replicas) of the engine before, if a new one can go on in them: no memory is taken twice."""
+    """Return (masters, replicas) of the engine before, if a new one can go on in them: no memory is taken twice."""
     rows = getattr(adapter, "rows", None)
     if not isinstance(rows, HostRows) or rows not in _stores or rows.dtype != dtype:
         return None
@@ -70,7 +70,7 @@ def kept_store(adapter: SparseAdapter, dtype: torch.dtype) -> tuple[Tensor, Tens
 
 
 def learned_rows(adapter: SparseAdapter) -> Tensor | None:
-    """Rows [r, 2 d] to begin with, where they are; None: new ones."""
+    """Return the rows [r, 2 d] to begin with, where they are; None: new ones."""
     return adapter.rows.master if hasattr(adapter, "rows") else None
 
 

@@ -176,7 +176,7 @@ def rows_footprint(
     mode: RowMode,
     compress: ResolvedCompress | None = None,
 ) -> Footprint:
-    """Bytes of one layer's rows before anything is allocated; `own` rows belong to this rank."""
+    """Return the bytes of one layer's rows before anything is allocated; `own` rows belong to this rank."""
     width = 2 * d
     sent = width if compress is None else 2 * compress.dim  # of a row's gradient, and of its moments
     row_view, column_view = (0, 0) if compress is None else view_bytes(compress, d)

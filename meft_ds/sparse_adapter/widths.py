@@ -32,7 +32,7 @@ class Widths:
 
 
 def widths_of(module: nn.Module | None) -> Widths:
-    """Of all linear layers inside ``module``, in the order in which it holds them."""
+    """Return the widths of all linear layers inside ``module``, in the order in which it holds them."""
     read: list[list[int]] = []
     written: list[int] = []
     outputs: list[tuple[int, int]] = []  # width, and how many were read before it was written
@@ -59,7 +59,7 @@ def widths_of(module: nn.Module | None) -> Widths:
 
 
 def _linear(module: nn.Module) -> tuple[int, int] | None:
-    """(width in, width out) of a linear layer, quantised ones and GPT-2's Conv1D included."""
+    """Return (width in, width out) of a linear layer, quantised ones and GPT-2's Conv1D included."""
     if isinstance(module, nn.Bilinear):
         return None
     sides = getattr(module, "in_features", None), getattr(module, "out_features", None)

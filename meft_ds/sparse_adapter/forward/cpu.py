@@ -24,7 +24,7 @@ def can_fuse(x: Tensor) -> bool:
 
 
 def apply_fused(x: Tensor, p: Tensor | None, job: Job, starts: Tensor) -> Tensor:
-    """y [T, d] for x [T, d] in the rows' dtype; p is P [T, N] or None for ``gate: false``; starts int64 [N + 1]."""
+    """Return y [T, d] for x [T, d] in the rows' dtype; p is P [T, N] or None (no gate); starts int64 [N + 1]."""
     # Without an input that requires grad autograd would not record the node, and rows would get no gradient.
     anchor = torch.empty(0, requires_grad=job.train and torch.is_grad_enabled())
     return _Fused.apply(anchor, x, p, job, starts)
@@ -95,7 +95,7 @@ class _Bank(NamedTuple):
 
 
 def _banks(job: Job, starts: Tensor) -> list[_Bank]:
-    """All active rows, at most ``capacity`` at a time."""
+    """Yield all active rows, at most ``capacity`` at a time."""
     active = job.selection.active
     m = active.shape[1]
     positions = active.view(-1).nonzero().view(-1)
@@ -107,7 +107,7 @@ def _banks(job: Job, starts: Tensor) -> list[_Bank]:
 
 
 def _open(job: Job, bank: _Bank, *, train: bool) -> tuple[Tensor, ops.Entries, Tensor | None]:
-    """(rows, the entries that use them, gradients to add to): a source's own tensors where it can lend them."""
+    """Return (rows, the entries that use them, gradients to add to): a source's own tensors if it can lend them."""
     in_place = getattr(job.rows, "in_place", None)
     lent = None if in_place is None else in_place(bank.ids, grads=train)
     if lent is not None:

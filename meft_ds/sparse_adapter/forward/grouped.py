@@ -36,7 +36,7 @@ class Job:
 
 
 def apply_grouped(x: Tensor, p: Tensor | None, job: Job) -> Tensor:
-    """y [T, d] for x [T, d] in the rows' dtype; p is P [T, N], or None for ``gate: false``."""
+    """Return y [T, d] for x [T, d] in the rows' dtype; p is P [T, N], or None for ``gate: false``."""
     # Without an input that requires grad autograd would not record the node, and rows would get no gradient.
     anchor = torch.empty(0, device=x.device, requires_grad=job.train and torch.is_grad_enabled())
     return _Grouped.apply(anchor, x, p, job)
@@ -77,7 +77,7 @@ class _Grouped(torch.autograd.Function):
 
 
 def _forward(x: Tensor, gates: Tensor | None, job: Job) -> tuple[Tensor, Tensor]:
-    """y [T, d] and the selected q of all padded rows, 0 elsewhere: [rows of all groups, m]."""
+    """Return y [T, d] and the selected q of all padded rows, 0 elsewhere: [rows of all groups, m]."""
     d, mask = x.shape[1], job.selection.mask
     E, m = mask.shape[1:]
     plan = _plan(job)
@@ -115,7 +115,7 @@ def _forward(x: Tensor, gates: Tensor | None, job: Job) -> tuple[Tensor, Tensor]
 def _backward(
     dy: Tensor, x: Tensor, gates: Tensor | None, q_saved: Tensor, job: Job, need_x: bool, need_p: bool
 ) -> tuple[Tensor | None, Tensor | None]:
-    """(dX, dP at the selected experts [T, E] fp32); row gradients go to ``job.rows``."""
+    """Return (dX, dP at the selected experts [T, E] fp32); row gradients go to ``job.rows``."""
     d, mask = x.shape[1], job.selection.mask
     E, m = mask.shape[1:]
     plan = _plan(job)
@@ -181,7 +181,7 @@ def _scores(scores: Tensor, groups: Groups) -> Tensor:
 
 
 def _take(bank_rows: Tensor, groups: Groups, block: Block) -> Tensor:
-    """Rows of a block's groups [n, m, d]."""
+    """Gather the rows of a block's groups [n, m, d]."""
     return bank_rows[block.groups] if groups.order is None else bank_rows[groups.order[block.groups]]
 
 

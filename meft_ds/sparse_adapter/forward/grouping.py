@@ -94,7 +94,7 @@ class GroupPlan:
 
 
 def chunk_length(n_tokens: int, per_token: int, row_bytes: int) -> int:
-    """Tokens of one chunk, when every pair of it takes ``row_bytes`` of workspace."""
+    """Return the tokens of one chunk, when every pair of it takes ``row_bytes`` of workspace."""
     return max(1, min(n_tokens, _CHUNK_BYTES // (row_bytes * per_token)))
 
 

@@ -69,7 +69,7 @@ class Replay:
         self._pending.append(_Entry(x, selection, torch.is_grad_enabled()))
 
     def take(self, x: Tensor) -> Selection | None:
-        """The selection of the forward that is now recomputed, matched by shape and then by values of x; or None.
+        """Return the selection of the forward that is now recomputed, found by shape and values of x; or None.
 
         Without grad it is the first forward of a checkpoint inside another one's recomputation, and is asked for again.
         """

@@ -30,7 +30,7 @@ class Router(nn.Module):
 
 
 def expert_starts(r: int, n_experts: int) -> Tensor:
-    """First row of every expert, and r last: int64 [N + 1]. Slices are contiguous; the first r % N hold one more."""
+    """Return the first row of every expert, and r last: int64 [N + 1]. The first r % N slices hold one more."""
     e = torch.arange(n_experts + 1)
     return e * (r // n_experts) + e.clamp(max=r % n_experts)
 

@@ -40,7 +40,7 @@ class Selection:
 
 
 def top_experts(p: Tensor, per_token: int) -> Tensor:
-    """Ids of the ``per_token`` largest logits of p fp32 [T, N]: int64 [T, E], ascending ids."""
+    """Return ids of the ``per_token`` largest logits of p fp32 [T, N]: int64 [T, E], ascending ids."""
     if p.device.type == "cpu" and ops.backend() == "cpp":
         return ops.top_experts(p.contiguous(), per_token)
     n_experts = p.shape[1]
@@ -54,7 +54,7 @@ def top_experts(p: Tensor, per_token: int) -> Tensor:
 
 
 def key_scores(x: Tensor, keys: Tensor, starts: Tensor, pairs: SortedPairs) -> Tensor:
-    """q_tj = x_t . k_j for all candidates: [T, E, m] in the dtype of x; 0 beyond a short slice and for padding tokens.
+    """Return q_tj = x_t . k_j of all candidates: [T, E, m], x's dtype; 0 beyond a short slice and for padding.
 
     x [T, d], keys [r, d] (may be strided), starts int64 [N + 1], all on one device, which sorted ``pairs`` too.
     """
@@ -83,7 +83,7 @@ def key_scores(x: Tensor, keys: Tensor, starts: Tensor, pairs: SortedPairs) -> T
 
 
 def select_keys(q: Tensor, gates: Tensor | None, k: int, tokens: Tensor | None = None) -> Tensor:
-    """bool [T, E, m]: the ``k`` largest scores s = gates * q above 0 of every token.
+    """Return bool [T, E, m]: the ``k`` largest scores s = gates * q above 0 of every token.
 
     q [T, E, m]; gates [T, E], None for ``gate: false`` (s = q); tokens bool [T] or None.
     """
@@ -107,7 +107,7 @@ def select_keys(q: Tensor, gates: Tensor | None, k: int, tokens: Tensor | None =
 
 
 def active_slots(experts: Tensor, mask: Tensor, n_experts: int) -> Tensor:
-    """bool [N, m]: slots of each expert's slice that at least one token selected. No host synchronisation."""
+    """Return bool [N, m]: slots of each expert's slice that at least one token selected. No host synchronisation."""
     m = mask.shape[2]
     slots = experts.view(-1, 1) * m + torch.arange(m, device=mask.device)
     hit = torch.zeros(n_experts * m + 1, dtype=torch.bool, device=mask.device)

@@ -20,7 +20,7 @@ __all__ = ["apply_union"]
 
 
 def apply_union(x: Tensor, p: Tensor | None, job: Job, starts: Tensor, whole_batch: bool) -> Tensor:
-    """y [T, d] for x [T, d]; p is P [T, N] or None; ``starts`` int64 [N + 1] on the host.
+    """Return y [T, d] for x [T, d]; p is P [T, N] or None; ``starts`` int64 [N + 1] on the host.
 
     ``whole_batch``: a token uses all rows of the union with s > 0 (padding tokens use none), not only its own.
     """
@@ -82,7 +82,7 @@ def _columns(job: Job, starts: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
 def _scores(
     x: Tensor, p: Tensor | None, W: Tensor, ids: Tensor, expert: Tensor, job: Job, starts: Tensor, whole_batch: bool
 ) -> tuple[Tensor, Tensor]:
-    """q = x . k [T, u] and z = relu(M Gam q) [T, u], both fp32."""
+    """Return q = x . k [T, u] and z = relu(M Gam q) [T, u], both fp32."""
     q = (x @ W[:, : x.shape[1]].t()).float()
     s = q if p is None else p.index_select(1, expert.to(p.device)).float() * q
     selection = job.selection

@@ -53,7 +53,7 @@ class RowCompression:
 
     @classmethod
     def draw(cls, settings: ResolvedCompress, d: int, seed: int, layer: int, device: torch.device) -> RowCompression:
-        """The compression of rows of `layer`; the same on every rank and in every run with this seed."""
+        """Make the compression of rows of `layer`; the same on every rank and in every run with this seed."""
         halves = [
             Projector.draw(
                 d, settings.dim, settings.nonzeros, seed_of("sparse_adapter", seed, layer, half), torch.device("cpu")
@@ -63,11 +63,11 @@ class RowCompression:
         return cls(block_diagonal(*halves), settings, device)
 
     def compress(self, g: Tensor) -> Tensor:
-        """s = g Q, float32 [U, 2 d'], from g [U, 2 d] on the device."""
+        """Return s = g Q, float32 [U, 2 d'], from g [U, 2 d] on the device."""
         return ops.sketch(g, *self._columns, torch.float32)
 
     def add_expanded_(self, rows: Tensor, s: Tensor, ids: Tensor, *, alpha: float, decay: float) -> None:
-        """rows <- decay rows + alpha s[ids] Q^T in one pass, on the host.
+        """Set rows <- decay rows + alpha s[ids] Q^T in one pass, on the host.
 
         rows float32 [n, 2 d], s float32 [h, 2 d'], ids int64 [n].
         """
@@ -75,7 +75,7 @@ class RowCompression:
         ops.subspace_apply_(rows, s, each, self.rows, alpha=alpha, decay=decay, key=0, step=0)
 
     def device_bytes(self) -> int:
-        """Bytes of Q on the device."""
+        """Return the bytes of Q on the device."""
         return sum(t.numel() * t.element_size() for t in self._columns)
 
 
@@ -98,7 +98,7 @@ class CompressedRowAdam(RowAdam):
         self._active = torch.empty(height if mode == "lazy" else 0, master.shape[1])
 
     def step_rows(self, ids: Tensor, grad: Tensor, hyper: AdamHyper, *, step: int, grad_scale: float) -> None:
-        """One step from compressed gradients [k, 2 d'] of rows `ids` (int64 [k], sorted, local)."""
+        """Take one step from compressed gradients [k, 2 d'] of rows `ids` (int64 [k], sorted, local)."""
         after = self.decay_log + hyper.log_decay if self.mode == "lazy" else 0.0
         # AdamW at lr 1 without decay turns a row of zeros into -dS: the same kernels, and the same rounding, as without
         # compression.
@@ -148,12 +148,12 @@ class CompressedRowAdam(RowAdam):
 
 
 def block_rows(width: int) -> int:
-    """Rows of `width` values that are updated at a time."""
+    """Return how many rows of `width` values are updated at a time."""
     return max(1, _BLOCK // width)
 
 
 def view_bytes(settings: ResolvedCompress, d: int) -> tuple[int, int]:
-    """Bytes of Q's row view and of its column view."""
+    """Return the bytes of Q's row view and of its column view."""
     fullest = -(-d // (settings.dim // settings.nonzeros))  # the smallest stratum's longest column
     of_a_row, of_a_column = (4 if below <= 1 << 16 else 6 for below in (2 * settings.dim, 2 * d))
     return 2 * d * settings.nonzeros * of_a_row, 2 * settings.dim * fullest * of_a_column

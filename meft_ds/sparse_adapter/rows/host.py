@@ -91,7 +91,7 @@ class HostRows:
     # -- what the adapter module asks for (RowSource) --------------------------------------------------------------
 
     def keys_for_selection(self) -> Tensor:
-        """All keys [r, d] in the compute dtype, where selection runs."""
+        """Return all keys [r, d] in the compute dtype, where selection runs."""
         self.before_use()
         if self.selection == "host":
             return self.replica[:, : self.d]
@@ -110,7 +110,7 @@ class HostRows:
         return self._bus.up(t, self._channel(what))
 
     def gather(self, table: Tensor) -> Tensor:
-        """Rows named by `table` (int64 host [n], -1 = empty) as [n, 2d] on the device, zero rows for -1."""
+        """Fetch the rows in `table` (int64 host [n], -1 = empty) as [n, 2d] on the device, zero rows for -1."""
         slots = self._bus.up(self._resident(table), self._channel("ids"))
         cached = self._cache.index_select(0, slots)
         if self.selection == "host":
@@ -121,7 +121,7 @@ class HostRows:
         return torch.cat([keys, cached], dim=1)
 
     def in_place(self, table: Tensor, *, grads: bool) -> tuple[Tensor, Tensor, Tensor | None] | None:
-        """`gather` and `add_grad` without copies, for kernels on the host; None where whole rows do not lie there.
+        """Do `gather` and `add_grad` without copies, for kernels on the host; None if whole rows do not lie there.
 
         Returns (rows [n, 2d], slots int64 like `table` (no -1 in it), gradients fp32 [n, 2d] to add to or None): row
         table[i] is rows[slots[i]], and its gradient likewise. Valid until the next request.
@@ -140,11 +140,11 @@ class HostRows:
         grads.index_add_(0, slots, grad.to(torch.float32))
 
     def foretell(self, forward: Hashable) -> None:
-        """A backward of `forward` may come as long as that object is alive."""
+        """Note that a backward of `forward` may come as long as that object is alive."""
         self._open.add(forward)
 
     def expect(self, forward: Hashable, node: torch.autograd.graph.Node) -> None:
-        """`node`'s backward will add the gradients of `forward`."""
+        """Note that `node`'s backward will add the gradients of `forward`."""
         if self.trains:
             node.register_hook(partial(self._backward_done, forward))
 
@@ -155,7 +155,7 @@ class HostRows:
             self.expert_load = expert_load if self.expert_load is None else self.expert_load + expert_load
 
     def expect_nothing(self) -> None:
-        """No backward is to come for the forwards so far."""
+        """Note that no backward is to come for the forwards so far."""
         self._open.clear()
 
     def stop_telling(self) -> None:
@@ -165,7 +165,7 @@ class HostRows:
     # -- what the wire unit asks for -------------------------------------------------------------------------------
 
     def close_window(self) -> tuple[Tensor, Tensor]:
-        """(ids, gradients) of the window: int64 [U] sorted on the host, float32 [U, 2d] on the device.
+        """Return (ids, gradients) of the window: int64 [U] sorted, on the host; float32 [U, 2d] on the device.
 
         The gradients may be the window's own buffer: they are valid until `open_window`. When more gradients come, call
         it again.
@@ -204,18 +204,18 @@ class HostRows:
             self._keys.index_copy_(0, bus.up(ids, "ids"), fresh)
 
     def device_bytes(self) -> int:
-        """Bytes held on the device: row cache, gradients, and the key replica with device selection."""
+        """Return the bytes held on the device: row cache, gradients, and the key replica with device selection."""
         held = [self._cache, self._grads] + ([] if self._keys is None else [self._keys])
         return sum(t.numel() * t.element_size() for t in held)
 
     def dead_rows(self) -> int:
-        """Rows that no token selected since the start."""
+        """Count the rows that no token selected since the start."""
         return self.r - int(self._ever_active.sum())
 
     # -- copies of the model ---------------------------------------------------------------------------------------
 
     def __deepcopy__(self, memo: dict[int, Any]) -> HostRows:
-        """Rows of a copied model: its own, with what is under way applied, and trained by nobody."""
+        """Make the rows of a copied model: its own, with what is under way applied, and trained by nobody."""
         master = self.master.clone()
         replica = master if self.store[1] is self.store[0] else self.store[1].clone()
         bus = memo.get(id(self._bus))
@@ -237,7 +237,7 @@ class HostRows:
         return what if self.is_training() else EVALUATION + what
 
     def _grads_for(self, host_slots: Tensor) -> Tensor:
-        """The gradients of the whole window, after which those of `host_slots` count as given."""
+        """Return the gradients of the whole window, after which those of `host_slots` count as given."""
         self.on_gradient()
         self._has_grad[host_slots] = True
         if self._grads.shape[0] < self._cache.shape[0]:
@@ -288,7 +288,7 @@ class HostRows:
             self._spilled.append((ids, grads))
 
     def _rows_with_grad(self) -> tuple[Tensor, Tensor]:
-        """(ids, slots) of the rows that got a gradient, sorted by id; rows that only eval fetched are left out."""
+        """Return (ids, slots) of the rows that got a gradient, sorted by id, without those that only eval fetched."""
         slots = 1 + torch.nonzero(self._has_grad[1 : self._used + 1]).squeeze(1)
         ids, order = torch.sort(self._row_of_slot[slots - 1])
         return ids, slots[order]

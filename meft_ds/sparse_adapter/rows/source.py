@@ -48,16 +48,16 @@ class RowSource(Protocol):
         """All rows [r, 2 d] as they are saved: fp32 where there is an fp32 copy."""
 
     def keys_for_selection(self) -> Tensor:
-        """All keys [r, d], possibly strided, in ``dtype``: on the host for "host", on ``device`` for "device"."""
+        """Return all keys [r, d], maybe strided, in ``dtype``: on the host for "host", on ``device`` for "device"."""
 
     def to_host(self, t: Tensor, what: str) -> Tensor:
-        """A small tensor moved from device to host, counted under ``what``."""
+        """Move a small tensor from device to host, counted under ``what``."""
 
     def to_device(self, t: Tensor, what: str) -> Tensor:
-        """A small tensor moved from host to device, counted under ``what``."""
+        """Move a small tensor from host to device, counted under ``what``."""
 
     def gather(self, table: Tensor) -> Tensor:
-        """Rows [n, 2 d] on ``device`` for ``table``, int64 [n] on the host; -1 asks for a row of zeros."""
+        """Fetch rows [n, 2 d] on ``device`` for ``table``, int64 [n] on the host; -1 asks for a row of zeros."""
 
     def add_grad(self, table: Tensor, grad: Tensor) -> None:
         """Adds ``grad`` [n, 2 d] in fp32 to the gradients of rows ``table`` (distinct, or -1: ignored)."""
@@ -67,10 +67,10 @@ class RowSource(Protocol):
         """Whether rows take gradients."""
 
     def foretell(self, forward: Hashable) -> None:
-        """A backward of ``forward`` may come as long as that object is alive."""
+        """Note that a backward of ``forward`` may come as long as that object is alive."""
 
     def expect(self, forward: Hashable, node: torch.autograd.graph.Node) -> None:
-        """``node``'s backward will add the gradients of ``forward``."""
+        """Note that ``node``'s backward will add the gradients of ``forward``."""
 
     def record(self, union_rows: int, tokens: int, expert_load: Tensor | None) -> None:
         """Metrics of a training forward: U, tokens that selected, and host int64 [N] token counts per expert."""
