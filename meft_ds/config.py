@@ -16,6 +16,7 @@ from meft_ds.sparse_matrix.config import SparseMatrixConfig
 from meft_ds.subspace.config import SubspaceConfig
 
 BLOCK = "meft_offload"
+_OBJECT = "expected an object of settings (it may be empty: {})"
 
 
 def _train(value: Any) -> tuple[str, ...] | None:
@@ -25,9 +26,7 @@ def _train(value: Any) -> tuple[str, ...] | None:
 def settings_object(value: Any) -> Any:
     """Refuse null where the key names a method: the field of each method has this validator."""
     if value is None:
-        raise ValueError(
-            "expected an object of settings (it may be empty: {}), got null; remove the key to turn it off"
-        )
+        raise ValueError(f"{_OBJECT}, got null; remove the key to turn it off")
     return value
 
 
@@ -161,7 +160,7 @@ def _describe(error: Any) -> str:
         near = difflib.get_close_matches(str(path[-1]), valid, n=1, cutoff=0.5)
         hint = f"did you mean {near[0]!r}?" if near else f"valid keys: {', '.join(valid)}"
         return f"{where}: unknown key; {hint}"
-    message = error["msg"].removeprefix("Value error, ")
+    message = _OBJECT if error["type"] == "model_type" else error["msg"].removeprefix("Value error, ")
     got = "" if error["type"] == "value_error" else f", got {shown(error['input'])}"
     return f"{where}: {message}{got}"
 

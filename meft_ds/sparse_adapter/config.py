@@ -5,21 +5,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from meft_ds.options import (
-    Settings,
-    count,
-    count_or_auto,
-    not_negative,
-    patterns,
-    positive,
-    shown,
-    size_or_fraction,
-    whole,
-)
+from meft_ds.options import Settings, count, count_or_auto, not_negative, patterns, positive, size_or_fraction, whole
 
 __all__ = ["PAPER_ROUTER_SCALE", "CompressConfig", "ResolvedCompress", "ResolvedSparseAdapter", "SparseAdapterConfig"]
 
@@ -29,12 +19,6 @@ PAPER_ROUTER_SCALE = 50.0
 
 _Auto = Literal["auto"]
 _IntOrAuto = Annotated[int | _Auto, BeforeValidator(count_or_auto)]
-
-
-def _object_or_null(value: Any) -> Any:
-    if value is not None and not isinstance(value, dict | CompressConfig):
-        raise ValueError(f'expected null or an object of settings such as {{"dim": 0.5}} or {{}}, got {shown(value)}')
-    return value
 
 
 class CompressConfig(Settings):
@@ -108,7 +92,7 @@ class SparseAdapterConfig(Settings):
         description='"dense": AdamW moves every row at every step (published accuracy). "lazy": only rows that were '
         "active in the window, with a step count per row and exact catch-up of weight decay.",
     )
-    compress: Annotated[CompressConfig | None, BeforeValidator(_object_or_null)] = Field(
+    compress: CompressConfig | None = Field(
         None,
         description="Row gradients cross the bus, and meet AdamW, as products with a sparse random projector: fewer "
         "bytes down, smaller moments. null = off.",
@@ -168,22 +152,15 @@ class SparseAdapterConfig(Settings):
             router_scale = unit_router_scale(d=d, r=r, n_experts=experts, per_token=experts_per_token, std=init_std)
         else:
             router_scale = PAPER_ROUTER_SCALE if self.router_scale == "paper" else float(self.router_scale)
+        unchanged = self.model_dump(exclude={"rows", "experts", "cache_rows", "router_scale", "init_std", "compress"})
         return ResolvedSparseAdapter(
             d=d,
             rows=r,
             experts=experts,
-            experts_per_token=experts_per_token,
-            keys_per_token=self.keys_per_token,
-            gate=self.gate,
-            scope=self.scope,
-            selection=self.selection,
-            optimizer=self.optimizer,
             cache_rows=min(r, 4096 if self.cache_rows == "auto" else int(self.cache_rows)),
-            balance_loss=self.balance_loss,
             router_scale=router_scale,
             init_std=init_std,
-            target_modules=self.target_modules,
-            seed=self.seed,
+            **unchanged,
         )
 
 

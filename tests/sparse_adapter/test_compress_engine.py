@@ -64,8 +64,8 @@ def test_an_engine_counts_fewer_bytes_down_and_says_what_is_active(caplog: pytes
 @pytest.mark.parametrize(
     ("compress", "message"),
     [
-        (True, "compress: expected null or an object of settings.*got True"),
-        (0.5, "compress: expected null or an object"),
+        (True, "compress: expected an object of settings.*got True"),
+        (0.5, "compress: expected an object"),
         ({"dim": 0}, "compress.dim: expected a whole number of at least 1, or a fraction below 1, got 0"),
         ({"dim": 1.0}, "compress.dim: expected a fraction below 1 or a whole number without"),
         ({"dim": "auto"}, "compress.dim: expected a whole number"),
