@@ -47,6 +47,15 @@ def test_loading_without_optimizer_states_takes_the_weights_only(tmp_path: Path)
     assert fresh.optimizer.applied_steps == 0
 
 
+def test_an_adapter_that_was_drawn_from_another_seed_goes_on_alike(tmp_path: Path) -> None:
+    straight = make_engine(config())
+    train(straight, 2)
+    straight.save_checkpoint(str(tmp_path))
+    resumed = make_engine(config(seed=5), tiny_llama(seed=9))
+    resumed.load_checkpoint(str(tmp_path))
+    assert train(resumed, 2, first_seed=500) == train(straight, 2, first_seed=500)
+
+
 def damaged(tmp_path: Path) -> tuple[Any, Path, dict[str, torch.Tensor]]:
     """A saved run, its folder, and a fresh engine's state, which a failing load must leave as it is."""
     engine = make_engine(config())
