@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import contextlib
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
+from meft_ds.offload.method import Method
 from meft_ds.offload.model.gradient_checkpointing import inside_backward
 from meft_ds.offload.ranks import Ranks
 from meft_ds.offload.schedule.eager import Mode, Tuner
@@ -30,6 +31,7 @@ class Windows(Updates):
     """
 
     units: list[Unit]
+    methods: Sequence[Method]
     ranks: Ranks
     handed_over = False
 
@@ -56,15 +58,13 @@ class Windows(Updates):
         self._reopen(begun=False)
 
     def _reopen(self, *, begun: bool) -> None:
-        quiet = [entry for entry in self._entries if entry.quiet] if begun else []
+        calibrating = self._calibrating if begun else []
         for entry in self._entries:
             if not entry.pending:  # else it has collected nothing, and its update is under way
                 entry.unit.discard()
             entry.open_window()
         self._window = Window(self._send_order(), begun=begun)
-        for entry in quiet:
-            entry.quiet = True
-            entry.unit.begin_quiet(entry.steps)
+        self._begin_calibration(calibrating)
 
     def drop(self) -> None:
         """Forget what the open window has collected, payloads that have been sent included; updates of earlier windows
@@ -74,9 +74,9 @@ class Windows(Updates):
             RuntimeError: when updates of this window have begun (eager); nothing has been done then.
         """
         window, alone = self._window, self.ranks.world == 1
-        quiet = [entry for entry in self._entries if entry.quiet]
+        calibrating = self._calibrating
         # other ranks may be in the middle of a calibration, which takes all
-        if not (window.collected or self.is_broken or (quiet and not alone)):
+        if not (window.collected or self.is_broken or (calibrating and not alone)):
             return
         if self.has_begun:
             raise RuntimeError(
@@ -91,13 +91,12 @@ class Windows(Updates):
             self._window.forgotten = why
         else:
             # payloads are collectives: every rank sends all of a window's once, and then anew what was forgotten
-            self._end_quiet()
+            self._end_calibration()
             for entry in self._entries:
                 if not entry.pending:
                     entry.unit.forget()
                 entry.again, entry.ready = entry.sent, False
-            for entry in quiet:
-                entry.unit.begin_quiet(entry.steps)
+            self._begin_calibration(calibrating)
             window.collected = window.in_backward = False
         self._broken = None
 
@@ -154,15 +153,31 @@ class Windows(Updates):
 
     @property
     def _drops_alone(self) -> bool:
-        return self.ranks.world == 1 or not any(entry.quiet for entry in self._entries)
+        return self.ranks.world == 1 or not self._calibrating
 
-    def _end_quiet(self) -> None:
-        quiet = [entry for entry in self._entries if entry.quiet]
-        for entry in quiet:
+    @property
+    def _calibrating(self) -> list[UnitProgress]:
+        return [entry for entry in self._entries if entry.calibrates]
+
+    @property
+    def _steps(self) -> dict[str, int]:
+        return {entry.unit.name: entry.steps for entry in self._entries}
+
+    def _begin_calibration(self, entries: Sequence[UnitProgress]) -> None:
+        for entry in entries:
+            entry.calibrates = True
+        if entries:
+            for method in self.methods:
+                method.begin_calibration(self._steps)
+
+    def _end_calibration(self) -> None:
+        calibrating = self._calibrating
+        for entry in calibrating:
             if entry.pending:
-                self._apply(entry)  # by what it was encoded with, which `end_quiet` may change
-        for entry in quiet:
-            entry.unit.end_quiet()
+                self._apply(entry)  # by what it was encoded with, which a calibration may change
+        if calibrating:
+            for method in self.methods:
+                method.end_calibration()
 
     def rest(self) -> None:
         """End what is under way before other state is loaded. Every rank calls it.
@@ -175,7 +190,7 @@ class Windows(Updates):
         if self._progress.torn is not None:
             return
         if self.ranks.world > 1:  # ranks may have sent different parts of the window
-            self._end_quiet()
+            self._end_calibration()
             self._send_the_rest()
             self._progress.wait_for_lanes(updates=True, patience=_OUT_OF_STEP_S)
         self.flush()

@@ -8,7 +8,7 @@ cast and on its device, `claim`, `footprints` and `specs` (nothing is allocated 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -205,6 +205,28 @@ class Method(ABC):
 
     def release(self) -> None:  # noqa: B027 - most methods leave the model to their units
         """The engine was taken down, and its units have been released. May be called several times."""
+
+    # -- windows that calibrate: units may change how they encode in the first backward that reaches them -------------
+
+    def calibrates(self, steps: Mapping[str, int]) -> tuple[Sequence[Unit], bool]:
+        """Return which units may calibrate in the window that begins, and whether no update may be under way then.
+
+        Asked once per window. None of these units is updated before the verdict over all units.
+
+        Args:
+            steps: by a unit's name: its updates so far.
+        """
+        return (), False
+
+    def begin_calibration(self, steps: Mapping[str, int]) -> None:  # noqa: B027 - most methods never calibrate
+        """Begin such a window, or begin it again because what it collected was forgotten. `steps` as above."""
+
+    def end_calibration(self) -> None:  # noqa: B027 - most methods never calibrate
+        """End it: its backwards are over, no payload that this rank still has to send has been collected, and no update
+        of a unit that calibrates is under way. Collective, of what other ranks may have run in their backwards."""
+
+    def keep_calibration(self) -> None:  # noqa: B027 - most methods never calibrate
+        """Keep what units changed: the verdict is to update. Collective, before any update of theirs."""
 
     # -- methods that watch some windows before they have units --------------------------------------------------------
 

@@ -29,6 +29,7 @@ from torch.autograd import Variable
 
 from meft_ds.offload.broken_windows import Windows
 from meft_ds.offload.host.transfer import Bus
+from meft_ds.offload.method import Method
 from meft_ds.offload.model.gradient_checkpointing import inside_backward
 from meft_ds.offload.ranks import LaneRanks, Ranks
 from meft_ds.offload.schedule.eager import Mode, Tuner
@@ -54,6 +55,7 @@ class Pipeline(Windows):
         lane_ranks: needed with several ranks unless the lanes are in line.
         closes_window: whether the backward that now runs is the window's last; may be set like `settings`.
         at_start: by lane name, called on its thread before its first job.
+        methods: whose units may calibrate.
     """
 
     def __init__(
@@ -68,8 +70,9 @@ class Pipeline(Windows):
         lane_ranks: LaneRanks | None = None,
         closes_window: Callable[[], bool] = lambda: True,
         at_start: dict[str, Callable[[], None]] | None = None,
+        methods: Sequence[Method] = (),
     ) -> None:
-        self.bus, self.ranks = bus, ranks
+        self.bus, self.ranks, self.methods = bus, ranks, methods
         self.overlaps = mode != "serial"
         self._mode, self.settings, self.closes_window = mode, settings, closes_window
         self._take_on(units)
@@ -165,7 +168,7 @@ class Pipeline(Windows):
             raise
 
     def _step(self, settings: StepSettings) -> StepResult:
-        self._end_quiet()
+        self._end_calibration()
         self._adopt_late_edits()
         self._send_the_rest()
         total = self._agreed_sq_norm()
@@ -173,12 +176,13 @@ class Pipeline(Windows):
         finite = math.isfinite(total)
         grad_norm = math.sqrt(total) * settings.grad_scale if finite else math.inf
         scale = settings.grad_scale * clip_factor(settings.clip, grad_norm)
+        if finite and self._calibrating:
+            for method in self.methods:
+                method.keep_calibration()
         for entry in self._entries:
             if entry.early and entry.finite:
                 continue
             if finite:
-                if entry.quiet:
-                    entry.unit.settle(self.ranks)
                 self._update(entry, settings, scale)
             else:
                 entry.unit.discard()
@@ -242,7 +246,7 @@ class Pipeline(Windows):
         return self._window.begun
 
     def begin_forward(self, *, training: bool) -> None:
-        """Called before a forward: nothing under way may be left to an evaluation or a quiet window.
+        """Called before a forward: nothing under way may be left to an evaluation or a window that calibrates.
 
         `training`: whether gradients may come of it. May be called several times in one forward.
         """
@@ -254,12 +258,10 @@ class Pipeline(Windows):
                 for unit in self.units:
                     unit.clear_gradients()
         begins = training and not self._window.begun
-        quiet = [e for e in self._entries if e.unit.wants_quiet(e.steps) or e.unit.watches] if begins else []
-        if not training or any(entry.unit.wants_quiet(entry.steps) for entry in quiet):
+        calibrates = [method.calibrates(self._steps) for method in self.methods] if begins else []
+        if not training or any(at_rest for _, at_rest in calibrates):
             self.flush()
-        for entry in quiet:
-            entry.quiet = True
-            entry.unit.begin_quiet(entry.steps)
+        self._begin_calibration([self._of[id(unit)] for units, _ in calibrates for unit in units])
         if begins:
             self._window.begun = True  # last, or an interrupt would leave it half begun
 
@@ -277,7 +279,7 @@ class Pipeline(Windows):
 
     def state(self) -> dict[str, Any]:
         """What resuming needs beside the units' own state, as JSON."""
-        return {"steps": {e.unit.name: e.steps for e in self._entries}, "tuner": self.tuner.state()}
+        return {"steps": self._steps, "tuner": self.tuner.state()}
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Counterpart of `state`."""
@@ -309,7 +311,7 @@ class Pipeline(Windows):
             entry.unit.adopt()
 
     def _send(self, entry: UnitProgress) -> None:
-        early = self.tuner.eager_now and entry.reliable and not entry.quiet
+        early = self.tuner.eager_now and entry.reliable and not entry.calibrates
         versions = entry.unit.versions()
         if versions and (entry.exposed or versions != entry.versions):
             entry.unit.adopt()

@@ -90,35 +90,6 @@ class Unit(ABC):
         pipeline's to call."""
         return ()
 
-    def wants_quiet(self, step: int) -> bool:
-        """Whether the window after `step` updates of this unit must be a *quiet* one.
-
-        A quiet window begins with no update under way, is not updated before the verdict over all units, and is told by
-        `settle` before it is updated.
-        """
-        return False
-
-    @property
-    def watches(self) -> bool:
-        """Whether a gradient may make this unit change how it encodes, in a window that it wants no quiet for.
-
-        Such a window is as a quiet one, but that updates of it and of other units may be under way when it begins.
-        """
-        return False
-
-    def begin_quiet(self, step: int) -> None:  # noqa: B027 - only units that asked for a quiet window need it
-        """A quiet window begins, or one in which the unit watches."""
-
-    def end_quiet(self) -> None:  # noqa: B027 - only units that asked for a quiet window need it
-        """A quiet window's backwards are over, and no payload that this rank still has to send has been collected. No
-        update of a unit with such a window is under way.
-
-        The place for collectives that other ranks may have run during their backwards.
-        """
-
-    def settle(self, ranks: Ranks) -> None:  # noqa: B027 - only units that asked for a quiet window need it
-        """The verdict on a quiet window is to update. On the thread that trains, on every rank, in layer order."""
-
     @abstractmethod
     def footprint(self) -> Footprint:
         """Bytes this unit holds and moves at most."""

@@ -105,7 +105,7 @@ class Updates:
         settings, order = self._settings_now(), self._window.update_order
         while self._window.next_to_update < len(order):
             entry = order[self._window.next_to_update]
-            if entry.reliable and not entry.quiet and not entry.decided:
+            if entry.reliable and not entry.calibrates and not entry.decided:
                 return
             self._window.next_to_update += 1
             if entry.early and entry.finite:

@@ -54,7 +54,7 @@ def build(run: Run, methods: list[Method], config: MeftConfig, *, writer: Writer
         ValueError: when the plan does not fit the memory, or nothing is left to train.
     """
     units, plan = build_units(run, methods, config)
-    pipeline = _pipeline(units, run, config.schedule)
+    pipeline = _pipeline(units, methods, run, config.schedule)
     schedule = config.schedule
     trace = None if schedule.trace_file is None else Trace(schedule.trace_file, schedule.trace_windows, rank=rank)
     telemetry = Telemetry(pipeline=pipeline, methods=methods, plan=plan, writer=writer, trace=trace)
@@ -168,11 +168,11 @@ def build_units(run: Run, methods: list[Method], config: MeftConfig) -> tuple[li
     return sorted(units, key=lambda unit: (unit.layer, unit.name)), plan
 
 
-def _pipeline(units: list[Unit], run: Run, config: ScheduleConfig) -> Pipeline:
+def _pipeline(units: list[Unit], methods: list[Method], run: Run, config: ScheduleConfig) -> Pipeline:
     """Make the pipeline in the configured mode. Collective: its lanes get process groups of their own."""
     bus, ranks = run.bus, run.ranks
     if config.mode == "serial":
-        return Pipeline(units, bus, ranks)
+        return Pipeline(units, bus, ranks, methods=methods)
     threads = host_threads(config.host_threads, ranks.here)
     copier = replace(threads, threads=1)  # one thread fills a bus
 
@@ -187,6 +187,7 @@ def _pipeline(units: list[Unit], run: Run, config: ScheduleConfig) -> Pipeline:
         mode=config.mode,
         lane_ranks=LaneRanks.apart(ranks, bus.device),
         at_start={"host": partial(start, threads), "down": partial(start, copier), "up": partial(start, copier)},
+        methods=methods,
     )
 
 

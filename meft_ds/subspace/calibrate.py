@@ -35,8 +35,8 @@ def first_draw(config: SubspaceConfig, name: str, m: int, d: int, step: int, dev
     return Projector.draw(m, d, config.nonzeros, seed_of(config.seed, name, step), device)
 
 
-class Refit:
-    """The calibrator of one engine's units (see `Calibrator`).
+class Calibrator:
+    """Decide when and how the projectors of one engine's units change. The method owns it.
 
     Attributes:
         checks: checks so far.
@@ -48,7 +48,7 @@ class Refit:
         self._open: list[SubspaceUnit] = []  # of this window, in the order they are taken in
         self._complete: set[int] = set()
         self._step = 0  # updates so far of the unit that is taken
-        self._settled: set[int] = set()  # sides that this check has decided on
+        self._decided: set[int] = set()  # sides that this check has decided on
         self._spent, self._gave_up, self._overflow = 0.0, False, False
         self._counted = False  # this window is among the checks
         self.checks, self.seconds = 0, 0.0
@@ -56,47 +56,54 @@ class Refit:
     # -- order ---------------------------------------------------------------------------------------------------------
 
     def due(self, step: int) -> bool:
+        """Return whether the window after `step` updates calibrates."""
         interval = self._config.refit_interval
         if step == 0:
             return self._config.projectors == "learned"
         return interval > 0 and step % interval == 0
 
-    def awaits(self, matrix: Matrix) -> bool:
-        return self._config.projectors == "learned" and not matrix.bias  # it has never been measured
-
-    def begin(self, unit: SubspaceUnit) -> None:
+    def begin(self, unit: SubspaceUnit, step: int) -> None:
+        """Begin the window after `step` updates: a check of all of its matrices, or of those that wait for a gradient
+        as soon as they have one."""
+        self._open = [u for u in self._open if u.asked]
         if not self._open:
             self._complete.clear()
-            self._settled.clear()
+            self._decided.clear()
             self._spent, self._gave_up, self._overflow = 0.0, False, False
             self._counted = False
-        if self.due(unit.step):
+        unit.capture(unit.matrices if self.due(step) else unit.awaited, step=step)
+        if self.due(step):
             self._count()
         else:  # what this window sums of the others is of the projectors that they have
-            self._settled.update(id(matrix.right) for matrix in unit.matrices if matrix not in unit.asked)
+            self._decided.update(id(matrix.right) for matrix in unit.matrices if matrix not in unit.asked)
         if unit not in self._open:  # an interrupt came in between, and the window begins again
             self._open.append(unit)
         self._open.sort(key=lambda u: ([-x for x in u.depth], u.name))
 
     def arriving(self, unit: SubspaceUnit) -> None:
+        """Take deeper units: a gradient of `unit` is about to be added."""
         # a deeper one that has seen nothing is not done: `unit` holds something that runs late but is named early
-        while self._open and self._open[0].depth > unit.depth and self._open[0].captured:
-            self._take(self._open[0])
+        while (first := self._first) is not None and first.depth > unit.depth and first.captured:
+            self._take(first)
 
     def received(self, unit: SubspaceUnit) -> None:
+        """Take what can be taken: `unit` has all gradients of the backward that runs."""
         self._complete.add(id(unit))
-        while self._open and id(self._open[0]) in self._complete:
-            self._take(self._open[0])
+        while (first := self._first) is not None and id(first) in self._complete:
+            self._take(first)
         if unit in self._open and self._ranks.world == 1 and not self.due(unit.step):
             self._take(unit)  # not after a deeper one that may never get a gradient
 
-    def force(self, unit: SubspaceUnit) -> None:
-        while unit in self._open:
-            self._take(self._open[0])
+    def end(self) -> None:
+        """Take all that is left: no more gradients come."""
+        while (first := self._first) is not None:
+            self._take(first)
 
-    def forget(self, unit: SubspaceUnit) -> None:
-        if unit in self._open:
-            self._open.remove(unit)
+    @property
+    def _first(self) -> SubspaceUnit | None:
+        while self._open and not self._open[0].asked:  # its window was given up
+            self._open.pop(0)
+        return self._open[0] if self._open else None
 
     def _take(self, unit: SubspaceUnit) -> None:
         self._open.remove(unit)
@@ -155,15 +162,15 @@ class Refit:
         if not math.isfinite(before):
             self._overflow = True  # the step will be skipped, and the check comes again
         if before == 0.0:  # no gradient: nothing to measure or to fit
-            self._settled.add(id(right))
+            self._decided.add(id(right))
             return False, False
         followed = left.before is not None or right.before is not None  # the side it shares has just changed
         matrix.bias = {"step": self._step, "before": before, "held_out": before}
         learned = config.projectors == "learned"
         if self._overflow or (learned and matrix.fitted and not followed and before <= config.refit_threshold):
-            self._settled.add(id(right))  # its S is of this Q, so siblings that come later must not change it
+            self._decided.add(id(right))  # its S is of this Q, so siblings that come later must not change it
             return False, False
-        free = id(right) not in self._settled  # a right side that a sibling has settled stays, and P is fitted to it
+        free = id(right) not in self._decided  # a right side that a sibling has decided on stays, and P is fitted to it
         deadline = time.monotonic() + config.fit_seconds - self._spent
         if learned and config.fit_seconds <= self._spent:
             self._warn_of_time(matrix)
@@ -176,7 +183,7 @@ class Refit:
             after = bias_of(fresh, found.p, found.q)
             matrix.bias |= {"fit": found.bias, "held_out": min(after, before)}
             if not after < before:
-                self._settled.add(id(right))
+                self._decided.add(id(right))
                 return False, False
             p, q = found.p, found.q
         else:
@@ -184,7 +191,7 @@ class Refit:
         _switch(left, p)
         if free:
             _switch(right, q)
-        self._settled.add(id(right))
+        self._decided.add(id(right))
         return True, free
 
     def _redrawn(self, side: Side) -> Projector:

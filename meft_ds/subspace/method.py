@@ -18,7 +18,7 @@ from meft_ds.offload.model.discover import count_layers
 from meft_ds.offload.model.weights import shape_of
 from meft_ds.offload.unit import Footprint, Unit
 from meft_ds.options import listed
-from meft_ds.subspace.calibrate import Refit, first_draw
+from meft_ds.subspace.calibrate import Calibrator, first_draw
 from meft_ds.subspace.config import SubspaceConfig
 from meft_ds.subspace.discover import Site, find_matrices
 from meft_ds.subspace.matrix import Matrix, Side
@@ -39,9 +39,9 @@ class SubspaceMethod(Method):
         self._layers = 1
         self._units: list[SubspaceUnit] = []
         self._anchored: list[Site] = []
-        self._refit: Refit
+        self._calibrator: Calibrator
         self._told: int | None = None  # matrices of which the log last said that they wait for a gradient
-        self._tells = False
+        self._tells = self._has_calibrated = False
 
     def conflicts(self, ds_config: Mapping[str, Any]) -> list[str]:
         zero = ds_config.get("zero_optimization")
@@ -76,7 +76,7 @@ class SubspaceMethod(Method):
             self._anchored = [site for site in sites if site.tapped]
             for site in self._anchored:
                 site.weight.requires_grad_(False)
-        self._refit = Refit(self._config, run.ranks)
+        self._calibrator = Calibrator(self._config, run.ranks)
         self._tells = run.ranks.rank == 0
         self._units = self._make_units(run, sites)
         return {id(site.weight) for site in sites}
@@ -89,8 +89,24 @@ class SubspaceMethod(Method):
             unit.allocate()
         return list(self._units)
 
+    def calibrates(self, steps: Mapping[str, int]) -> tuple[list[SubspaceUnit], bool]:
+        due = {unit.name for unit in self._units if self._calibrator.due(steps[unit.name])}
+        return [unit for unit in self._units if unit.name in due or unit.awaited], bool(due)
+
+    def begin_calibration(self, steps: Mapping[str, int]) -> None:
+        for unit in self.calibrates(steps)[0]:
+            self._calibrator.begin(unit, steps[unit.name])
+
+    def end_calibration(self) -> None:
+        self._calibrator.end()
+
+    def keep_calibration(self) -> None:
+        for unit in self._units:
+            unit.keep_calibration()
+        self._has_calibrated = True
+
     def end_window(self, loss_factor: float) -> None:
-        if self._tells and any(unit.settled for unit in self._units):
+        if self._tells and self._has_calibrated:
             self._tell_who_waits([m.name for unit in self._units for m in unit.awaited])
 
     def _tell_who_waits(self, names: list[str]) -> None:
@@ -149,8 +165,8 @@ class SubspaceMethod(Method):
             "waiting_for_gradient": [m.name for unit in self._units for m in unit.awaited],
             "held_out_bias_mean": sum(finite) / len(finite) if finite else None,
             "held_out_bias_max": max(finite, default=None),
-            "checks": self._refit.checks,
-            "check_s": self._refit.seconds,
+            "checks": self._calibrator.checks,
+            "check_s": self._calibrator.seconds,
         }
 
     # -- units ---------------------------------------------------------------------------------------------------------
@@ -180,7 +196,9 @@ class SubspaceMethod(Method):
                     scale=config.scale,
                     residual=config.rounding == "residual",
                     seed=config.seed,
-                    calibrator=self._refit,
+                    learned=config.projectors == "learned",
+                    arriving=self._calibrator.arriving,
+                    captured_all=self._calibrator.received,
                     stack=stack_of[place.params[0][0]],
                 )
             )

@@ -7,8 +7,9 @@ Each rank holds the moments of its 1/N of the layer's S, flattened one after ano
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,37 +17,11 @@ from torch import Tensor, nn
 from meft_ds import ops
 from meft_ds.offload.flat_unit import FlatUnit, Place
 from meft_ds.offload.model.weights import numel_of, shape_of
-from meft_ds.offload.ranks import Ranks
 from meft_ds.offload.unit import Footprint
 from meft_ds.ops.adam import AdamHyper
 from meft_ds.ops.projector import Projector, compress, seed_of
 from meft_ds.subspace.fit import transport
 from meft_ds.subspace.matrix import Matrix
-
-
-class Calibrator(Protocol):
-    """Decides when and how projectors change."""
-
-    def due(self, step: int) -> bool:
-        """Whether the window after `step` updates calibrates."""
-
-    def awaits(self, matrix: Matrix) -> bool:
-        """Whether a window calibrates `matrix` as soon as it has a gradient."""
-
-    def begin(self, unit: SubspaceUnit) -> None:
-        """`unit` begins a window that calibrates its `asked` matrices."""
-
-    def arriving(self, unit: SubspaceUnit) -> None:
-        """A gradient of `unit` is about to be added."""
-
-    def received(self, unit: SubspaceUnit) -> None:
-        """`unit` has all gradients of the backward that runs."""
-
-    def force(self, unit: SubspaceUnit) -> None:
-        """`unit` cannot wait for more gradients."""
-
-    def forget(self, unit: SubspaceUnit) -> None:
-        """`unit` gives its window up."""
 
 
 class SubspaceUnit(FlatUnit):
@@ -60,7 +35,9 @@ class SubspaceUnit(FlatUnit):
         scale: factor on updates, or "adam" for `Matrix.adam_scale`.
         residual: keep what rounding loses (bf16, fp16), instead of rounding stochastically.
         seed: of stochastic rounding.
-        calibrator: who changes projectors.
+        learned: whether projectors are fitted, so that matrices wait for their first gradient.
+        arriving: called before a gradient is added, so that deeper units may calibrate.
+        captured_all: called when all gradients of a backward have been captured.
     """
 
     wire = "subspace"
@@ -74,7 +51,9 @@ class SubspaceUnit(FlatUnit):
         scale: float | str,
         residual: bool,
         seed: int,
-        calibrator: Calibrator,
+        learned: bool,
+        arriving: Callable[[SubspaceUnit], None],
+        captured_all: Callable[[SubspaceUnit], None],
         stack: int = 0,
     ) -> None:
         numel = sum(matrix.numel for matrix in matrices)
@@ -85,11 +64,10 @@ class SubspaceUnit(FlatUnit):
         self._scale, self._seed = scale, seed
         self._keep_residual = residual and self._dtype != torch.float32
         self._residuals: list[Tensor] = []
-        self._calibrator = calibrator
-        self.step, self.calibrating = 0, False
-        self.settled = False  # a window that calibrated has been updated
-        self.awaited = [m for m in matrices if calibrator.awaits(m)]  # no gradient has reached them yet
-        self.asked: list[Matrix] = []  # of the window that calibrates
+        self._learned, self._arriving, self._captured_all = learned, arriving, captured_all
+        self.step = 0
+        self.awaited = self._never_measured()  # no gradient has reached them yet
+        self.asked: list[Matrix] = []  # what is still to calibrate in this window
         self._bias_before: list[dict[str, float]] = []  # of a calibrating window
         self.captured: dict[int, list[tuple[Tensor, Tensor | None]]] = {}
         self._sketched: dict[int, tuple[Tensor, Tensor]] = {}
@@ -110,36 +88,27 @@ class SubspaceUnit(FlatUnit):
 
     # -- gradients -----------------------------------------------------------------------------------------------------
 
-    def wants_quiet(self, step: int) -> bool:
-        return self._calibrator.due(step)
-
-    @property
-    def watches(self) -> bool:
-        return bool(self.awaited)
-
-    def begin_quiet(self, step: int) -> None:
-        self.step, self.calibrating = step, True
-        self.asked = self.matrices if self._calibrator.due(step) else self.awaited
+    def capture(self, asked: list[Matrix], *, step: int) -> None:
+        """Capture the gradients of `asked` in the window after `step` updates, instead of adding their S."""
+        self.step, self.asked = step, asked
         self._bias_before = [matrix.bias for matrix in self.matrices]
-        self._calibrator.begin(self)
 
     def tapped(self, index: int, x: Tensor, dy: Tensor) -> None:
         """A backward came by a linear layer: x [..., in], dy [..., out]."""
         self._begin()
         x, dy = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
         (matrix,) = self._of_param[index]
-        if self.calibrating and matrix in self.asked:
+        if matrix in self.asked:
             self.captured.setdefault(index, []).append((x, dy))
         else:
             self._add_product(matrix, self._input_sketch(matrix, x), dy)
         self._received(index)
 
     def add_gradient(self, index: int, grad: Tensor) -> None:
-        asked = self.asked if self.calibrating else ()
-        if any(matrix in asked for matrix in self._of_param[index]):
+        if any(matrix in self.asked for matrix in self._of_param[index]):
             self.captured.setdefault(index, []).append((grad, None))
         for matrix in self._of_param[index]:
-            if matrix not in asked:
+            if matrix not in self.asked:
                 self._add_compressed(matrix, grad)
 
     def _add_compressed(self, matrix: Matrix, grad: Tensor) -> None:
@@ -194,20 +163,20 @@ class SubspaceUnit(FlatUnit):
 
     def calibrated(self, *, complete: bool) -> None:
         """All matrices have their projectors and S of what was captured."""
-        self.calibrating = False
+        self.asked = []
         self.captured.clear()
         self._sketched.clear()  # what was sketched before may be of other projectors
         if complete:
             super()._all_received()
 
     def _begin(self) -> None:
-        self._calibrator.arriving(self)
+        self._arriving(self)
         super()._begin()
 
     def _all_received(self) -> None:
         self._sketched.clear()
-        if self.calibrating:
-            self._calibrator.received(self)
+        if self.asked:
+            self._captured_all(self)
         else:
             super()._all_received()
 
@@ -232,10 +201,6 @@ class SubspaceUnit(FlatUnit):
             part.add_(first.t() @ second.to(first.dtype))
 
     # -- stages --------------------------------------------------------------------------------------------------------
-
-    def end_quiet(self) -> None:
-        if self.calibrating:
-            self._calibrator.force(self)
 
     def update(self, grad: Tensor, reply: Tensor, hyper: AdamHyper, *, step: int, grad_scale: float) -> None:
         ops.adam_direction_(self.exp_avg, self.exp_avg_sq, grad, reply, hyper, step=step, grad_scale=grad_scale)
@@ -263,8 +228,8 @@ class SubspaceUnit(FlatUnit):
                     )
             self.weights.changed(p)
 
-    def settle(self, ranks: Ranks) -> None:
-        """Carry the moments over to the projectors that this window switched to."""
+    def keep_calibration(self) -> None:
+        """Carry the moments over to the projectors that this window switched to, if it did. Collective."""
         changed = [m for m in self.matrices if m.left.before is not None or m.right.before is not None]
         if changed and self.step > 0:  # moments of the first window are zero
             moments = (t.to(torch.float32, copy=True) for t in (self.exp_avg, self.exp_avg_sq))
@@ -287,8 +252,8 @@ class SubspaceUnit(FlatUnit):
             matrix.fitted = True
         for side in self.sides:
             side.before = None
-        self._bias_before, self.settled = [], True
-        self._look_who_waits()
+        self._bias_before = []
+        self.awaited = self._never_measured()
 
     def forget(self) -> None:
         self._undo_calibration()
@@ -306,12 +271,11 @@ class SubspaceUnit(FlatUnit):
         for matrix, bias in zip(self.matrices, self._bias_before, strict=False):  # empty in other windows
             matrix.bias = bias
         self._bias_before = []
-        self._calibrator.forget(self)
-        self.calibrating = False
+        self.asked = []
         self.captured.clear()
 
-    def _look_who_waits(self) -> None:
-        self.awaited = [m for m in self.matrices if self._calibrator.awaits(m)]
+    def _never_measured(self) -> list[Matrix]:
+        return [m for m in self.matrices if not m.bias] if self._learned else []
 
     def _open_window(self) -> None:
         self._sketched.clear()
@@ -345,7 +309,7 @@ class SubspaceUnit(FlatUnit):
         for matrix in self.matrices:
             saved = scalars["matrices"][matrix.name]
             matrix.fitted, matrix.bias = bool(saved["fitted"]), dict(saved["bias"])
-        self._look_who_waits()
+        self.awaited = self._never_measured()
 
     def after_load(self) -> None:
         self._update = None

@@ -140,15 +140,14 @@ def test_nothing_is_under_way_when_a_check_begins() -> None:
     engine = engine_of("exact", late=7, method="subspace")
     pipeline = engine.optimizer.pipeline
     began: list[bool] = []
-    for unit in pipeline.units:
-        if unit.wire == "subspace":
-            begin = unit.begin_quiet
-            unit.begin_quiet = lambda step, begin=begin: (began.append(any_pending(pipeline)), begin(step))
+    (method,) = pipeline.methods
+    begin = method.begin_calibration
+    method.begin_calibration = lambda steps: (began.append(any_pending(pipeline)), begin(steps))
     pending = []
     for step in range(9):
         pending.append(any_pending(pipeline))
         steps(engine, 1, first=step)
-    assert began == [False] * 6 and all(pending[1:])
+    assert began == [False] * 3 and all(pending[1:])
 
 
 def any_pending(pipeline: Any) -> bool:

@@ -122,7 +122,7 @@ def pipeline_of(model: nn.Module, *, clip: float = 0.0, hyper: AdamHyper = HYPER
         unit.allocate()
     units = sorted([*dense, *method.build(run, {})], key=lambda unit: (unit.layer, unit.name))
     step = StepSettings(hyper_of=lambda unit: hyper, grad_scale=1.0, clip=clip)
-    pipeline = Pipeline(units, run.bus, run.ranks, lambda: step)
+    pipeline = Pipeline(units, run.bus, run.ranks, lambda: step, methods=[method])
     update_gates.install(model, units, pipeline)
     pipeline.method = method  # type: ignore[attr-defined]  # what the hooks hold weakly
     return pipeline

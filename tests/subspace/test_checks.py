@@ -114,9 +114,9 @@ def test_projectors_switch_only_for_a_bias_that_is_too_high_and_becomes_lower(
     assert changed == [switches, switches]
     assert matrix.bias["before"] == before and matrix.bias["held_out"] == (after if switches else before)
     assert all(torch.equal(t, moments[k]) for k, t in unit.state_tensors().items()), "not before the verdict"
-    settle = unit.settle
+    keep = unit.keep_calibration
     seen = []
-    monkeypatch.setattr(unit, "settle", lambda ranks: (settle(ranks), seen.append(unit.exp_avg.clone())))
+    monkeypatch.setattr(unit, "keep_calibration", lambda: (keep(), seen.append(unit.exp_avg.clone())))
     pipeline.step()
     assert torch.equal(seen[0], moments["exp_avg"]) != switches
 
@@ -153,9 +153,9 @@ def test_the_first_check_comes_before_the_first_update_and_others_after_every_in
     (unit,) = subspace_units(pipeline)
     checked = []
     for step in range(8):
-        checks = pipeline.method._refit.checks
+        checks = pipeline.method._calibrator.checks
         backward(model, step)
-        checked.append(pipeline.method._refit.checks - checks)
+        checked.append(pipeline.method._calibrator.checks - checks)
         if step == 0:
             assert all(m.bias["held_out"] <= m.bias["before"] < 1.5 and m.bias["step"] == 0 for m in unit.matrices)
         pipeline.step()
@@ -175,10 +175,10 @@ def test_interval_0_fits_once_and_random_projectors_are_never_fitted(monkeypatch
         monkeypatch.setattr(calibrate, "fit", lambda *a, _f=fits, **kw: (_f.append(1), fit(*a, **kw))[-1])
         checked, drawn = [], []
         for step in range(5):
-            checks = pipeline.method._refit.checks
+            checks = pipeline.method._calibrator.checks
             backward(model, step)
             pipeline.step()
-            checked.append(pipeline.method._refit.checks - checks)
+            checked.append(pipeline.method._calibrator.checks - checks)
             drawn.append(unit.sides[0].projector.row_index.clone())
         assert checked == wanted
         assert bool(fits) == ("projectors" not in settings)
@@ -196,7 +196,7 @@ def test_units_with_different_numbers_of_updates_are_all_checked() -> None:
         entry.steps = 4 * (1 + entry.unit.layer)
     backward(model, 0)
     for unit in subspace_units(pipeline):
-        assert not unit.calibrating
+        assert not unit.asked
         for matrix in unit.matrices:
             assert matrix.bias["step"] == 4 * (1 + unit.layer)
             assert_s(unit, matrix, grads)

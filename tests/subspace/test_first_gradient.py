@@ -14,7 +14,6 @@ from meft_ds.offload import update_gates
 from meft_ds.offload.host.transfer import Bus
 from meft_ds.offload.pipeline import Pipeline
 from meft_ds.subspace.matrix import Matrix
-from meft_ds.subspace.unit import SubspaceUnit
 from tests.subspace.hand import CPU, differing, everything, inputs, pipeline_of, subspace_units
 
 WIDTH = 12
@@ -45,7 +44,7 @@ class Branching(nn.Module):
 
 
 def overlapping(serial: Pipeline, model: nn.Module) -> Pipeline:
-    pipeline = Pipeline(serial.units, Bus(CPU), serial.ranks, serial.settings, mode="exact")
+    pipeline = Pipeline(serial.units, Bus(CPU), serial.ranks, serial.settings, mode="exact", methods=serial.methods)
     update_gates.install(model, serial.units, pipeline)  # type: ignore[arg-type]
     pipeline.method = serial.method  # type: ignore[attr-defined]
     return pipeline
@@ -64,8 +63,8 @@ def waiting(pipeline: Pipeline) -> list[str]:
     return [m.name for unit in subspace_units(pipeline) for m in unit.awaited]
 
 
-def quiet(pipeline: Pipeline) -> list[str]:
-    return [entry.unit.name for entry in pipeline._entries if entry.quiet]
+def calibrating(pipeline: Pipeline) -> list[str]:
+    return [entry.unit.name for entry in pipeline._entries if entry.calibrates]
 
 
 @pytest.mark.parametrize("side", ["activation", "weight"])
@@ -143,7 +142,7 @@ def test_moments_of_a_matrix_that_is_fitted_late_follow_and_those_of_others_stay
     late, other = (matrices(pipeline)[f"layers.0.{name}.weight"] for name in ("sometimes", "always"))
     before = unit.exp_avg.clone()
     assert not late.part(before).any() and other.part(before).any()
-    unit.settle(pipeline.ranks)
+    unit.keep_calibration()
     assert torch.equal(unit.exp_avg, before) and late.fitted
 
 
@@ -160,7 +159,7 @@ def test_an_overflow_in_the_window_of_a_late_fit_leaves_everything_as_it_was() -
     assert waiting(pipeline) == []
 
 
-def test_parts_that_never_get_a_gradient_cost_nobody_a_quiet_window_and_change_nothing() -> None:
+def test_parts_that_never_get_a_gradient_cost_nobody_a_calibration_and_change_nothing() -> None:
     states = []
     for unused in (True, False):
         model = Branching()
@@ -170,11 +169,11 @@ def test_parts_that_never_get_a_gradient_cost_nobody_a_quiet_window_and_change_n
         pipeline = pipeline_of(model, **ONCE)
         for seed in range(4):
             (model(inputs(seed)).square().mean()).backward()
-            calibrating = [u.name for u in subspace_units(pipeline) if u.captured]
-            assert seed == 0 or calibrating == []
+            captured = [u.name for u in subspace_units(pipeline) if u.captured]
+            assert seed == 0 or captured == []
             pipeline.step()
         states.append({name: p.detach().clone() for name, p in model.named_parameters() if "always" in name})
-        assert pipeline.method._refit.checks == 1  # type: ignore[attr-defined]
+        assert pipeline.method._calibrator.checks == 1  # type: ignore[attr-defined]
     assert differing(*states) == []
 
 
@@ -183,10 +182,10 @@ def test_once_all_are_fitted_no_window_is_anything_but_ordinary() -> None:
     pipeline = pipeline_of(model, **ONCE)
     window(pipeline, model, 0, "y")
     model(inputs(1), "y")
-    assert quiet(pipeline) == [u.name for u in subspace_units(pipeline) if u.layer == 1], "only who waits"
+    assert calibrating(pipeline) == [u.name for u in subspace_units(pipeline) if u.layer == 1], "only who waits"
     window(pipeline, model, 1, "yy")
     model(inputs(2), "yy")
-    assert quiet(pipeline) == []
+    assert calibrating(pipeline) == []
 
 
 def test_an_update_under_way_is_applied_with_the_projectors_that_it_was_made_with() -> None:
@@ -196,16 +195,17 @@ def test_an_update_under_way_is_applied_with_the_projectors_that_it_was_made_wit
     window(pipeline, model, 0, "")
     unit = next(u for u in subspace_units(pipeline) if u.layer == 1)
     seen: list[bool] = []
-    end_quiet = SubspaceUnit.end_quiet
+    (method,) = pipeline.methods
+    end = method.end_calibration
 
-    def watched(self: SubspaceUnit) -> None:
-        seen.append(pipeline._of[id(self)].pending)
-        end_quiet(self)
+    def watched() -> None:
+        seen.append(pipeline._of[id(unit)].pending)
+        end()
 
     x = model.layers[0].always(inputs(1))  # the second block's forward does not run
     x.square().mean().backward()
-    assert pipeline._of[id(unit)].pending and pipeline._of[id(unit)].quiet
-    unit.end_quiet = watched.__get__(unit)  # type: ignore[method-assign]
+    assert pipeline._of[id(unit)].pending and pipeline._of[id(unit)].calibrates
+    method.end_calibration = watched  # type: ignore[method-assign]
     pipeline.step()
     assert seen == [False]
     pipeline.close()

@@ -62,7 +62,7 @@ class UnitProgress:
     again: bool = False  # what was sent has been forgotten since, and the window's end sends it anew
     measured: bool = False  # payload and its norm are on the host
     sq_norm: float = 0.0
-    quiet: bool = False  # the unit asked for a quiet window (see `Unit.wants_quiet`)
+    calibrates: bool = False  # see `Method.calibrates`
     early: bool = False  # updated without waiting for the verdict (eager)
     decided: bool = False  # early, and its own verdict is known
     finite: bool = True
@@ -75,7 +75,7 @@ class UnitProgress:
     def open_window(self) -> None:
         self.ready = self.sent = self.late = self.again = self.measured = self.early = self.decided = False
         self.finite = True
-        self.quiet = False
+        self.calibrates = False
 
 
 @dataclass
