@@ -29,11 +29,9 @@ def attach(model: nn.Module, pipeline: Pipeline) -> None:
             held._z3_optimizer = state
         else:
             # DeepSpeed only looks whether it is there; our class tells it from DeepSpeed's own
-            held._hp_mapping = _Answer(state.get_full_hp_param, p)
-            held.get_full_hp_param = _Answer(state.get_full_hp_param, p)
-            held.set_full_hp_param = _Answer(state.set_for, p)
-            held.get_full_hp_grad = _Answer(state.get_fp32_grad_for_param, p)
-            held.set_full_hp_grad = _Answer(state.refuse_grad, p)
+            get, get_grad = state.get_full_hp_param, state.get_fp32_grad_for_param
+            calls: tuple[Callable[..., Any], ...] = get, get, state.set_for, get_grad, state.refuse_grad
+            p.__dict__.update({key: _Answer(call, p) for key, call in zip(_OF_STAGES_0_TO_2, calls, strict=True)})
         state.names[id(p)] = name
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from meft_ds.offload.model.capture import can_tap
-from meft_ds.offload.model.discover import Search, output_heads, weights, whole_name
+from meft_ds.offload.model.discover import Search, first_number, output_heads, weights, whole_name
 from meft_ds.offload.model.heads import peft_layer
 from meft_ds.offload.model.weights import numel_of, shape_of
 from meft_ds.options import listed
@@ -189,7 +189,7 @@ def _cut(
         rows=inner if first else outer,
         cols=outer if first else inner,
         roles=roles,
-        layer=next((int(part) for part in full.split(".") if part.isdigit()), None),
+        layer=first_number(full),
     ), unknown
 
 

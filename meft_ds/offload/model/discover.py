@@ -157,18 +157,19 @@ def whole_name(module: str, key: str) -> str:
 
 def count_layers(model: nn.Module) -> int:
     """Return the length of the model's lists of numbered blocks; at least 1."""
-    return max((_number(name) or 0 for name, _ in model.named_parameters()), default=0) + 1
+    return max((first_number(name) or 0 for name, _ in model.named_parameters()), default=0) + 1
 
 
 def layer_of(model: nn.Module, layers: int) -> dict[str, int]:
     """Return the layer of every parameter, by name: the first number in it, or that of the parameter before."""
     found, last = {}, 0
     for name, _ in model.named_parameters():
-        number = _number(name)
+        number = first_number(name)
         last = min(number, layers - 1) if number is not None else last
         found[name] = last
     return found
 
 
-def _number(name: str) -> int | None:
+def first_number(name: str) -> int | None:
+    """Return the first number among the parts of a name; None without one."""
     return next((int(part) for part in name.split(".") if part.isdigit()), None)
