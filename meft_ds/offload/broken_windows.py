@@ -117,19 +117,21 @@ class Windows(Updates):
             ) from why
 
     def broke(self, error: BaseException, *, in_step: bool = False) -> None:
-        """A backward, or a step that has handed nothing over, ended with `error`: its window is to be forgotten."""
+        """Note that a backward, or a step that has handed nothing over, ended with `error`: its window goes."""
         if self.has_begun or (self.ranks.world > 1 and (in_step or self._window.sending)):
             self.fail(error)  # half of it is in the weights, or the ranks are out of step
         else:
             self._broken = self._broken or error
 
     def backward_begins(self) -> None:
-        """What comes next is one backward's."""
+        """Note that what comes next is one backward's."""
         self._window.touched = False
 
     def backward_failed(self, error: BaseException) -> bool:
-        """A backward ended with `error`. What it added cannot be told from the rest of its window, so all of that is
-        forgotten; returns whether anything was."""
+        """Forget the window of a backward that ended with `error`; return whether anything was forgotten.
+
+        What the backward added cannot be told from the rest of its window.
+        """
         if not self._window.touched:
             return False
         self.broke(error)
@@ -220,7 +222,7 @@ class Windows(Updates):
             self.fail(torn)
 
     def fail(self, error: BaseException) -> None:
-        """`error` left weights or state half changed: nothing is trained or saved until a checkpoint is loaded."""
+        """Refuse to train or save until a checkpoint is loaded: `error` left weights or state half changed."""
         self._progress.torn = self._progress.torn or error
 
     def _send_order(self) -> list[UnitProgress]:

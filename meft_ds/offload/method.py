@@ -84,7 +84,7 @@ class Run:
 
 
 def base_lr(group: dict[str, Any]) -> float:
-    """Of a parameter group: what its scheduler starts from, where a scheduler of torch's drives it."""
+    """Return a parameter group's learning rate: what its scheduler starts from, if one of torch's drives it."""
     return max(float(group["lr"]), float(group.get("initial_lr", 0.0)))
 
 
@@ -153,7 +153,7 @@ class Method(ABC):
         return []
 
     def least_host_bytes(self, model: nn.Module) -> int:
-        """Host memory that the settings take on every node at least, before `prepare` and before anything is allocated.
+        """Return the host bytes that the settings take on every node at least; asked before `prepare`.
 
         Raises:
             ValueError: as `prepare`.
@@ -174,23 +174,23 @@ class Method(ABC):
         """How many layers it works on."""
 
     def own_parameters(self) -> list[nn.Parameter]:
-        """Parameters that the method added to the model."""
+        """Return the parameters that the method added to the model."""
         return []
 
     def candidates(self) -> set[int]:
-        """ids of the parameters that it may choose among although the base is frozen, after `prepare`."""
+        """Return ids of the parameters that it may choose among although the base is frozen; after `prepare`."""
         return set()
 
     def claim(self, run: Run) -> set[int]:
-        """ids of the parameters that the method's units update; all other trainable ones go to `dense` units."""
+        """Return ids of the parameters that the method's units update; other trainable ones go to `dense` units."""
         return set()
 
     @abstractmethod
     def footprints(self, run: Run) -> list[Footprint]:
-        """What `build` will take and its units will move."""
+        """Return what `build` will take and its units will move."""
 
     def shared_tensors_spec(self, run: Run) -> Specs:
-        """Host tensors that a node's ranks share; `build` gets them."""
+        """Return the host tensors that a node's ranks share; `build` gets them."""
         return {}
 
     @abstractmethod
@@ -198,13 +198,13 @@ class Method(ABC):
         """Allocate, and return the units. Collective."""
 
     def end_window(self, loss_factor: float) -> None:  # noqa: B027 - most methods do nothing between windows
-        """A window ended (or the first one begins); losses of the next one are multiplied by `loss_factor`."""
+        """Note that a window ended (or the first begins); losses of the next are multiplied by `loss_factor`."""
 
     def forget_window(self) -> None:  # noqa: B027 - most methods keep what a window collects in their units
-        """What the open window has collected is to be forgotten, as far as it is not in units."""
+        """Forget what the open window has collected, as far as it is not in units."""
 
     def release(self) -> None:  # noqa: B027 - most methods leave the model to their units
-        """The engine was taken down, and its units have been released. May be called several times."""
+        """Leave the model: the engine is gone and its units are released. May be called several times."""
 
     # -- windows that calibrate: units may change how they encode in the first backward that reaches them -------------
 
@@ -236,21 +236,25 @@ class Method(ABC):
         return False
 
     def untrained(self, steps: int) -> str:
-        """Why the model is still what it was before training, and what to do, for who saves it or ends; "" where it is
-        not. `steps` have updated something."""
+        """Return a warning if `steps` updates have trained nothing yet, with what the user can do; otherwise "".
+
+        Shown when the model is saved or the run ends.
+        """
         return ""
 
     def end_observed_window(self) -> bool:
-        """A window ended in which a method was observing; whether it counts (False: a gradient was not finite).
-        Collective."""
+        """End a window in which a method was observing. Collective.
+
+        Return whether it counts; it does not if a gradient was not finite.
+        """
         return True
 
     def observed(self, run: Run) -> list[Unit] | None:
-        """After a watched window: None to watch another, else the method's units, allocated. Collective."""
+        """Return the method's units, allocated, or None to watch another window. Collective; after a watched one."""
         return None
 
     def state(self, run: Run) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """What a checkpoint keeps beside the units: JSON, and tensors (the first rank's are written). Collective."""
+        """Return what a checkpoint keeps beside the units: JSON, and tensors (of the first rank). Collective."""
         return {}, {}
 
     def load_state(self, run: Run, state: dict[str, Any], tensors: dict[str, Tensor], *, moments: bool) -> list[Unit]:
@@ -264,7 +268,7 @@ class Method(ABC):
         return []
 
     def accepts_fingerprint(self, key: str, saved: Any) -> bool:
-        """Whether a checkpoint whose `about` has another value `saved` under `key` may be loaded all the same."""
+        """Return whether a checkpoint with another value `saved` under `key` may be loaded all the same."""
         return False
 
     def export(self) -> Callable[[str | Path], Any] | None:
@@ -288,8 +292,8 @@ class Method(ABC):
 
     @abstractmethod
     def summary(self) -> str:
-        """What is active, for the log line at the start."""
+        """Return what is active, for the log line at the start."""
 
     @abstractmethod
     def stats(self) -> dict[str, Any]:
-        """Numbers for `engine.meft_stats()`, among them "device_bytes"."""
+        """Return numbers for `engine.meft_stats()`, among them "device_bytes"."""

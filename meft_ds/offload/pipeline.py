@@ -106,7 +106,7 @@ class Pipeline(Windows):
     # -- what units report, on the thread that trains (or autograd's) --------------------------------------------------
 
     def gradient(self, unit: Unit) -> None:
-        """A gradient of `unit` is about to be added to the window.
+        """Note that a gradient of `unit` is about to be added to the window.
 
         Raises:
             RuntimeError: when it was computed with weights that wait for their update, or comes after the update.
@@ -126,7 +126,7 @@ class Pipeline(Windows):
             Variable._execution_engine.queue_callback(self._backward_ended)
 
     def complete(self, unit: Unit) -> None:
-        """Backward is done with `unit`: if this is the window's last backward, its payload goes down."""
+        """Send `unit`'s payload down if this is the window's last backward, which is done with the unit."""
         entry = self._of[id(unit)]
         if not self.overlaps or (entry.sent and not entry.again) or not self.closes_window():
             return
@@ -144,7 +144,7 @@ class Pipeline(Windows):
     # -- steps ---------------------------------------------------------------------------------------------------------
 
     def step(self) -> StepResult:
-        """One optimizer step over all units.
+        """Take one optimizer step over all units.
 
         Any non-finite value in any payload skips the step for all units, in every precision (in `eager` mode: for the
         units that have one).
@@ -246,7 +246,7 @@ class Pipeline(Windows):
         return self._window.begun
 
     def begin_forward(self, *, training: bool) -> None:
-        """Called before a forward: nothing under way may be left to an evaluation or a window that calibrates.
+        """Prepare for a forward: leave nothing under way to an evaluation or a window that calibrates.
 
         `training`: whether gradients may come of it. May be called several times in one forward.
         """
@@ -278,11 +278,11 @@ class Pipeline(Windows):
         return self.timeline.close_window()
 
     def state(self) -> dict[str, Any]:
-        """What resuming needs beside the units' own state, as JSON."""
+        """Return what resuming needs beside the units' own state, as JSON."""
         return {"steps": self._steps, "tuner": self.tuner.state()}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Counterpart of `state`."""
+        """Take back what `state` gave."""
         for entry in self._entries:
             entry.steps = int(state["steps"][entry.unit.name])
         self.tuner.load_state(state["tuner"])
@@ -298,7 +298,7 @@ class Pipeline(Windows):
         self._window.next_to_send = len(self._entries)
 
     def _adopt_late_edits(self) -> None:
-        """The program may have written weights after their payload left."""
+        """Adopt what the program has written into weights after their payload left."""
         for entry in self._entries:
             if not entry.sent or entry.versions == entry.unit.versions():
                 continue
@@ -345,7 +345,7 @@ class Pipeline(Windows):
         self._progress.tell(entry, "measured")
 
     def _agreed_sq_norm(self) -> float:
-        """The sum of squares over all units and ranks, once all ranks know that nothing came late."""
+        """Return the sum of squares over all units and ranks, once all ranks know that nothing came late."""
         while True:
             with self.timeline.span("main", "norm"):
                 self._progress.wait_for(self._entries, "measured")

@@ -53,13 +53,13 @@ class Listener(Protocol):
     """Whom a unit tells what happens to it on the thread that trains."""
 
     def gradient(self, unit: Unit) -> None:
-        """A gradient arrived; called before it is added to the window."""
+        """Note that a gradient arrived; called before it is added to the window."""
 
     def complete(self, unit: Unit) -> None:
-        """The backward that runs has probably given everything it will (wrong guesses only cost time)."""
+        """Note that the backward has probably given everything it will (wrong guesses only cost time)."""
 
     def needed(self, unit: Unit) -> None:
-        """What the unit updates is about to be read."""
+        """Bring up to date what the unit updates: it is about to be read."""
 
 
 class Unit(ABC):
@@ -77,22 +77,24 @@ class Unit(ABC):
         """Stop listening to the model; called once, at the end."""
 
     def hold(self, apply: Callable[[], None]) -> None:  # noqa: B027 - rows wait by themselves
-        """An update is under way after its step: have `apply` called before anything touches what it changes."""
+        """Have `apply` called before anything touches what the update that is under way changes."""
 
     def unhold(self) -> None:  # noqa: B027 - rows wait by themselves
-        """The update was applied, or never will be."""
+        """Let go: the update was applied, or never will be."""
 
     def adopt(self) -> None:  # noqa: B027 - not all formats keep a copy of what the model holds
         """Let the state follow what the program wrote into the unit's parameters. Nothing of the unit is under way."""
 
     def versions(self) -> tuple[int, ...]:
-        """Numbers that differ when the program has written into the unit's parameters; none where `adopt` is not the
-        pipeline's to call."""
+        """Return numbers that change when the program writes into the unit's parameters.
+
+        None where `adopt` is not the pipeline's to call.
+        """
         return ()
 
     @abstractmethod
     def footprint(self) -> Footprint:
-        """Bytes this unit holds and moves at most."""
+        """Return the bytes that this unit holds and moves at most."""
 
     @abstractmethod
     def collect(self) -> None:
@@ -112,7 +114,7 @@ class Unit(ABC):
 
     @abstractmethod
     def sq_norm(self) -> float:
-        """Sum of squares of the owned payload as sent (float64); inf or nan if it holds a non-finite value."""
+        """Return the sum of squares of the owned payload as sent (float64); inf or nan if a value is not finite."""
 
     @abstractmethod
     def host_step(self, hyper: AdamHyper, *, step: int, grad_scale: float) -> None:
@@ -132,7 +134,7 @@ class Unit(ABC):
         goes again."""
 
     def clear_gradients(self) -> None:  # noqa: B027 - rows take theirs at once
-        """A forward begins: drop gradients that autograd made and an interrupt kept from being taken."""
+        """Drop gradients that autograd made and an interrupt kept from being taken; a forward begins."""
 
     @abstractmethod
     def discard(self) -> None:
@@ -146,7 +148,7 @@ class Unit(ABC):
     # -- of units with `params` ----------------------------------------------------------------------------------------
 
     def adopt_one(self, p: Tensor) -> None:  # noqa: B027 - not all formats keep a copy of what the model holds
-        """`adopt` of one parameter, which is whole now: partitioned ones are so only inside a gather."""
+        """Do what `adopt` does for one parameter, which is whole now: partitioned ones are so inside a gather."""
 
     def full(self, index: int) -> Tensor:
         """Return parameter `index` in float32, on the device, as exactly as the unit knows it. Collective."""
@@ -172,10 +174,10 @@ class Unit(ABC):
 
     @abstractmethod
     def state_tensors(self) -> dict[str, Tensor]:
-        """The slice of the state that this rank owns, by name; the tensors are live, not copies."""
+        """Return the slice of the state that this rank owns, by name; the tensors are live, not copies."""
 
     def shared_tensors(self) -> dict[str, Tensor]:
-        """State that every rank holds whole, by name."""
+        """Return the state that every rank holds whole, by name."""
         return {}
 
     def load_shared(self, tensors: dict[str, Tensor]) -> None:
@@ -184,10 +186,10 @@ class Unit(ABC):
 
     @abstractmethod
     def state_range(self) -> tuple[int, int, int]:
-        """(lo, hi, total) of the owned slice along dim 0 of every state tensor."""
+        """Return (lo, hi, total) of the owned slice along dim 0 of every state tensor."""
 
     def scalars(self) -> dict[str, Any]:
-        """Numbers beside the tensors that resuming needs (JSON types)."""
+        """Return the numbers beside the tensors that resuming needs (JSON types)."""
         return {}
 
     def load_scalars(self, scalars: dict[str, Any]) -> None:

@@ -43,16 +43,16 @@ class Updates:
 
     @abstractmethod
     def fail(self, error: BaseException) -> None:
-        """State is that of no step: everything refuses until a checkpoint has been loaded."""
+        """Refuse everything until a checkpoint has been loaded: state is that of no step."""
 
     @abstractmethod
     def _settings_now(self) -> StepSettings:
-        """What the user has set, taken once per window."""
+        """Return what the user has set, taken once per window."""
 
     # -- asked for by whoever reads weights ----------------------------------------------------------------------------
 
     def needed(self, unit: Unit) -> None:
-        """Before `unit`'s weights are read: wait for its update, if one is under way, and apply it.
+        """Wait for `unit`'s update, if one is under way, and apply it: its weights are about to be read.
 
         Does nothing when backward runs a forward again (gradient checkpointing): that must see what the first saw.
         """
@@ -61,7 +61,7 @@ class Updates:
             self._apply(entry)
 
     def touched(self, unit: Unit) -> None:
-        """The program is about to read or write `unit`'s parameters by itself: apply the update that is under way.
+        """Apply the update that is under way: the program itself is about to read or write `unit`'s parameters.
 
         Raises:
             RuntimeError: inside an update, where only a signal handler can touch them.

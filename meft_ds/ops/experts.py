@@ -34,7 +34,7 @@ class Entries:
     shape: tuple[int, int, int]
 
     def pairs(self) -> tuple[Tensor, Tensor]:
-        """(token, index into the flat [T * E] gates) of every entry, int64."""
+        """Return (token, index into the flat [T * E] gates) of every entry, int64."""
         T, E, m = self.shape
         token = torch.repeat_interleave(torch.arange(T), self.ends.diff(prepend=self.ends.new_zeros(1)))
         return token, token * E + self.candidate.long() // m

@@ -94,7 +94,7 @@ class Projector:
 
     @cached_property
     def columns(self) -> GatherList:
-        """The column view [d, w]: the rows of each column, ascending, and their values. Short columns are padded."""
+        """Return the column view [d, w]: rows of each column, ascending, and their values. Short columns are padded."""
         slots, index = self._slots()
         value = torch.zeros(index.shape, dtype=torch.float16, device=index.device)
         value.view(-1)[slots] = self.row_value.view(-1)

@@ -55,7 +55,7 @@ class Places:
 
 
 def _steps(model: nn.Module, params: Sequence[nn.Parameter]) -> list[tuple[dict[str, Any], str, Any]]:
-    """From the model to each of `params`: the dict of a module, a key, and what it holds there."""
+    """Return the way from the model to each of `params`: the dict of a module, a key, and what it holds there."""
     wanted, steps, seen = {id(p) for p in params}, [], set()
     modules = dict(model.named_modules())
     for name, module in modules.items():

@@ -37,8 +37,11 @@ def detach(model_or_engine: nn.Module) -> None:
 
 
 def make_way(model: nn.Module) -> None:
-    """Before another engine takes `model`: destroy the one that trains it or parts of it, and let train again what it
-    froze. Programs that start anew (another batch size, another call of train) do not always destroy it."""
+    """Destroy the engine that trains `model` or parts of it, and let train again what it froze.
+
+    Another engine is about to take the model. Programs that start anew (another batch size, another call of train) do
+    not always destroy the one before.
+    """
     for engine in {id(e): e for module in model.modules() for e in trained_by(module)}.values():
         _logger.debug("another engine takes the model; the one before is destroyed")
         try:

@@ -31,7 +31,7 @@ _logger = logging.getLogger("meft_ds")
 
 
 def first_draw(config: SubspaceConfig, name: str, m: int, d: int, step: int, device: torch.device) -> Projector:
-    """The projector that side `name` starts from in the window after `step` updates; a function of its arguments."""
+    """Draw the projector that side `name` starts from in the window after `step` updates, from these alone."""
     return Projector.draw(m, d, config.nonzeros, seed_of(config.seed, name, step), device)
 
 
@@ -125,8 +125,11 @@ class Calibrator:
         unit.calibrated(complete=id(unit) in self._complete)
 
     def _reached(self, unit: SubspaceUnit) -> list[bool]:
-        """Which of its asked matrices to calibrate: in a check all, in other windows those that got a gradient on any
-        rank, so that a part of the model which gets none costs one small sum."""
+        """Return which of its asked matrices to calibrate.
+
+        In a check all; in other windows those that got a gradient on any rank, so that a part of the model which gets
+        none costs one small sum.
+        """
         if self.due(unit.step):
             return [True] * len(unit.asked)
         if self._ranks.world == 1 and not unit.captured:

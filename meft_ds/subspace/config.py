@@ -87,7 +87,7 @@ class SubspaceConfig(Settings):
     )
 
     def dim_of(self, m: int, n: int) -> int:
-        """d for an m x n matrix; 0 when compressing it would not pay.
+        """Return d for an m x n matrix; 0 when compressing it would not pay.
 
         A whole number and a matrix that `target_modules` names are what the user asked for, so there it only has to
         be possible.

@@ -92,7 +92,7 @@ def find_matrices(model: nn.Module, config: SubspaceConfig) -> tuple[list[Site],
 
 
 def _was_asked_for(model: nn.Module, config: SubspaceConfig, candidates: list[str], unfit: bool) -> bool:
-    """Whether a model without a matrix to compress is a mistake; else only something small trains, and may do so."""
+    """Return whether a model without a matrix to compress is a mistake; if not, only something small trains."""
     asked = config.target_modules is not None or (unfit and isinstance(config.dim, int))
     return asked or not candidates or not any(p.requires_grad for p in model.parameters())
 

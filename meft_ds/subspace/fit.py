@@ -46,7 +46,7 @@ class Fit:
 
 
 def relative_bias(s: Tensor, sq_norm_g: float | Tensor, gram_p: Tensor, gram_q: Tensor) -> float:
-    """b from S = P^T G Q [d1, d2], ||G||_F^2, P^T P [d1, d1] and Q^T Q [d2, d2]; float64 arithmetic.
+    """Return b from S = P^T G Q [d1, d2], ||G||_F^2, P^T P [d1, d1] and Q^T Q [d2, d2]; float64 arithmetic.
 
     With data parallel ranks S and ||G|| are those of the reduced gradient. G = 0 has bias 0, a non-finite G has nan.
     """
@@ -55,7 +55,7 @@ def relative_bias(s: Tensor, sq_norm_g: float | Tensor, gram_p: Tensor, gram_q: 
 
 
 def bias_of(g: Tensor, p: Projector, q: Projector) -> float:
-    """b of a gradient [m, n], fp32 or bf16, by sparse products."""
+    """Return b of a gradient [m, n], fp32 or bf16, by sparse products."""
     g = g.contiguous()
     norm = _norm(g)
     if norm == 0.0 or not math.isfinite(norm):
@@ -146,7 +146,7 @@ class _Bias:
         self.value = _relative(self.s.double().square().sum(), inner, 1.0)
 
     def gradient_p(self) -> Tensor:
-        """d b^2 / d values of P, fp32 [m, k].
+        """Return d b^2 / d values of P, fp32 [m, k].
 
         With b^2 = 1 - 2 <S, S> + <P^T P S Q^T Q, S>: (G Q) D^T + 2 P (S Q^T Q) S^T, read at the nonzeros only, where
         D = d b^2 / d S = 2 P^T P S Q^T Q - 4 S.
@@ -157,7 +157,7 @@ class _Bias:
         return _sampled(self.gq, d, at).div_(self.norm).add_(_sampled(p_s_gram, self.s, at), alpha=2)
 
     def gradient_q(self) -> Tensor:
-        """d b^2 / d values of Q, fp32 [n, k]: (P^T G)^T D + 2 Q (S^T P^T P) S at the nonzeros."""
+        """Return d b^2 / d values of Q, fp32 [n, k]: (P^T G)^T D + 2 Q (S^T P^T P) S at the nonzeros."""
         gram_s_q = ops.sketch(self.gram_s, *self.q.rows)
         d = ops.sketch(gram_s_q, *self.q.columns).mul_(2).sub_(self.s, alpha=4)
         at = self.q.positions
@@ -175,7 +175,7 @@ class _Values:
         self.unit = math.sqrt(projector.dim / self.value.numel())
 
     def step(self, grad: Tensor, lr: float, t: int) -> Projector:
-        """One step; grad is of the values as they are, its part along each column (the length) is dropped."""
+        """Take one step. grad is of the values as they are; drop its part along each column (the length)."""
         p = self.projector
         grad = grad - self.value * p.column_sums(grad * self.value)[self.at]
         self.mean.lerp_(grad, 1 - _BETAS[0])
@@ -187,7 +187,7 @@ class _Values:
 
 
 def _coordinates(new: Projector, old: Projector) -> Tensor:
-    """A = (P_new^T P_old)(P_old^T P_old)^-1, float32 [d_new, d_old]; solved in float64.
+    """Return A = (P_new^T P_old)(P_old^T P_old)^-1, float32 [d_new, d_old]; solved in float64.
 
     With ridge r and one step of refinement (iterated Tikhonov) a direction of eigenvalue e is off by (r / (e + r))^2,
     1e-6 at e = 0.1, and none is amplified by more than about 0.8 / sqrt(r).
@@ -209,13 +209,13 @@ def _shares(a: Tensor, new: Projector) -> Tensor:
 
 
 def _sampled(u: Tensor, v: Tensor, at: Tensor) -> Tensor:
-    """(u v^T)[i, at[i, c]], [m, k], for u [m, d] and v [d_v, d]."""
+    """Return (u v^T)[i, at[i, c]], [m, k], for u [m, d] and v [d_v, d]."""
     u, v = u.contiguous(), v.contiguous()
     return torch.stack([(u * v.index_select(0, at[:, c])).sum(1) for c in range(at.shape[1])], 1)
 
 
 def _relative(sq_s: Tensor, inner: Tensor, sq_norm_g: float) -> float:
-    """sqrt((||G||^2 - 2 <S, S> + inner) / ||G||^2); rounding can make the residual slightly negative."""
+    """Return sqrt((||G||^2 - 2 <S, S> + inner) / ||G||^2); rounding can make the residual a little negative."""
     if sq_norm_g == 0.0 or not math.isfinite(sq_norm_g):
         return sq_norm_g * 0.0
     square = 1.0 + (float(inner) - 2.0 * float(sq_s)) / sq_norm_g

@@ -58,10 +58,10 @@ class Matrix:
         return self.left.projector.dim * self.right.projector.dim
 
     def part(self, flat: Tensor) -> Tensor:
-        """The matrix's S in a flat vector over the unit."""
+        """Return the matrix's S in a flat vector over the unit."""
         return flat[self.offset : self.offset + self.numel].view(self.shape)
 
     def adam_scale(self) -> float:
-        """sqrt(m n) / d: P dS Q^T has the RMS of dS times the inverse of this, when columns have length 1."""
+        """Return sqrt(m n) / d: P dS Q^T has the RMS of dS times the inverse of this, when columns have length 1."""
         (m, n), (d1, d2) = (self.left.projector.m, self.right.projector.m), self.shape
         return math.sqrt(m * n / (d1 * d2))

@@ -236,7 +236,10 @@ class SubspaceMethod(Method):
 
 
 def _stack_of(name: str) -> str:
-    """What stands before the number of a parameter's block: models with several lists of blocks run one after another
-    (encoder and decoder, vision tower and language model) have as many stacks. Outside blocks: ""."""
+    """Return what stands before the number of a parameter's block; "" outside blocks.
+
+    Models with several lists of blocks that run one after another (encoder and decoder, vision tower and language
+    model) have as many stacks.
+    """
     parts = name.split(".")
     return next((".".join(parts[:i]) for i, part in enumerate(parts) if part.isdigit()), "")

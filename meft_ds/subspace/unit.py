@@ -94,7 +94,7 @@ class SubspaceUnit(FlatUnit):
         self._bias_before = [matrix.bias for matrix in self.matrices]
 
     def tapped(self, index: int, x: Tensor, dy: Tensor) -> None:
-        """A backward came by a linear layer: x [..., in], dy [..., out]."""
+        """Take what a backward brings by a linear layer: x [..., in], dy [..., out]."""
         self._begin()
         x, dy = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
         (matrix,) = self._of_param[index]
@@ -120,8 +120,7 @@ class SubspaceUnit(FlatUnit):
         matrix.part(self._acc).add_(s)
 
     def reached(self) -> Tensor:
-        """Which of the asked matrices got a gradient that is not zero, as far as this rank has captured: float32
-        [asked]."""
+        """Return which of the asked matrices got a gradient that is not zero on this rank: float32 [asked]."""
         found = torch.zeros(len(self.asked), device=self._device)
         for at, matrix in enumerate(self.asked):
             for given, dy in self.captured.get(matrix.param, []):
@@ -138,8 +137,10 @@ class SubspaceUnit(FlatUnit):
                 self._add_product(matrix, self._input_sketch(matrix, given), dy)
 
     def gradients(self, matrix: Matrix) -> tuple[Tensor, Tensor | None]:
-        """What a calibrating backward captured of a matrix, float32 [m, n]: the gradient of the first half of the
-        tokens, and that of the others; or the whole and None where autograd made it. Zeros if this rank saw nothing.
+        """Return what a calibrating backward captured of a matrix, float32 [m, n].
+
+        These are the gradient of the first half of the tokens and that of the others; or the whole and None where
+        autograd made it. Zeros if this rank saw nothing.
 
         For a matrix of its own the captured tensors are given up.
         """
@@ -162,7 +163,7 @@ class SubspaceUnit(FlatUnit):
         return first, second
 
     def calibrated(self, *, complete: bool) -> None:
-        """All matrices have their projectors and S of what was captured."""
+        """End the capture: all matrices have their projectors and S of what was captured."""
         self.asked = []
         self.captured.clear()
         self._sketched.clear()  # what was sketched before may be of other projectors
@@ -322,7 +323,7 @@ def _sliced(projector: Projector, rows: slice) -> tuple[Tensor, Tensor]:
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors are one; the first is kept alive, so its memory cannot have been given away."""
+    """Return whether two tensors are one; the first is kept alive, so its memory cannot be another's."""
     return (
         a.data_ptr() == b.data_ptr()
         and a.shape == b.shape

@@ -118,7 +118,7 @@ def _map_shared(nbytes: int, ranks: Ranks, directory: Path) -> mmap.mmap:
 
 
 def _map(nbytes: int, ranks: Ranks, directory: Path, make: Callable[[Path], tuple[int, str]]) -> mmap.mmap | None:
-    """The first rank makes a file and all map it; None if some rank cannot open it. Collective.
+    """Let the first rank make a file and all map it; return None if some rank cannot open it. Collective.
 
     Raises:
         ValueError: on every rank, when there is no room or no rank may map so much.

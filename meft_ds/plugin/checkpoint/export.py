@@ -181,7 +181,7 @@ def _present(model: nn.Module) -> list[Extras]:
 
 
 def is_partitioned(p: Tensor) -> bool:
-    """Whether a parameter is one of ZeRO-3."""
+    """Return whether a parameter is one of ZeRO-3."""
     return hasattr(p, "ds_id")
 
 

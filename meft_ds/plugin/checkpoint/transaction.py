@@ -130,7 +130,7 @@ class Saving:
         return found
 
     def write_of_deepspeed(self, path: Path, writer: Callable[[Path], Any]) -> None:
-        """`write` for a file that DeepSpeed expects in the checkpoint's folder."""
+        """Do what `write` does for a file that DeepSpeed expects in the checkpoint's folder."""
         self.of_deepspeed[str(path.relative_to(self.folder.parent))] = self.write(path, writer)
 
     def complete(self, manifest: Manifest) -> None:
