@@ -211,13 +211,13 @@ def _serve() -> None:
 
 
 def _ended(folder: Path, rank: int, pid: int, code: int, seconds: float) -> dict[str, Any]:
-    result = folder / f"rank{rank}.json"
+    result, log = folder / f"rank{rank}.json", folder / f"rank{rank}.log"
     return {
         "pid": pid,
         "code": code,
         "seconds": seconds,
         "result": json.loads(result.read_text()) if result.exists() else None,
-        "log": (folder / f"rank{rank}.log").read_text(errors="replace"),
+        "log": log.read_text(errors="replace") if log.exists() else "",  # not yet, if it was killed at once
     }
 
 
