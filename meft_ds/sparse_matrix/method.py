@@ -46,6 +46,7 @@ class SparseMatrixMethod(Method):
         self._total = 0
         self._units: list[TilesUnit] = []
         self._scorer: Scorer | None = None
+        self._ended: Scorer | None = None  # one that is being released
         self._on_device = False
         self._trainable: list[nn.Parameter] = []
         self._plan: Plan  # made by `claim`
@@ -101,8 +102,9 @@ class SparseMatrixMethod(Method):
 
     def release(self) -> None:
         """Let the model train what it did before, so that another engine finds the same weights to choose from."""
-        if self._scorer is not None:
-            self._scorer.release()
+        for scorer in (self._scorer, self._ended):
+            if scorer is not None:
+                scorer.release()
         if not any(is_tapped(site.module) for site in self._sites):  # else it has come
             for p in self._trainable:
                 p.requires_grad_(True)
@@ -175,9 +177,11 @@ class SparseMatrixMethod(Method):
 
     def _begin(self, run: Run, plan: Plan) -> list[Unit]:
         """End scoring and train the plan's choice."""
-        assert self._scorer is not None
-        self._scorer.release()
-        self._scorer, self._plan = None, plan
+        # first, because an interrupt could leave a scorer that hears only some of the modules
+        self._ended, self._scorer, self._plan = self._scorer, None, plan
+        assert self._ended is not None
+        self._ended.release()
+        self._ended = None
         self._train_only(plan.chosen_sites, run)
         self._units = self._make_units(run, plan)
         for unit in self._units:
