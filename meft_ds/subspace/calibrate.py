@@ -15,6 +15,7 @@ from __future__ import annotations
 import logging
 import math
 import time
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.distributed as dist
@@ -62,23 +63,28 @@ class Calibrator:
             return self._config.projectors == "learned"
         return interval > 0 and step % interval == 0
 
-    def begin(self, unit: SubspaceUnit, step: int) -> None:
-        """Begin the window after `step` updates: a check of all of its matrices, or of those that wait for a gradient
-        as soon as they have one."""
-        self._open = [u for u in self._open if u.asked]
-        if not self._open:
-            self._complete.clear()
-            self._decided.clear()
-            self._spent, self._gave_up, self._overflow = 0.0, False, False
-            self._counted = False
-        unit.capture(unit.matrices if self.due(step) else unit.awaited, step=step)
-        if self.due(step):
-            self._count()
-        else:  # what this window sums of the others is of the projectors that they have
-            self._decided.update(id(matrix.right) for matrix in unit.matrices if matrix not in unit.asked)
-        if unit not in self._open:  # an interrupt came in between, and the window begins again
-            self._open.append(unit)
-        self._open.sort(key=lambda u: ([-x for x in u.depth], u.name))
+    def begin(self, units: Sequence[SubspaceUnit], steps: Mapping[str, int]) -> None:
+        """Begin a window, or begin it again: nothing of one that was given up is left.
+
+        A unit that is due checks all of its matrices. Another one fits those that wait once they have a gradient.
+
+        Args:
+            units: that calibrate.
+            steps: by a unit's name: its updates so far.
+        """
+        self._complete.clear()
+        self._decided.clear()
+        self._spent, self._gave_up, self._overflow = 0.0, False, False
+        self._counted = False
+        for unit in units:
+            step = steps[unit.name]
+            due = self.due(step)
+            unit.capture(unit.matrices if due else unit.awaited, step=step)
+            if due:
+                self._count()
+            else:  # what this window sums of the others is of the projectors that they have
+                self._decided.update(id(matrix.right) for matrix in unit.matrices if matrix not in unit.asked)
+        self._open = sorted(units, key=lambda u: ([-x for x in u.depth], u.name))
 
     def arriving(self, unit: SubspaceUnit) -> None:
         """Take deeper units: a gradient of `unit` is about to be added."""

@@ -94,8 +94,7 @@ class SubspaceMethod(Method):
         return [unit for unit in self._units if unit.name in due or unit.awaited], bool(due)
 
     def begin_calibration(self, steps: Mapping[str, int]) -> None:
-        for unit in self.calibrates(steps)[0]:
-            self._calibrator.begin(unit, steps[unit.name])
+        self._calibrator.begin(self.calibrates(steps)[0], steps)
 
     def end_calibration(self) -> None:
         self._calibrator.end()

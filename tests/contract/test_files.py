@@ -62,6 +62,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Saved:
 
 @every_method
 @pytest.mark.parametrize("flips", [1, pytest.param(5, marks=slow)])
+@pytest.mark.compat
 def test_every_file_is_refused_by_name_when_it_is_missing_cut_or_has_a_bit_flipped(
     entry: Entry, flips: int, saved: Saved, tmp_path: Path
 ) -> None:

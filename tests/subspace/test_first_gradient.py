@@ -35,6 +35,8 @@ class Branching(nn.Module):
 
     def forward(self, x: Tensor, used: str = "") -> Tensor:
         for block, use in zip(self.layers, used.ljust(2, "-"), strict=True):
+            if use == "x":  # the forward ends before this block
+                break
             x = x + torch.tanh(block.always(x))
             if use == "y":
                 x = x + torch.tanh(block.sometimes(x))
@@ -209,3 +211,19 @@ def test_an_update_under_way_is_applied_with_the_projectors_that_it_was_made_wit
     pipeline.step()
     assert seen == [False]
     pipeline.close()
+
+
+def test_a_forgotten_backward_leaves_no_trace_beside_a_part_whose_update_is_under_way() -> None:
+    states = []
+    for forgets in (False, True):
+        model = Branching()
+        pipeline = overlapping(pipeline_of(model, **ONCE), model)
+        window(pipeline, model, 0, "")
+        if forgets:
+            window(pipeline, model, 5, "yx", step=False)
+            assert [e.unit.layer for e in pipeline._entries if e.pending and e.calibrates] == [1]
+            pipeline.drop()
+        window(pipeline, model, 1, "yx")
+        states.append(everything(pipeline, model))
+        pipeline.close()
+    assert differing(*states) == []
