@@ -144,7 +144,7 @@ class FlatUnit(Unit):
 
     def tapped(self, index: int, x: Tensor, dy: Tensor) -> None:
         """Add the gradient of parameter `index`, a linear layer's weight: x [..., kept], dy [..., out]."""
-        raise NotImplementedError
+        raise AssertionError(f"{type(self).__name__} has modules, and no `tapped` of its own")
 
     def _kept(self, index: int) -> Tensor | None:
         """Return the input features, int64 [kept], that `tapped` wants of a layer; None for all."""

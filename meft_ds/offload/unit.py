@@ -151,24 +151,27 @@ class Unit(ABC):
         """Do what `adopt` does for one parameter, which is whole now: partitioned ones are so inside a gather."""
 
     def full(self, index: int) -> Tensor:
-        """Return parameter `index` in float32, on the device, as exactly as the unit knows it. Collective."""
-        raise NotImplementedError
+        """Return parameter `index` in float32, on the device, as exactly as the unit knows it. Collective.
+
+        Raises:
+            ValueError: when the format cannot tell; so do the three below.
+        """
+        raise self._has_no_full()
 
     def set_full(self, index: int, value: Tensor) -> None:
         """Take back what `full` gave; the parameter follows. Every rank gives the same value."""
-        raise NotImplementedError
+        raise self._has_no_full()
 
     def full_moment(self, index: int, key: str) -> Tensor:
-        """Return AdamW's moment `key` of parameter `index`, float32, as `full`. Collective.
-
-        Raises:
-            ValueError: when the format has none in the parameter's shape.
-        """
-        raise NotImplementedError
+        """Return AdamW's moment `key` of parameter `index`, float32, as `full`. Collective."""
+        raise self._has_no_full()
 
     def set_full_moment(self, index: int, value: Tensor, key: str) -> None:
         """Take back what `full_moment` gave."""
-        raise NotImplementedError
+        raise self._has_no_full()
+
+    def _has_no_full(self) -> ValueError:
+        return ValueError(f"meft-ds: parameters that train in the {self.wire!r} format cannot be read or set in full")
 
     # -- state ---------------------------------------------------------------------------------------------------------
 

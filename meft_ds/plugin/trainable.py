@@ -71,11 +71,12 @@ def freeze(model: nn.Module, train: Sequence[str] | None, methods: Sequence[Meth
 def thaw(model: nn.Module) -> None:
     """Let train again what engines before froze, so that the model is as the program left it."""
     for module in model.modules():
-        names = module.__dict__.pop(_FROZEN, ())
+        names = module.__dict__.get(_FROZEN, ())
         named = dict(module.named_parameters()) if names else {}
         for name in names:
             if name in named:
                 named[name].requires_grad_(True)
+        module.__dict__.pop(_FROZEN, None)  # last: what fails half way is done again by the next engine
 
 
 def _matched(patterns: Sequence[str], names: Sequence[str]) -> set[str]:

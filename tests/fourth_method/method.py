@@ -28,7 +28,6 @@ class RandomMaskMethod(Method):
         self._config = config
         self._layers = 1
         self._weights: dict[str, nn.Parameter] = {}
-        self._trainable: list[nn.Parameter] = []
         self._units: list[MaskUnit] = []
 
     def conflicts(self, ds_config: Mapping[str, Any]) -> list[str]:
@@ -36,7 +35,6 @@ class RandomMaskMethod(Method):
         return ["random_mask: writes whole weights; use ZeRO stage 0, 1 or 2"] if stage == 3 else []
 
     def prepare(self, model: nn.Module) -> None:
-        self._trainable = [p for p in model.parameters() if p.requires_grad]
         search = Search(model, None, {}, expected=("is frozen",))
         self._weights = {whole_name(name, key): weight for name, _, key, weight in search}
         if not self._weights:
@@ -69,11 +67,6 @@ class RandomMaskMethod(Method):
         for unit in self._units:
             unit.allocate()
         return list(self._units)
-
-    def release(self) -> None:
-        for p in self._trainable:
-            p.requires_grad_(True)
-        self._trainable = []
 
     def fingerprint(self) -> dict[str, Any]:
         return {f"random_mask.{key}": value for key, value in self._config.model_dump().items()}

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from meft_ds.offload.model.capture import TappedLinear
+from tests.methods import differing, everything, steps
 from tests.sparse_adapter.tiny import tiny_model
 from tests.toy import ADAPTER, batch, ds_config, make_engine, state_of, tiny_llama
 
@@ -34,32 +35,6 @@ def config(precision: str = "fp32", *, others: dict[str, Any] | None = None, gas
 
 def subspace_units(engine: Any) -> list[Any]:
     return [unit for unit in engine.optimizer.pipeline.units if unit.wire == "subspace"]
-
-
-def everything(engine: Any) -> dict[str, Any]:
-    """`state_of`, and projectors, residuals and counters."""
-    state: dict[str, Any] = state_of(engine)
-    for unit in engine.optimizer.pipeline.units:
-        state |= {f"{unit.name}/{k}": t.clone() for k, t in unit.shared_tensors().items()}
-        state[f"{unit.name}/scalars"] = torch.tensor(list(json.dumps(unit.scalars(), sort_keys=True).encode()))
-    steps = engine.optimizer.pipeline.state()["steps"]
-    return state | {"steps": torch.tensor(list(steps.values()))}
-
-
-def differing(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
-    assert one.keys() == other.keys()
-    return [name for name in one if not torch.equal(one[name], other[name])]
-
-
-def steps(engine: Any, seeds: Any) -> list[float]:
-    losses = []
-    for seed in seeds:
-        for micro in range(engine.gradient_accumulation_steps()):
-            loss = engine(**batch(100 * seed + micro)).loss
-            engine.backward(loss)
-            engine.step()
-            losses.append(loss.item())
-    return losses
 
 
 def biases(engine: Any) -> dict[str, dict[str, float]]:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.plugin.test_subspace import differing, everything
+from tests.methods import differing, everything
 from tests.toy import batch, ds_config, make_engine
 
 LATE = "layers.1.weight"

@@ -15,6 +15,7 @@ import torch
 
 from meft_ds.offload.model import capture
 from meft_ds.plugin.zero_grad import forgets
+from tests.plugin.zero_grad_ranks import memory_runs_out
 from tests.toy import ADAPTER, batch, ds_config, make_engine, state_of, tiny_llama
 
 BLOCKS: dict[str, dict[str, Any]] = {
@@ -235,18 +236,8 @@ def test_a_copy_of_the_model_forgets_its_own_gradients() -> None:
 
 
 def half_a_backward(engine: Any, seed: int) -> None:
-    """Memory runs out when the gradient reaches the first layer's output."""
-
-    def fail(grad: torch.Tensor) -> None:
-        raise MemoryError("planted")
-
-    def watch(module: Any, args: Any, output: Any) -> None:
-        (output[0] if isinstance(output, tuple) else output).register_hook(fail)
-
-    handle = engine.module.model.layers[0].register_forward_hook(watch)
-    with pytest.raises(MemoryError):
+    with memory_runs_out(engine):
         backward(engine, seed, 30.0)
-    handle.remove()
 
 
 def leftovers(engine: Any) -> list[str]:

@@ -2,9 +2,11 @@
 """What the two ranks of test_zero_grad_ranks.py do: forget windows, wherever each rank's backward is."""
 
 import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 
@@ -22,7 +24,10 @@ def backward(engine: Any, seed: int, factor: float = 1.0) -> None:
     engine.backward(factor * engine(**batch(2 * seed + dist.get_rank())).loss)
 
 
-def half_a_backward(engine: Any, seed: int) -> None:
+@contextlib.contextmanager
+def memory_runs_out(engine: Any) -> Iterator[None]:
+    """Inside, a backward ends with an error when its gradient reaches the first layer's output."""
+
     def fail(grad: torch.Tensor) -> None:
         raise MemoryError("planted")
 
@@ -30,9 +35,14 @@ def half_a_backward(engine: Any, seed: int) -> None:
         (output[0] if isinstance(output, tuple) else output).register_hook(fail)
 
     handle = engine.module.model.layers[0].register_forward_hook(watch)
-    with contextlib.suppress(MemoryError):
-        backward(engine, seed, 30.0)
+    with pytest.raises(MemoryError):
+        yield
     handle.remove()
+
+
+def half_a_backward(engine: Any, seed: int) -> None:
+    with memory_runs_out(engine):
+        backward(engine, seed, 30.0)
 
 
 def run(method: str, fault: str, at: int) -> Any:
