@@ -15,6 +15,7 @@ import torch
 
 import meft_ds
 from tests.forked import Forge
+from tests.plugin import zero3_checkpoint_ranks as files_ranks
 from tests.plugin import zero3_ranks as ranks
 from tests.plugin.zero3_experts import experts
 from tests.plugin.zero3_ranks import METHODS, ONE_OF_EACH, SETTINGS
@@ -54,7 +55,7 @@ def two(forge: Forge, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[st
         ranks.memory: {},
         experts: {},
         ranks.settings: {"only": IN_SHORT},
-        ranks.files: {"only": ONE_OF_EACH},
+        files_ranks.files: {"only": ONE_OF_EACH},
     }
     return {case.__name__: forge.results(case, folder, **given)[0] for case, given in cases.items()}, folder
 
@@ -148,14 +149,14 @@ def test_an_overflow_of_one_rank_leaves_weights_and_state_of_all_as_they_were(fo
 
 @pytest.mark.long
 def test_a_model_made_under_zero_init_trains_bit_for_bit_as_one_partitioned_later(run: Run) -> None:
-    found = run(ranks.init)
+    found = run(files_ranks.init)
     for method in ONE_OF_EACH:
         assert found[f"{method} init"] == found[f"{method} later"], method
 
 
 @pytest.mark.long
 def test_an_engine_goes_on_where_the_one_before_it_left_a_partitioned_model(run: Run) -> None:
-    found = run(ranks.again)
+    found = run(files_ranks.again)
     for method, losses in found.items():
         first, second = losses[:4], losses[6:10]
         assert len(losses) == 12
@@ -204,7 +205,7 @@ def test_the_model_file_and_the_16_bit_model_hold_complete_weights(two: Any, met
 @pytest.mark.long
 @pytest.mark.parametrize("world", [1, 4])
 def test_files_of_stages_2_and_3_with_other_numbers_of_ranks(run: Run, tmp_path: Path, world: int) -> None:
-    files = run(ranks.files, world)
+    files = run(files_ranks.files, world)
     for method in METHODS:
         for stage in (2, 3):
             _goes_on(files, method, stage)
@@ -251,9 +252,9 @@ def _holds_complete_weights(at: Path, method: str) -> None:
 def test_runs_go_on_with_other_numbers_of_ranks_and_stages(run: Run, legs: list[tuple[int, int]]) -> None:
     each = 4
     world, stage = legs[0]
-    straight = run(ranks.leg, world, stage=stage, first=0, steps=each * len(legs))
+    straight = run(files_ranks.leg, world, stage=stage, first=0, steps=each * len(legs))
     for index, (world, stage) in enumerate(legs):
-        found = run(ranks.leg, world, stage=stage, first=each * index, steps=each)
+        found = run(files_ranks.leg, world, stage=stage, first=each * index, steps=each)
         for method in METHODS:
             expected = straight[method][each * index : each * (index + 1)]
             within = CLOSE if method != "subspace learned" else 1e-3  # fits follow roundings
