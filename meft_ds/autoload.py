@@ -27,7 +27,7 @@ last_error: BaseException | None = None
 
 
 def arm() -> None:
-    """Makes sure that `meft_ds.plugin.install` sees DeepSpeed's engine module as soon as it is there.
+    """Make sure that `meft_ds.plugin.install` sees DeepSpeed's engine module as soon as it is there.
 
     Safe to call any number of times, from any thread, before, during or after the import of deepspeed. Never raises:
     a failure is kept in `last_error` and logged once.
@@ -54,7 +54,7 @@ class _PostImportHook:
         self._called_with: ModuleType | None = None
 
     def arm(self) -> None:
-        """Waits for the module, or calls back at once if it is there. Does nothing when already armed or done."""
+        """Wait for the module, or call back at once if it is there. Do nothing when already armed or done."""
         with self._lock:
             module = sys.modules.get(self.module_name)
             if module is None and self not in sys.meta_path:
@@ -68,7 +68,7 @@ class _PostImportHook:
         self.fire(module)
 
     def fire(self, module: ModuleType) -> None:
-        """Calls back unless that has been done for this very module, and leaves `sys.meta_path`."""
+        """Call back unless that has been done for this very module, and leave `sys.meta_path`."""
         with self._lock:
             if module is self._called_with:
                 return

@@ -35,7 +35,7 @@ _METHODS = (
 
 
 def _metadata() -> frozenset[Any]:
-    """Functions that neither read nor write values. What one version of torch lacks is left out."""
+    """Return the functions that neither read nor write values. What one version of torch lacks is left out."""
     found: set[Any] = {torch.numel, torch.is_floating_point, torch.is_complex}
     for name in _PROPERTIES:
         prop = getattr(Tensor, name, None)

@@ -272,7 +272,7 @@ class MeftEngine(CheckpointOverrides):
             self.meft_flush()
 
     def _remove_hooks_of_deepspeed(self) -> None:
-        """DeepSpeed's own hooks would call this engine in the forwards of the next one, and keep it."""
+        """Remove DeepSpeed's own hooks: they would call this engine in the next one's forwards, and keep it."""
         for name in ("module_forward_pre_hook", "module_forward_post_hook", "first_dataloader_check"):
             # where the engine lacks an attribute, DeepSpeed asks the model for it
             if (handle := self.__dict__.get(name)) is not None:

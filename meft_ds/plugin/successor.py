@@ -63,6 +63,6 @@ class BeforeExport(ModelHook):
 
 
 def trained_by(model: nn.Module) -> list[Any]:
-    """Engines that live and were given `model`, and have not been destroyed."""
+    """Return the engines that live and were given `model`, and have not been destroyed."""
     hooks = [hook for hook in model._state_dict_pre_hooks.values() if isinstance(hook, BeforeExport)]
     return [engine for hook in hooks if hook.find is not None and (engine := hook.find()) is not None]

@@ -33,7 +33,7 @@ def attach(
     sites: Sequence[Site] | None = None,
     make_rows: Callable[[int, Tensor], RowSource] | None = None,
 ) -> list[SparseAdapter]:
-    """Adds an adapter at every site; returns them in the order of the layers.
+    """Add an adapter at every site; return them in the order of the layers.
 
     sites: None = ``find_ffns(model, config.target_modules)``. make_rows(layer, keys fp32 [r, d]) gives a layer its
     rows; without it the caller sets ``adapter.rows`` before the first forward. Routers are created in the dtype and on
@@ -57,7 +57,7 @@ def attach(
 
 
 def place(model: nn.Module, sites: Sequence[Site], adapters: Sequence[SparseAdapter]) -> None:
-    """Adds finished adapters as submodules and registers all hooks."""
+    """Add finished adapters as submodules and register all hooks."""
     mask = TokenMask()
     handles: list[Any] = follow(model, [site.reads for site in sites], mask)
     for site, adapter in zip(sites, adapters, strict=True):
@@ -71,7 +71,7 @@ def place(model: nn.Module, sites: Sequence[Site], adapters: Sequence[SparseAdap
 
 
 def detach(model: nn.Module) -> None:
-    """Removes adapters and hooks; the model is what it was before ``attach``."""
+    """Remove adapters and hooks; the model is what it was before ``attach``."""
     handles, modules = getattr(model, _STATE_NAME, ([], []))
     for handle in handles:
         handle.remove()

@@ -60,7 +60,7 @@ def needed_from(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def write_adapter(directory: str | Path, model: nn.Module, state: Mapping[str, Tensor] | None = None) -> Path:
-    """Writes the adapter of ``model``; returns the path of the JSON. Raises ValueError when the model has none.
+    """Write the adapter of ``model``; return the path of the JSON. Raises ValueError when the model has none.
 
     ``state`` has the whole tensors of ``needed_from`` where the model's own are partitioned. Ranks that share rows must
     not write at the same time: call it on one of them.
@@ -114,7 +114,7 @@ def write_adapter(directory: str | Path, model: nn.Module, state: Mapping[str, T
 
 
 def read_adapter(directory: str | Path) -> SavedAdapter:
-    """Reads and checks an adapter. Raises ValueError for anything missing, cut short, changed, or of another format."""
+    """Read and check an adapter. Raises ValueError for anything missing, cut short, changed, or of another format."""
     path = files.checked_folder(directory) / JSON_NAME
     about = read_about(path)
     config, file = about.config, path.parent / about.tensors.file

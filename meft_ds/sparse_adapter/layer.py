@@ -107,7 +107,7 @@ class SparseAdapter(nn.Module):
         return y.to(x.dtype).view(x.shape)
 
     def end_window(self) -> None:
-        """Forgets saved selections; called after every optimizer step, when no backward can be pending."""
+        """Forget saved selections; called after every optimizer step, when no backward can be pending."""
         self._replay.clear()
 
     def extra_repr(self) -> str:

@@ -64,7 +64,7 @@ def text_of(about: About) -> str:
 
 
 def read_about(path: Path) -> About:
-    """Reads and checks it. Raises ValueError, with the path and what to do, for anything else than ``text_of`` made."""
+    """Read and check it. Raises ValueError, with the path and what to do, for anything else than ``text_of`` made."""
     try:
         found = files.parse_json(files.read_bytes(path))
     except FileNotFoundError:

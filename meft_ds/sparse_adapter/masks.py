@@ -72,7 +72,7 @@ class TokenMask:
         return scope.mask[:, columns - length :].reshape(-1)
 
     def enter(self, way: _Way, given: Any, kwargs: Mapping[str, Any]) -> None:
-        """Opens a scope for a module that was given ``given`` as its mask."""
+        """Open a scope for a module that was given ``given`` as its mask."""
         scopes = self._scopes
         # An interrupt leaves scopes open: torch calls no hook for it.
         while scopes and not way.is_below(scopes[-1].name):
@@ -95,7 +95,7 @@ class TokenMask:
         scopes.append(scope)
 
     def leave(self, way: _Way) -> None:
-        """Closes the scope of a module, and those inside it."""
+        """Close the scope of a module, and those inside it."""
         names = [scope.name for scope in self._scopes]
         if way.name in names:
             del self._scopes[names.index(way.name) :]
@@ -107,7 +107,7 @@ class TokenMask:
 
 
 def follow(model: nn.Module, places: Iterable[str], mask: TokenMask) -> list[Any]:
-    """Hooks all modules around ``places`` (names of modules of ``model``); returns the handles."""
+    """Hook all modules around ``places`` (names of modules of ``model``); returns the handles."""
     handles: list[Any] = []
     for name, stack in _around(places).items():
         module = model.get_submodule(name)

@@ -73,7 +73,7 @@ def fit(
     fix_q: bool = False,
     deadline: float | None = None,
 ) -> Fit:
-    """Minimises b over the values of P and Q with Adam; the same inputs give the same bits on a CPU.
+    """Minimise b over the values of P and Q with Adam; the same inputs give the same bits on a CPU.
 
     The gradient is taken at the fp16 values that the kernels use and applied to fp32 ones, so the bias reported is that
     of the projectors returned; with fp32 values throughout it comes out the same to 1e-5. A gradient that is 0 or not
@@ -115,7 +115,7 @@ def fit(
 def transport(
     m: Tensor, v: Tensor, p_old: Projector, p_new: Projector, q_old: Projector, q_new: Projector
 ) -> tuple[Tensor, Tensor]:
-    """Adam's moments [d1, d2] of S = P_old^T G Q_old as moments of P_new^T G Q_new; dtypes are kept.
+    """Carry Adam's moments [d1, d2] of S = P_old^T G Q_old over to P_new^T G Q_new; keep their dtypes.
 
     M <- A M B^T, where A = (P_new^T P_old)(P_old^T P_old)^-1: what the new pair would have seen of the part of the
     gradients that lay in the old subspace, exactly; the rest has no history and counts as 0.

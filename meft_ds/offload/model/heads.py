@@ -98,7 +98,10 @@ def pretrained(model: nn.Module) -> list[tuple[str, Any]]:
 
 
 def _own_name(name: str) -> str:
-    """PEFT's `modules_to_save` keeps a head under a name of its own, as do wrappers of compiled modules."""
+    """Return the last part of a module's name, and that of the wrapper where a module is compiled.
+
+    PEFT's `modules_to_save` keeps a head under the head's own name.
+    """
     return name.removesuffix("._orig_mod").rpartition(".")[2]
 
 

@@ -109,8 +109,10 @@ class Lanes:
         return any(getattr(lane, "closed", False) for lane in (self.down, self.host, self.up))
 
     def behind(self, *, updates: bool) -> Iterator[threading.Event]:
-        """Events to wait for one after another: then all payloads that were handed over before are done and, if
-        `updates`, all updates."""
+        """Yield events to wait for one after another.
+
+        Then all payloads that were handed over before are done and, if `updates`, all updates.
+        """
         ways = [(self.down, False), (self.host, True)]  # in the order in which jobs go from one to the next
         if updates:
             ways += [(self.host, False), (self.up, False)]

@@ -43,7 +43,7 @@ def apply_grouped(x: Tensor, p: Tensor | None, job: Job) -> Tensor:
 
 
 def check_version(rows: RowSource, seen: int) -> None:
-    """Raises RuntimeError when rows changed between forward and backward: the gradient would belong to neither."""
+    """Raise RuntimeError when rows changed between forward and backward: the gradient would belong to neither."""
     if rows.version != seen:
         raise RuntimeError(
             f"the sparse adapter's rows changed between forward and backward (version {seen}, now {rows.version}); run "
@@ -167,7 +167,7 @@ def _plan(job: Job) -> GroupPlan:
 
 
 def _gather(rows: RowSource, bank: Bank) -> tuple[Tensor, Tensor]:
-    """Keys and values of a bank, [G, m, d] each; apart and contiguous: GEMM libraries would copy them anyway."""
+    """Gather keys and values of a bank, [G, m, d] each, contiguous: GEMM libraries would copy them anyway."""
     W = rows.gather(bank.table.view(-1)).view(*bank.table.shape, 2 * rows.d)
     return W[..., : rows.d].contiguous(), W[..., rows.d :].contiguous()
 
@@ -186,7 +186,7 @@ def _take(bank_rows: Tensor, groups: Groups, block: Block) -> Tensor:
 
 
 def _add_rows(total: Tensor, part: Tensor, groups: Groups, block: Block) -> None:
-    """Writes (one chunk) or adds (several) row gradients [n, m, d] of a block's groups, each group once: no races."""
+    """Write (one chunk) or add (several) row gradients [n, m, d] of a block's groups, each group once: no races."""
     if groups.order is None:
         total[block.groups] = part
     else:
@@ -194,7 +194,7 @@ def _add_rows(total: Tensor, part: Tensor, groups: Groups, block: Block) -> None
 
 
 def _add_tokens(total: Tensor, out: Tensor, groups: Groups, per_token: int, several: bool) -> None:
-    """Sums the E pairs of every token: gather and sum in one pass, in fp32, in the same order in every run."""
+    """Sum the E pairs of every token: gather and sum in one pass, in fp32, in the same order in every run."""
     part = F.embedding_bag(groups.slot.view(-1, per_token), out, mode="sum")
     here = total[groups.token_lo : groups.token_hi]
     if several:

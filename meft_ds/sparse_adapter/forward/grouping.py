@@ -99,20 +99,20 @@ def chunk_length(n_tokens: int, per_token: int, row_bytes: int) -> int:
 
 
 def count_pairs(experts: Tensor, tokens: Tensor | None, n_experts: int, chunk_tokens: int) -> Tensor:
-    """Pairs of every (chunk, expert): int64 [C, N], where ``experts`` [T, E] is."""
+    """Count the pairs of every (chunk, expert): int64 [C, N], where ``experts`` [T, E] is."""
     key, chunks = _sort_key(experts, tokens, n_experts, chunk_tokens)
     return key.bincount(minlength=chunks * (n_experts + 1)).view(chunks, n_experts + 1)[:, :-1]
 
 
 def sort_pairs(experts: Tensor, tokens: Tensor | None, counts: Tensor, chunk_tokens: int) -> SortedPairs:
-    """Sorts the pairs of ``experts`` [T, E]; ``counts`` is ``count_pairs`` of them, on the host."""
+    """Sort the pairs of ``experts`` [T, E]; ``counts`` is ``count_pairs`` of them, on the host."""
     T, E = experts.shape
     key, _chunks = _sort_key(experts, tokens, counts.shape[1], chunk_tokens)
     return SortedPairs(key.sort(stable=True).indices, counts, E, T, chunk_tokens)
 
 
 def group_chunk(pairs: SortedPairs, chunk: int, experts: Tensor, row_bytes: int) -> tuple[Groups, Tensor]:
-    """Groups of the experts ``experts`` (host int64 [G]) with pairs in a chunk, and their order.
+    """Return the groups of the experts ``experts`` (host int64 [G]) with pairs in a chunk, and their order.
 
     The order is a host int64 [<= G]; ``Groups.order`` is that on the device.
     """
@@ -152,7 +152,7 @@ def group_chunk(pairs: SortedPairs, chunk: int, experts: Tensor, row_bytes: int)
 
 
 def plan_groups(pairs: SortedPairs, banks: list[Bank], row_bytes: int) -> GroupPlan:
-    """Groups of every bank and chunk. ``row_bytes``: bytes of one row's input."""
+    """Return the groups of every bank and chunk. ``row_bytes``: bytes of one row's input."""
     planned = []
     for bank in banks:
         chunks = []
@@ -169,7 +169,7 @@ def plan_groups(pairs: SortedPairs, banks: list[Bank], row_bytes: int) -> GroupP
 
 
 def make_banks(active: Tensor, starts: Tensor, capacity: int, slot_bytes: int) -> list[Bank]:
-    """Cuts the experts with active rows into banks of at most ``capacity`` distinct rows; nothing is left out.
+    """Cut the experts with active rows into banks of at most ``capacity`` distinct rows; nothing is left out.
 
     active: bool [N, m], starts: int64 [N + 1], both on the host. slot_bytes: workspace of a row, which bounds the slots
     (active or not) of a bank too. An expert with more than ``capacity`` active rows appears in several banks.
@@ -208,7 +208,7 @@ def _sort_key(experts: Tensor, tokens: Tensor | None, n_experts: int, chunk_toke
 
 
 def _padded(count: Tensor) -> Tensor:
-    """Counts rounded up to 8 k, k in 1 ... 8, 10, 12, 14, 16, 20, 24 ...: few distinct sizes, at most 1/4 more."""
+    """Round up to 8 k, k in 1 ... 8, 10, 12, 14, 16, 20, 24 ...: few distinct sizes, at most 1/4 more."""
     eighths = (count + 7).div(8, rounding_mode="floor")
     step = torch.ones_like(eighths)
     for _ in range(40):
@@ -220,7 +220,7 @@ def _padded(count: Tensor) -> Tensor:
 
 
 def _blocks(sizes: list[int], row_bytes: int, device: torch.device) -> list[Block]:
-    """Runs of equal sizes, cut where a block's inputs would outgrow the limit."""
+    """Yield runs of equal sizes, cut where a block's inputs would outgrow the limit."""
     limit = _CPU_BLOCK_BYTES if device.type == "cpu" else _CHUNK_BYTES
     blocks: list[Block] = []
     first = row = 0

@@ -55,7 +55,7 @@ class Replay:
         return len(self._pending)
 
     def save(self, x: Tensor, selection: Selection) -> None:
-        """Keeps a forward's selection for its recomputation. With grad enabled the caller's graph must hold it too."""
+        """Keep a forward's selection for its recomputation. With grad enabled the caller's graph must hold it too."""
         self._drop_dead()
         if len(self._pending) >= _MOST_PENDING:
             self._pending.pop(0)

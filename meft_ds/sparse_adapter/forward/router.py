@@ -36,7 +36,7 @@ def expert_starts(r: int, n_experts: int) -> Tensor:
 
 
 def init_keys(r: int, d: int, std: float, seed: int, layer: int) -> Tensor:
-    """Keys A ~ N(0, std^2), fp32 [r, d] on the CPU; the same for the same (seed, layer) whatever ran before."""
+    """Draw keys A ~ N(0, std^2), fp32 [r, d] on the CPU; the same for the same (seed, layer)."""
     generator = torch.Generator().manual_seed((seed * 1_000_003 + layer) % 2**63)
     return torch.empty(r, d).normal_(0.0, std, generator=generator)
 

@@ -126,7 +126,7 @@ class CompressedRowAdam(RowAdam):
     def _step_rows_of_block(
         self, own: slice, ids: Tensor, grad: Tensor, hyper: AdamHyper, after: float, adam: dict[str, Any]
     ) -> None:
-        """Moments are updated where they lie; the few active masters are gathered, moved and scattered."""
+        """Update moments where they lie; gather, move and scatter the few active masters."""
         master, exp_avg, exp_avg_sq = self.master[own], self.exp_avg[own], self.exp_avg_sq[own]
         minus_ds = self._minus_ds[: master.shape[0]].index_fill_(0, ids, 0)
         awake = torch.zeros(master.shape[0], dtype=torch.float64)  # the rows of zeros have no decay to catch up

@@ -149,7 +149,7 @@ class HostRows:
             node.register_hook(partial(self._backward_done, forward))
 
     def record(self, union_rows: int, tokens: int, expert_load: Tensor | None) -> None:
-        """Metrics of one training micro-batch."""
+        """Note the metrics of one training micro-batch."""
         self.window_tokens += tokens
         if expert_load is not None:
             self.expert_load = expert_load if self.expert_load is None else self.expert_load + expert_load
@@ -245,7 +245,7 @@ class HostRows:
         return self._grads
 
     def _resident(self, table: Tensor) -> Tensor:
-        """Slots [n] of the rows in `table`, fetching what is missing; 0 for -1."""
+        """Return slots [n] of the rows in `table`, and fetch what is missing; 0 for -1."""
         self.before_use()
         empty = table < 0
         slots = self._slot_of_row[table.clamp(min=0)]

@@ -60,7 +60,7 @@ class RowSource(Protocol):
         """Fetch rows [n, 2 d] on ``device`` for ``table``, int64 [n] on the host; -1 asks for a row of zeros."""
 
     def add_grad(self, table: Tensor, grad: Tensor) -> None:
-        """Adds ``grad`` [n, 2 d] in fp32 to the gradients of rows ``table`` (distinct, or -1: ignored)."""
+        """Add ``grad`` [n, 2 d] in fp32 to the gradients of rows ``table`` (distinct, or -1: ignored)."""
 
     @property
     def trains(self) -> bool:
@@ -73,7 +73,7 @@ class RowSource(Protocol):
         """Note that ``node``'s backward will add the gradients of ``forward``."""
 
     def record(self, union_rows: int, tokens: int, expert_load: Tensor | None) -> None:
-        """Metrics of a training forward: U, tokens that selected, and host int64 [N] token counts per expert."""
+        """Note U of a training forward, tokens that selected, and host int64 [N] token counts per expert."""
 
 
 class DeviceRows(nn.Module):
