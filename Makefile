@@ -1,6 +1,5 @@
 # The tiers of CONTRIBUTING.md, in the environment that is active.
 export OMP_NUM_THREADS := 1
-export TRITON_INTERPRET ?= 1
 
 .PHONY: lint test slow docs
 lint:
