@@ -35,6 +35,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks import gpu_step_rows as rows_module  # noqa: E402
 from benchmarks.child_process import run_child  # noqa: E402
 from benchmarks.machine import machine, machine_line  # noqa: E402
+from benchmarks.models import SHAPES  # noqa: E402
 
 COLUMNS = ("s_per_step", "tokens_per_s", "practicality", "device_gib", "host_gib", "mib_down", "mib_up")
 
@@ -143,8 +144,8 @@ def _hardware() -> dict[str, Any]:
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    models, rows = ",".join(rows_module.MODELS), ",".join(rows_module.ROWS)
-    parser.add_argument("--models", type=_names(rows_module.MODELS), default=["1.3b"], help=f"of {models}")
+    models, rows = ",".join(SHAPES), ",".join(rows_module.ROWS)
+    parser.add_argument("--models", type=_names(SHAPES), default=["1.3b"], help=f"of {models}")
     parser.add_argument("--rows", type=_names(rows_module.ROWS), default=list(rows_module.ROWS), help=f"of {rows}")
     parser.add_argument("--accumulation", type=_positive_numbers, default=[1, 4], help="micro-batches per step")
     parser.add_argument("--steps", type=int, default=4, help="timed steps per row, after two that are not timed")

@@ -13,16 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.child_process import write_result
+from benchmarks.models import SHAPES, llama
 
 CONFIGS = Path(__file__).resolve().parent.parent / "ds_configs"
 
-# Hidden size, FFN size, layers, heads, vocabulary: LLaMA's 1.3B and 7B shapes, OpenLLaMA's 3B.
-MODELS = {
-    "tiny": (128, 256, 2, 4, 512),
-    "1.3b": (2048, 5504, 24, 16, 32000),
-    "3b": (3200, 8640, 26, 32, 32000),
-    "7b": (4096, 11008, 32, 32, 32000),
-}
 LEARNING_RATE = 1e-5
 WARMUP_STEPS = 2
 
@@ -70,7 +64,8 @@ def _measure(spec: dict[str, Any]) -> dict[str, Any]:
             total = torch.cuda.get_device_properties(0).total_memory
             torch.cuda.set_per_process_memory_fraction(min(1.0, spec["memory_cap_gb"] * 2**30 / total))
     torch.manual_seed(0)
-    model = _model(spec["model"], spec["seq_len"], device)
+    shape = SHAPES[spec["model"]]
+    model = llama(shape, seq_len=spec["seq_len"], device=device)
     if spec["checkpointing"]:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.train()
@@ -78,8 +73,7 @@ def _measure(spec: dict[str, Any]) -> dict[str, Any]:
     engine = ROWS[spec["row"]](model, spec)
 
     accumulation, micro_batch, seq_len = spec["accumulation"], spec["micro_batch"], spec["seq_len"]
-    vocabulary = MODELS[spec["model"]][4]
-    batches = torch.randint(vocabulary, (accumulation, micro_batch, seq_len), device=device)
+    batches = torch.randint(shape.vocabulary, (accumulation, micro_batch, seq_len), device=device)
     losses: list[float] = []
 
     def step() -> None:
@@ -121,29 +115,6 @@ def _measure(spec: dict[str, Any]) -> dict[str, Any]:
         "loss_first": losses[0],
         "loss_last": losses[-1],
     }
-
-
-def _model(name: str, seq_len: int, device: Any) -> Any:
-    """A Llama of random bf16 weights, made on the device itself."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    hidden, ffn, layers, heads, vocabulary = MODELS[name]
-    config = LlamaConfig(
-        vocab_size=vocabulary,
-        hidden_size=hidden,
-        intermediate_size=ffn,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        max_position_embeddings=seq_len,
-        use_cache=False,
-    )
-    torch.set_default_dtype(torch.bfloat16)
-    try:
-        with device:
-            return LlamaForCausalLM(config)
-    finally:
-        torch.set_default_dtype(torch.float32)
 
 
 def _native(model: Any, spec: dict[str, Any]) -> Any:
