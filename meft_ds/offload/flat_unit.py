@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from meft_ds import ops
+from meft_ds.offload.host.page_locked import page_locked, taken
 from meft_ds.offload.host.transfer import Bus
 from meft_ds.offload.model.capture import hand_over, tap, untap
 from meft_ds.offload.model.weights import WHOLE, Weights, shape_of
@@ -85,13 +86,15 @@ class FlatUnit(Unit):
     def allocate(self) -> None:
         """Take the memory that `footprint` announced and start collecting gradients."""
         world = self._ranks.world
-        self._reply = torch.zeros(self._hi - self._lo, dtype=self._dtype, pin_memory=not self._on_host)
+        own = self._hi - self._lo
         self._acc = torch.zeros(self.numel, dtype=torch.float32, device=self._device)
         # the sum over ranks must not replace the gradient: more of it may come, and then it is summed again
         self._sum = torch.empty_like(self._acc) if world > 1 else None
         self._replies = self._rows(self._dtype) if world > 1 or not self._on_host else None
         if self.on_device and self._replies is not None:
-            self._reply = self._replies[-1][: self._hi - self._lo]
+            self._reply = self._replies[-1][:own]
+        else:
+            self._reply = page_locked(own * self._dtype.itemsize, self._device).view(self._dtype)
         self._await_all()
         for index, (_, p) in enumerate(self.params):
             if p.requires_grad:  # not the weight of a layer that is tapped by an anchor
@@ -132,7 +135,7 @@ class FlatUnit(Unit):
             wire_dtype=self._wire_dtype,
             state_bytes=self._state_bytes,
             several=self._ranks.world > 1,
-            on_host=self._on_host,
+            device=self._device,
             on_device=self.on_device,
         )
 
@@ -328,7 +331,7 @@ def flat_footprint(
     wire_dtype: torch.dtype,
     state_bytes: int,
     several: bool,
-    on_host: bool,
+    device: torch.device,
     on_device: bool,
 ) -> Footprint:
     """Return what a `FlatUnit` of `numel` elements takes and moves, of which this rank owns `own`.
@@ -338,18 +341,18 @@ def flat_footprint(
         wire_dtype: of what goes down.
         state_bytes: bytes of state per owned element.
         several: whether there is more than one rank.
-        on_host: whether the model is on the host.
+        device: where the model is.
         on_device: whether the state is where the model is.
     """
     size, wire = dtype.itemsize, wire_dtype.itemsize
     # a float32 sum of gradients, its sum over ranks, and the replies of all ranks
-    device = numel * (4 + 4 * several + size * (several or not on_host))
+    there = numel * (4 + 4 * several + size * (several or device.type != "cpu"))
     if on_device:
-        return Footprint(device=device + own * state_bytes)
+        return Footprint(device=there + own * state_bytes)
     return Footprint(
-        host_private=own * (state_bytes + size + wire),
+        host_private=own * state_bytes + taken(own * size, device) + taken(own * wire, device),
         payload=own * wire,
-        device=device,
+        device=there,
         down=own * wire,
         up=own * size,
     )

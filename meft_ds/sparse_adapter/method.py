@@ -8,7 +8,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from meft_ds.offload.host.page_locked import taken
 from meft_ds.offload.host.shared_memory import Specs
+from meft_ds.offload.host.transfer import ROWS
 from meft_ds.offload.method import Method, Run
 from meft_ds.offload.ranks import owned_range
 from meft_ds.offload.unit import Footprint, Unit
@@ -18,7 +20,7 @@ from meft_ds.sparse_adapter.extras import AdapterExtras
 from meft_ds.sparse_adapter.forward.router import init_keys
 from meft_ds.sparse_adapter.layer import SparseAdapter
 from meft_ds.sparse_adapter.rows.compression import RowCompression
-from meft_ds.sparse_adapter.rows.host import HostRows, initialise_rows, store_specs
+from meft_ds.sparse_adapter.rows.host import HostRows, initialise_rows, rows_buffer_bytes, store_specs
 from meft_ds.sparse_adapter.takeover import fill_rows, give_rows, holds_rows, kept_store, learned_rows, take_over
 from meft_ds.sparse_adapter.unit import RowsUnit, rows_footprint
 
@@ -83,21 +85,31 @@ class SparseAdapterMethod(Method):
             dtype=run.dtype,
             moments_dtype=run.moments_dtype,
             grad_dtype=run.grad_dtype,
+            device=run.bus.device,
             selection=sizes.selection,
             mode=sizes.optimizer,
             compress=self._compress,
         )
-        return [one] * self.layers
+        return [one] * self.layers + [Footprint(host_private=taken(self._rows_buffer(run), run.bus.device))]
+
+    def _rows_buffer(self, run: Run) -> int:
+        """Return the size of the buffer that all layers' rows go up through; on a host they do not cross."""
+        sizes = self.sizes
+        if run.bus.is_host:
+            return 0
+        return rows_buffer_bytes(sizes.rows, sizes.d, sizes.cache_rows, run.dtype, sizes.selection)
 
     def shared_tensors_spec(self, run: Run) -> Specs:
         specs: Specs = {}
         for layer, adapter in enumerate(self.adapters):
             if kept_store(adapter, run.dtype) is None:
-                specs |= store_specs(f"layer{layer}", self.sizes.rows, self.sizes.d, run.dtype, run.bus.device)
+                rows, d, selection = self.sizes.rows, self.sizes.d, self.sizes.selection
+                specs |= store_specs(f"layer{layer}", rows, d, run.dtype, device=run.bus.device, selection=selection)
         return specs
 
     def build(self, run: Run, memory: Mapping[str, Tensor]) -> list[Unit]:
         sizes, units = self.sizes, []
+        run.bus.reserve({ROWS: self._rows_buffer(run)})
         for layer, adapter in enumerate(self.adapters):
             kept = kept_store(adapter, run.dtype)
             if kept is not None:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from meft_ds import ops
 from meft_ds.offload.host.adam import RowAdam, RowMode
+from meft_ds.offload.host.page_locked import taken
 from meft_ds.offload.host.transfer import Bus
 from meft_ds.offload.ranks import Ranks, owned_range, reduce_rows_to_owners, sum_rows_across
 from meft_ds.offload.unit import Footprint, Unit
@@ -83,6 +84,7 @@ class RowsUnit(Unit):
             dtype=self.rows.dtype,
             moments_dtype=self._moments_dtype,
             grad_dtype=self._grad_dtype,
+            device=self.rows.device,
             selection=self.rows.selection,
             mode=self._mode,
             compress=None if self._compression is None else self._compression.settings,
@@ -172,6 +174,7 @@ def rows_footprint(
     dtype: torch.dtype,
     moments_dtype: torch.dtype,
     grad_dtype: torch.dtype,
+    device: torch.device,
     selection: str,
     mode: RowMode,
     compress: ResolvedCompress | None = None,
@@ -188,7 +191,7 @@ def rows_footprint(
         host_private=own * sent * 2 * moments_dtype.itemsize
         + (own * 12 if mode == "lazy" else 0)
         + r * 9  # slot of each row, and whether it was ever active
-        + own * sent * grad_dtype.itemsize  # the payload at worst
+        + taken(own * sent * grad_dtype.itemsize, device)  # the payload at worst
         + row_view
         + block,
         payload=own * sent * grad_dtype.itemsize,

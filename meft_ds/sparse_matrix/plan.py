@@ -75,7 +75,7 @@ class Plan:
             wire_dtype=run.grad_dtype,
             state_bytes=4 + 2 * run.moments_dtype.itemsize + run.dtype.itemsize,
             several=run.ranks.world > 1,
-            on_host=run.bus.device.type == "cpu",
+            device=run.bus.device,
             on_device=on_device,
         )
         return replace(units, host_private=units.host_private + Scorer.host_bytes(self.sites, self.config.score))

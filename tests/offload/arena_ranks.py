@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from meft_ds.offload.host import shared_memory
+from meft_ds.offload.host import page_locked, shared_memory
 from meft_ds.offload.host.shared_memory import TensorSpec, allocate
 from meft_ds.offload.ranks import Ranks
 
@@ -80,7 +80,7 @@ def lock(folder: Path, *, refused: bool) -> str:
         seen.append(ctypes.string_at(address, 1))  # a fault, were it unmapped
         del locked[address]
 
-    shared_memory._register, shared_memory._unregister = register, unregister
+    page_locked._register, page_locked._unregister = register, unregister
     torch.cuda.is_available, torch.cuda.current_device = lambda: True, lambda: 0
     torch.cuda.synchronize = lambda device: None
     specs = {

@@ -16,7 +16,6 @@ import mmap
 import os
 import re
 import secrets
-import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -24,16 +23,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from meft_ds.offload.host.memory import SHM_DIR, in_units, no_shared_memory
+from meft_ds.offload.host.memory import SHM_DIR, no_shared_memory
+from meft_ds.offload.host.page_locked import lock, page_locked, pages
 from meft_ds.offload.ranks import Ranks
 
 _PREFIX = "meft-ds"
 _OURS = re.compile(_PREFIX + r"-(?P<uid>\d{1,10})-(?P<pid>\d{1,10})-(?P<started>\d{1,20})-[0-9a-f]{16}", re.ASCII)
-_ALIGN = 4096
 
 
 class TensorSpec(NamedTuple):
-    """A host tensor to allocate; `pinned`: page-locked, because an accelerator copies from it."""
+    """A host tensor to allocate; `pinned`: page-locked where there is CUDA, because an accelerator copies from it."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -47,7 +46,7 @@ class TensorSpec(NamedTuple):
     @property
     def padded(self) -> int:
         """Bytes that it takes in a block."""
-        return -(-self.nbytes // _ALIGN) * _ALIGN
+        return pages(self.nbytes)
 
 
 Specs = dict[str, TensorSpec]
@@ -70,7 +69,7 @@ def allocate(specs: Specs, ranks: Ranks, *, directory: Path = SHM_DIR) -> dict[s
         ValueError: on every rank, when a shared block cannot be had or page-locked.
     """
     if ranks.world == 1:
-        return {name: torch.zeros(s.shape, dtype=s.dtype, pin_memory=s.pinned) for name, s in specs.items()}
+        return {name: _private(spec) for name, spec in specs.items()}
     memory = _map_shared(arena_bytes(specs), ranks, directory)
     view = memoryview(memory)  # lives as long as the tensors do, and can be watched
     block = torch.frombuffer(view, dtype=torch.uint8)
@@ -181,6 +180,12 @@ def _raise_if(fault: str) -> None:
         raise ValueError(fault)
 
 
+def _private(spec: TensorSpec) -> Tensor:
+    if not (spec.pinned and torch.cuda.is_available()):
+        return torch.zeros(spec.shape, dtype=spec.dtype, device="cpu")
+    return page_locked(spec.nbytes, torch.device("cuda")).view(spec.dtype).view(spec.shape)
+
+
 def _lock_pages(view: memoryview, memory: mmap.mmap, tensors: list[Tensor], ranks: Ranks) -> None:
     """Page-lock tensors in `memory` until nobody refers to `view` any more. Collective.
 
@@ -189,41 +194,11 @@ def _lock_pages(view: memoryview, memory: mmap.mmap, tensors: list[Tensor], rank
     """
     if not torch.cuda.is_available():
         return
-    locked, fault = [], ""
-    for t in tensors:
-        nbytes = t.numel() * t.element_size()
-        if error := _register(t.data_ptr(), nbytes):
-            fault = (
-                f"rank {ranks.rank} could not page-lock {in_units(nbytes)} of the store that ranks share "
-                f"(cudaHostRegister: error {error}); lift the container's or driver's limit, or make the store smaller"
-            )
-            break
-        locked.append(t.data_ptr())
-    # that it refers to the memory keeps it mapped until its pages are unlocked
-    release = weakref.finalize(view, _unlock_pages, memory, locked, torch.cuda.current_device())
-    release.atexit = False  # tensors may be in use until the process ends, and that unlocks them too
-    fault = next((fault for fault in ranks.gather(fault) if fault), "")
-    if fault:
-        release()
-    _raise_if(fault)
-
-
-def _unlock_pages(memory: mmap.mmap, addresses: list[int], device: int) -> None:
-    with contextlib.suppress(RuntimeError):  # of a device that has failed already
-        torch.cuda.synchronize(device)  # copies may still be under way
-    for address in addresses:
-        _unregister(address)
-
-
-# Page-locking foreign memory is a CUDA runtime call; torch's own allocations do it by themselves.
-
-
-def _register(address: int, nbytes: int) -> int:
-    return int(torch.cuda.cudart().cudaHostRegister(address, nbytes, 0))
-
-
-def _unregister(address: int) -> None:
-    torch.cuda.cudart().cudaHostUnregister(address)  # there is nothing to be done about an error
+    unlock, fault = lock(view, memory, tensors)
+    faults = ranks.gather(fault and f"rank {ranks.rank} {fault}")
+    if any(faults):
+        unlock()
+    _raise_if(next(filter(None, faults), ""))
 
 
 def _start_time(pid: int) -> str | None:

@@ -2,8 +2,8 @@
 """The bus between accelerator and host: every byte that crosses goes through here and is counted by channel.
 
 The two directions are independent. A lane's copies run on that direction's own stream and the lane's thread waits for
-them, so the thread that trains never does. Page-locked buffers of the payloads are taken once, from the plan; those of
-small transfers grow to the largest one seen and are then reused.
+them, so the thread that trains never does. Page-locked buffers that the plan knows are taken once; those of small
+transfers grow to the largest one seen and are then reused.
 
 On a CPU device there are no streams, and a lane's copy is a copy in memory. What crosses on the training thread's
 demand (`down`, `up`) lies in place already and is not copied, but its bytes are counted as if.
@@ -21,12 +21,13 @@ import torch
 from torch import Tensor
 
 from meft_ds import ops
-
-_ALIGN = 64
+from meft_ds.offload.host.page_locked import page_locked, taken
 
 Counts = dict[str, dict[str, int]]
 EVALUATION = "eval_"
 """What the names of channels begin with that an evaluation uses."""
+ROWS = "fetched rows"
+"""Key of the buffer through which `Bus.fetch_rows` goes."""
 
 
 def training_bytes(counts: Counts) -> tuple[int, int]:
@@ -99,15 +100,10 @@ class Bus:
     # -- buffers -------------------------------------------------------------------------------------------------------
 
     def reserve(self, sizes: Mapping[Hashable, int]) -> None:
-        """Take one page-locked block and give every key its part of it (bytes); for buffers that the plan knows."""
-        padded = {key: -(-size // _ALIGN) * _ALIGN for key, size in sizes.items() if key not in self._staging}
-        if not sum(padded.values()):
-            return
-        block = self._pinned(sum(padded.values()))
-        offset = 0
-        for key, size in padded.items():
-            self._staging[key] = block[offset : offset + size]
-            offset += size
+        """Take a page-locked buffer for every key (bytes) that has none; for buffers that the plan knows."""
+        for key, size in sizes.items():
+            if size and key not in self._staging:
+                self._staging[key] = self._pinned(size)
 
     # -- on the thread that trains -------------------------------------------------------------------------------------
 
@@ -133,7 +129,7 @@ class Bus:
         if self.is_host:
             ops.gather_rows(src, ids, dst)
             return
-        rows = self._stage(channel, dst.shape, dst.dtype)
+        rows = self._stage(ROWS, dst.shape, dst.dtype)
         ops.gather_rows(src, ids, rows)
         dst.copy_(rows)
 
@@ -213,11 +209,11 @@ class Bus:
         nbytes = shape.numel() * dtype.itemsize
         buffer = self._staging.get(key)
         if buffer is None or buffer.numel() < nbytes:
-            # a power of two, so that lengths that vary a little do not take a new block each time
-            buffer = self._staging[key] = self._pinned(1 << max(nbytes - 1, _ALIGN - 1).bit_length())
+            # with room to spare once it proves too small: lengths that vary a little must not take a block each time
+            room = nbytes if buffer is None else nbytes + nbytes // 4
+            buffer = self._staging[key] = self._pinned(taken(room, self.device))
         return buffer[:nbytes].view(dtype).view(shape)
 
     def _pinned(self, nbytes: int) -> Tensor:
         self._blocks.append(nbytes)
-        with torch.inference_mode(False):  # an evaluation may be the first to need it
-            return torch.empty(nbytes, dtype=torch.uint8, pin_memory=not self.is_host)
+        return page_locked(nbytes, self.device)

@@ -24,13 +24,21 @@ from meft_ds.offload.host.transfer import EVALUATION, Bus
 _FIRST_ROWS = 256  # first size of a window; it doubles on demand up to the capacity
 
 
-def store_specs(name: str, r: int, d: int, dtype: torch.dtype, device: torch.device) -> Specs:
+def store_specs(
+    name: str, r: int, d: int, dtype: torch.dtype, *, device: torch.device, selection: Literal["host", "device"]
+) -> Specs:
     """Return the host tensors that one layer's rows need, shared by a node's ranks; fp32 compute needs no replica."""
     specs: Specs = {f"{name}.master": TensorSpec((r, 2 * d), torch.float32)}
     if dtype != torch.float32:
-        # the device's copies of rows come from the replica
-        specs[f"{name}.replica"] = TensorSpec((r, 2 * d), dtype, pinned=device.type != "cpu")
+        # only keys for the device go up from it: rows are gathered into the bus's own buffer
+        pinned = device.type != "cpu" and selection == "device"
+        specs[f"{name}.replica"] = TensorSpec((r, 2 * d), dtype, pinned)
     return specs
+
+
+def rows_buffer_bytes(r: int, d: int, capacity: int, dtype: torch.dtype, selection: Literal["host", "device"]) -> int:
+    """Return the size of the bus's buffer through which fetched rows go up, one for all layers."""
+    return min(capacity, r) * _fetch_width(d, selection) * dtype.itemsize
 
 
 class HostRows:
@@ -54,7 +62,7 @@ class HostRows:
         self.version = 0
         self.spills = 0  # windows' overflows of the cache since the start
         self._bus = bus
-        self._fetch_width = 2 * self.d if selection == "host" else self.d
+        self._fetch_width = _fetch_width(self.d, selection)
         self._slot_of_row = torch.zeros(self.r, dtype=torch.int64)  # 0 = not on the device; slot 0 is a row of zeros
         self._used = 0
         self._row_of_slot = torch.zeros(0, dtype=torch.int64)
@@ -314,6 +322,10 @@ class HostRows:
             total.index_add_(0, where[start : start + part.numel()], rows)
             start += part.numel()
         return union, self._bus.up(total, "spill")
+
+
+def _fetch_width(d: int, selection: Literal["host", "device"]) -> int:
+    return 2 * d if selection == "host" else d  # keys that select on the device are there
 
 
 def _nothing() -> None:
