@@ -11,8 +11,10 @@ import fcntl
 import hashlib
 import shutil
 import sys
+import time
 import types
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +120,11 @@ def max_memory_allocated(device: Any = None) -> int:
     return backend.device_usage().get("", (0, 0))[1]
 
 
+def sleep(cycles: int) -> None:
+    """Keep the current stream busy for so many cycles of 2 GHz, as `torch.cuda._sleep` does."""
+    backend.enqueue(torch.accelerator.current_stream().stream_id, partial(time.sleep, cycles / 2e9), "sleep")
+
+
 def _register() -> types.ModuleType:
     torch.utils.rename_privateuse1_backend(NAME)
     module = types.ModuleType(f"torch.{NAME}")
@@ -152,6 +159,7 @@ def _register() -> types.ModuleType:
         "max_memory_reserved": max_memory_allocated,
         "reset_peak_memory_stats": lambda device=None: backend.reset_peaks(),
         "empty_cache": lambda: None,
+        "_sleep": sleep,
         "mem_get_info": lambda device=None: (MEMORY - memory_allocated(), MEMORY),
         "memory_stats": lambda device=None: {},
     }
