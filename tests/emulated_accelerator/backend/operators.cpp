@@ -156,8 +156,8 @@ class Call {
     auto run = [op = op_, name = name_, host = std::move(host), targets = std::move(targets)]() mutable {
       try {
         op.callBoxed(&host);
-      } catch (const std::exception& error) {
-        TORCH_CHECK(false, "emulated device, asynchronous error of ", name, ": ", error.what());
+      } catch (const c10::Error& error) {
+        TORCH_CHECK(false, "emulated device, asynchronous error of ", name, ": ", error.what_without_backtrace());
       }
       for (size_t i = 0; i < targets.size(); i++) deliver(host[i], targets[i], i, name);
     };
