@@ -172,6 +172,7 @@ class Pipeline(Windows):
         self._adopt_late_edits()
         self._send_the_rest()
         total = self._agreed_sq_norm()
+        self.timeline.mark("verdict")
         self.handed_over = True
         finite = math.isfinite(total)
         grad_norm = math.sqrt(total) * settings.grad_scale if finite else math.inf
@@ -329,7 +330,7 @@ class Pipeline(Windows):
 
     def _down_job(self, entry: UnitProgress, after: Any, bus: Bus) -> None:
         unit = entry.unit
-        with self.timeline.span("down", "send", unit.name), bus.lane("down", after):
+        with self.timeline.span("down", "send", unit.name, on=bus.lane("down", after)):
             unit.reduce(self._ranks_of.down)
             unit.send(bus)
         # norms go first: the verdict over all units waits for them

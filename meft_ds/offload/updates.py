@@ -95,7 +95,7 @@ class Updates:
         self._lanes.up.submit(partial(self._up_job, entry, bus))
 
     def _up_job(self, entry: UnitProgress, bus: Bus) -> None:
-        with self.timeline.span("up", "fetch", entry.unit.name), bus.lane("up"):
+        with self.timeline.span("up", "fetch", entry.unit.name, on=bus.lane("up")):
             entry.unit.fetch(bus, self._ranks_of.up)
             entry.up_mark = bus.mark()
         self._progress.tell(entry, "updated")
@@ -119,20 +119,21 @@ class Updates:
             try:
                 if not entry.pending:  # another thread or a signal handler came in between
                     return
-                if not entry.updated:
-                    with self.timeline.span("main", "stall", entry.unit.name):
-                        self._progress.wait_for([entry], "updated")
-                with self.timeline.span("main", "apply", entry.unit.name), self.bus.training():
-                    self.bus.wait(entry.up_mark)
-                    try:
-                        with torch._C.DisableTorchFunctionSubclass():  # the parameters still wait, for other threads
-                            entry.unit.apply()
-                        entry.pending = entry.updated = False
-                        entry.versions = entry.unit.versions()
-                        entry.unit.unhold()
-                    except BaseException as error:  # an interrupt too: half of the update may be in the weights
-                        self.fail(error)
-                        raise
+                with self.bus.training():
+                    if not entry.updated:
+                        with self.timeline.stall(entry.unit.name):
+                            self._progress.wait_for([entry], "updated")
+                    with self.timeline.span("main", "apply", entry.unit.name):
+                        self.bus.wait(entry.up_mark)
+                        try:
+                            with torch._C.DisableTorchFunctionSubclass():  # parameters still wait, for other threads
+                                entry.unit.apply()
+                            entry.pending = entry.updated = False
+                            entry.versions = entry.unit.versions()
+                            entry.unit.unhold()
+                        except BaseException as error:  # an interrupt too: half of the update may be in the weights
+                            self.fail(error)
+                            raise
             finally:
                 self.applying = False
 

@@ -16,7 +16,7 @@ from meft_ds.offload.schedule.window import StepResult
 
 MONITORED = ("step_s", "bound_s", "efficiency", "stall_s", "norm_wait_s", "host_update_s", "payloads")
 """What of `WindowTimes` DeepSpeed's monitor gets."""
-REPORTED = (*MONITORED, "compute_s", "hooks_s", "down_s", "up_s")
+REPORTED = (*MONITORED, "compute_s", "idle_s", "hooks_s", "down_s", "up_s")
 """What of `WindowTimes` `meft_stats` reports."""
 TAG = "Train/Samples/meft_"
 

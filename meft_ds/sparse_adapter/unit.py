@@ -68,6 +68,7 @@ class RowsUnit(Unit):
         self.adam = RowAdam(*state) if compression is None else CompressedRowAdam(*state, compression)
         self._ids: Tensor | None = None
         self._payload: Tensor | None = None
+        self._collected: Tensor | None = None  # on the device, kept until the lane has done with it
         rows.on_gradient = self._tell_gradient
         rows.on_complete = self._tell_complete
         rows.before_use = self._tell_needed
@@ -93,6 +94,7 @@ class RowsUnit(Unit):
     def collect(self) -> None:
         self._ids, g = self.rows.close_window()
         self._payload = g if self._compression is None else self._compression.compress(g)
+        self._collected = self._payload
 
     def reduce(self, ranks: Ranks) -> None:
         assert self._ids is not None and self._payload is not None
@@ -108,6 +110,7 @@ class RowsUnit(Unit):
 
     def sq_norm(self) -> float:
         assert self._payload is not None
+        self._collected = None
         return ops.sq_norm(self._payload) if self.saves_state else 0.0  # all nodes have the same
 
     def host_step(self, hyper: AdamHyper, *, step: int, grad_scale: float) -> None:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -190,6 +191,19 @@ def test_scale_adam_moves_a_row_by_as_much_as_adam_does(dim: int) -> None:
     moved = torch.zeros(50, 2 * d)
     compression.add_expanded_(moved, s, torch.arange(50), alpha=settings.scale, decay=1.0)
     assert moved.square().mean().sqrt().item() == pytest.approx(1.0, rel=0.02)
+
+
+def test_what_goes_down_is_kept_until_the_lane_is_done_with_it_and_no_longer() -> None:
+    """The device may reuse its memory as soon as nobody holds it, and a copy may still be under way."""
+    unit = unit_of(RowCompression.draw(HALF, D, 0, 0, CPU))
+    window_of(unit, 0)
+    unit.collect()
+    payload = weakref.ref(unit._payload)
+    unit.reduce(Ranks())
+    unit.send(unit.rows._bus)
+    assert payload() is not None
+    unit.sq_norm()  # follows the end of the lane's job
+    assert payload() is None
 
 
 @pytest.mark.parametrize("mode", ["dense", "lazy"])

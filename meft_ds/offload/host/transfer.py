@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The bus between accelerator and host: every byte that crosses goes through here and is counted by channel.
 
-The two directions are independent. A lane's copies run on that direction's own stream and the lane's thread waits for
-them, so the thread that trains never does. Page-locked buffers that the plan knows are taken once; those of small
-transfers grow to the largest one seen and are then reused.
+The two directions are independent. A lane's copies run on that direction's own stream and the lane's thread sleeps
+until they are done, so the thread that trains never waits. Page-locked buffers that the plan knows are taken once;
+those of small transfers grow to the largest one seen and are then reused.
 
 On a CPU device there are no streams, and a lane's copy is a copy in memory. What crosses on the training thread's
 demand (`down`, `up`) lies in place already and is not copied, but its bytes are counted as if.
@@ -15,6 +15,7 @@ import contextlib
 import copy
 import threading
 from collections.abc import Hashable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -53,6 +54,13 @@ class WindowBytes:
         """Return {channel: {"down": bytes, "up": bytes}}."""
         with self._adding:
             return {name: {"down": down, "up": up} for name, (down, up) in sorted(self._of.items())}
+
+
+@dataclass
+class DeviceTime:
+    """How long a lane's work took on its stream; None until it is done, and where there are no streams."""
+
+    seconds: float | None = None
 
 
 class Bus:
@@ -136,7 +144,10 @@ class Bus:
     # -- on a lane, or in line -----------------------------------------------------------------------------------------
 
     def send(self, t: Tensor, dtype: torch.dtype, channel: str, key: Hashable) -> Tensor:
-        """Cast to `dtype`, and copy from the device to the key's page-locked buffer; done on return."""
+        """Cast to `dtype`, and copy from the device to the key's page-locked buffer; it is there when the lane ends.
+
+        Whoever holds `t` keeps it until then: the stream on which it was made does not wait for the copy.
+        """
         host = self._stage(key, t.shape, dtype)
         self.count(channel, down=host.numel() * host.element_size())
         self._copy_down(host, t)
@@ -148,7 +159,7 @@ class Bus:
         self._copy_up(dst, src)
 
     def _copy_down(self, host: Tensor, t: Tensor) -> None:
-        host.copy_(t if self.is_host else t.to(host.dtype))
+        host.copy_(t if self.is_host else t.to(host.dtype), non_blocking=True)
 
     def _copy_up(self, dst: Tensor, src: Tensor) -> None:
         dst.copy_(src, non_blocking=True)
@@ -169,17 +180,25 @@ class Bus:
             self._runtime.current_stream(self.device).wait_event(mark)
 
     @contextlib.contextmanager
-    def lane(self, direction: Literal["down", "up"], after: Any = None) -> Iterator[None]:
-        """Work inside runs on that direction's stream, after `after`, and is done on exit (the thread waits)."""
+    def lane(self, direction: Literal["down", "up"], after: Any = None) -> Iterator[DeviceTime]:
+        """Work inside runs on that direction's stream, after `after`, and is done on exit (the thread waits).
+
+        What is yielded says then how long it took, from when it could begin.
+        """
+        took = DeviceTime()
         if self.is_host:
-            yield
+            yield took
             return
         stream = self._streams[direction]
         with self._runtime.stream(stream):
             if after is not None:
                 stream.wait_event(after)
-            yield
-        stream.synchronize()
+            begun, done = self._timer(), self._timer()
+            begun.record(stream)
+            yield took
+            done.record(stream)
+        done.synchronize()
+        took.seconds = begun.elapsed_time(done) / 1e3
 
     def enter(self) -> None:
         """Note that the current stream is the one that trains."""
@@ -204,6 +223,12 @@ class Bus:
             self._runtime.set_device(self.device)
 
     # -- helpers -------------------------------------------------------------------------------------------------------
+
+    def _timer(self) -> Any:
+        try:
+            return self._runtime.Event(enable_timing=True, blocking=True)  # a thread that waits for it does not spin
+        except TypeError:  # not every device lets threads choose
+            return self._runtime.Event(enable_timing=True)
 
     def _stage(self, key: Hashable, shape: torch.Size, dtype: torch.dtype) -> Tensor:
         nbytes = shape.numel() * dtype.itemsize

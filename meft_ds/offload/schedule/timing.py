@@ -10,22 +10,27 @@ import contextlib
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, TypeVar
 
 from torch.profiler import record_function
 
-from meft_ds.offload.host.transfer import Bus
+from meft_ds.offload.host.transfer import Bus, DeviceTime
 
 LaneName = Literal["compute", "main", "down", "host", "up"]
 """Where work runs: in the model, elsewhere on the training thread, or on one of the three lanes."""
-MarkName = Literal["forward", "forward_end", "backward_end", "step", "end"]
-"""Points of a window on the training thread."""
+MarkName = Literal["forward", "forward_end", "backward_end", "step", "verdict", "end", "stall"]
+"""Points of a window on the training thread. At the verdict all payloads are down, so the device has nothing to do."""
 _ON_MAIN = ("stall", "norm", "collect", "apply")  # work and waiting on the training thread
 
 
 class Span(NamedTuple):
-    """Work or waiting on one lane. Times are `time.perf_counter` seconds."""
+    """Work or waiting on one lane. Times are `time.perf_counter` seconds.
+
+    Work on an accelerator's down or up stream ends when the lane's thread knew of its end, and begins as long before as
+    it took on the device.
+    """
 
     lane: LaneName
     what: str  # on "main": stall, norm, collect, apply; elsewhere the stage
@@ -45,6 +50,9 @@ class WindowTimes:
     `step_s` is forwards, backwards and the step, without what your program does between them. `down_s`,
     `host_update_s` and `up_s` count work that ran in this window. With an overlapping schedule these are the host
     updates and uploads of the step before it.
+
+    On an accelerator forwards, backwards, `idle_s`, `down_s` and `up_s` are the device's times. Waits and work of the
+    training thread and of the host are the host's.
     """
 
     step_s: float
@@ -53,6 +61,7 @@ class WindowTimes:
     first_forward_s: float
     last_backward_s: float
     stall_s: float  # the training thread waited for an update
+    idle_s: float  # the device had nothing to do in forwards and backwards because of such waits
     norm_wait_s: float  # the training thread waited for the payloads, the norm and the verdict
     hooks_s: float  # the training thread's own work for the schedule: collecting and applying
     down_s: float
@@ -65,8 +74,8 @@ class WindowTimes:
 
     @property
     def compute_s(self) -> float:
-        """Forward and backward without the waiting inside them."""
-        return max(self.forward_s + self.backward_s - self.stall_s, 0.0)
+        """Forward and backward without the idle time inside them."""
+        return max(self.forward_s + self.backward_s - self.idle_s, 0.0)
 
     @property
     def bound_s(self) -> float:
@@ -77,6 +86,10 @@ class WindowTimes:
     def efficiency(self) -> float:
         """`bound_s` over `step_s`, at most 1."""
         return min(1.0, self.bound_s / self.step_s) if self.step_s > 0 else 1.0
+
+
+_Point = tuple[MarkName, float, Any]
+"""What it is, when the thread came to it, and the event that tells when the device did."""
 
 
 class Timeline:
@@ -92,23 +105,40 @@ class Timeline:
         self._shallowest = frozenset(shallowest)
         self._spans: list[Span] = []
         self._adding = threading.Lock()
-        self._marks: list[tuple[MarkName, float, Any]] = []
+        self._marks: list[_Point] = []
+        self._stalls: list[tuple[_Point, _Point]] = []
 
     @contextlib.contextmanager
-    def span(self, lane: LaneName, what: str, unit: str = "") -> Iterator[None]:
-        """Time what runs inside."""
+    def span(
+        self, lane: LaneName, what: str, unit: str = "", *, on: AbstractContextManager[DeviceTime] | None = None
+    ) -> Iterator[None]:
+        """Time what runs inside. `on`: the stream on which it does, by `Bus.lane`."""
+        took = DeviceTime()
         with record_function(f"meft.{lane}.{what}" + (f" {unit}" if unit else "")):
             start = time.perf_counter()
             try:
-                yield
+                with on or contextlib.nullcontext(took) as took:
+                    yield
             finally:
-                span = Span(lane, what, unit, start, time.perf_counter())
+                end = time.perf_counter()
+                span = Span(lane, what, unit, start if took.seconds is None else end - took.seconds, end)
                 with self._adding:
                     self._spans.append(span)
 
+    @contextlib.contextmanager
+    def stall(self, unit: str) -> Iterator[None]:
+        """Time a wait for an update, and for how long the device has nothing to do meanwhile."""
+        before = self._point("stall")
+        with self.span("main", "stall", unit):
+            yield
+        self._stalls.append((before, self._point("stall")))
+
     def mark(self, what: MarkName) -> None:
         """Note a point of the window."""
-        self._marks.append((what, time.perf_counter(), self._bus.mark(timed=True)))
+        self._marks.append(self._point(what))
+
+    def _point(self, what: MarkName) -> _Point:
+        return what, time.perf_counter(), self._bus.mark(timed=True)
 
     def close_window(self) -> WindowTimes:
         """Return what was collected since the last call."""
@@ -116,18 +146,24 @@ class Timeline:
         with self._adding:
             spans, self._spans = self._spans, []
         marks, self._marks = self._marks, []
-        found = [(what, _between(first, last)) for what, first, last in phases(marks)]
-        forwards, backwards = ([s for what, s in found if what == name] for name in ("forward", "backward"))
+        stalls, self._stalls = self._stalls, []
+        found = list(phases(marks))
+        forwards, backwards = ([_between(a, b) for what, a, b in found if what == name] for name in _PHASES)
+        inside = [stall for stall in stalls if any(a[1] <= stall[0][1] <= b[1] for _, a, b in found)]
         total = {lane: sum(s.seconds for s in spans if s.lane == lane) for lane in ("down", "host", "up")}
         main = {what: sum(s.seconds for s in spans if s.lane == "main" and s.what == what) for what in _ON_MAIN}
-        step = next((at for what, at, _ in marks if what == "step"), marks[-1][1])
+        end = marks[-1]
+        step = next((mark for mark in marks if mark[0] == "step"), end)
+        verdict = next((mark for mark in marks if mark[0] == "verdict"), step)
         return WindowTimes(
-            step_s=sum(forwards) + sum(backwards) + marks[-1][1] - step,
+            # the thread comes to the step while the device still does the backward; from the verdict on they agree
+            step_s=sum(forwards) + sum(backwards) + _between(step, verdict) + end[1] - verdict[1],
             forward_s=sum(forwards),
             backward_s=sum(backwards),
             first_forward_s=forwards[0] if forwards else 0.0,
             last_backward_s=backwards[-1] if backwards else 0.0,
             stall_s=main["stall"],
+            idle_s=sum(_between(before, after) for before, after in inside),
             norm_wait_s=main["norm"],
             hooks_s=main["collect"] + main["apply"],
             down_s=total["down"],
@@ -141,6 +177,7 @@ class Timeline:
 
 
 _Mark = TypeVar("_Mark", bound=tuple[Any, ...])
+_PHASES = ("forward", "backward")
 
 
 def phases(marks: Sequence[_Mark]) -> Iterator[tuple[str, _Mark, _Mark]]:
@@ -157,16 +194,16 @@ def phases(marks: Sequence[_Mark]) -> Iterator[tuple[str, _Mark, _Mark]]:
             if begun is not None:
                 yield "forward", begun, mark
             begun, ended, backward_ended = None, mark, None
-        else:  # the next forward, the step, or the end
+        else:  # the next forward, the step, the verdict, or the end
             if ended is not None and backward_ended is not None:
                 yield "backward", ended, backward_ended
                 ended = backward_ended = None
             begun = mark if what == "forward" else None
 
 
-def _between(first: tuple[str, float, Any], last: tuple[str, float, Any]) -> float:
-    """Return the seconds of the device's work between two marks; of the thread where the device has no clock."""
+def _between(first: _Point, last: _Point) -> float:
+    """Return the seconds of the device's work between two points; of the thread where the device has no clock."""
     if first[2] is None or last[2] is None:
         return last[1] - first[1]
-    last[2].synchronize()  # hardly waits: a step ends after the device did the backward
+    last[2].synchronize()  # hardly waits: a window closes after its verdict, and the device was done with all before
     return float(first[2].elapsed_time(last[2])) / 1e3

@@ -38,24 +38,22 @@ class Queue {
     jobs_.push_back(std::move(work));
     submitted_++;
     if (!lazy) demanded_ = submitted_;
-    more_.notify_one();
+    changed_.notify_all();
     return submitted_;
   }
   void demand(uint64_t position) {
     std::lock_guard<std::mutex> lock(m_);
     if (position > demanded_) {
       demanded_ = position;
-      more_.notify_one();
+      changed_.notify_all();
     }
   }
   void synchronize() {
     std::unique_lock<std::mutex> lock(m_);
     uint64_t upto = submitted_;
     demanded_ = upto;
-    more_.notify_one();
-    waiting_++;
-    done_.wait(lock, [&] { return completed_ >= upto; });
-    waiting_--;
+    changed_.notify_all();
+    changed_.wait(lock, [&] { return completed_ >= upto; });
     if (error_) {
       auto error = error_;
       error_ = nullptr;
@@ -65,7 +63,7 @@ class Queue {
   bool idle() {
     std::lock_guard<std::mutex> lock(m_);
     demanded_ = submitted_;  // who asks again and again waits
-    more_.notify_one();
+    changed_.notify_all();
     return completed_ >= submitted_;
   }
   std::string doing() {
@@ -85,7 +83,7 @@ class Queue {
       Work job;
       {
         std::unique_lock<std::mutex> lock(m_);
-        more_.wait(lock, [&] { return !jobs_.empty() && completed_ < demanded_; });
+        changed_.wait(lock, [&] { return !jobs_.empty() && completed_ < demanded_; });
         job = std::move(jobs_.front());
         jobs_.pop_front();
         running_ = job.name.empty() ? "an event" : job.name;
@@ -105,13 +103,12 @@ class Queue {
       std::lock_guard<std::mutex> lock(m_);
       running_.clear();
       completed_++;
-      if (waiting_) done_.notify_all();
+      changed_.notify_all();
     }
   }
 
   std::mutex m_;
-  std::condition_variable more_, done_;
-  int waiting_ = 0;
+  std::condition_variable changed_;
   std::deque<Work> jobs_;
   uint64_t submitted_ = 0, demanded_ = 0, completed_ = 0;
   std::string running_;
