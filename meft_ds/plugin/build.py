@@ -6,7 +6,6 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -173,8 +172,8 @@ def _pipeline(units: list[Unit], methods: list[Method], run: Run, config: Schedu
     bus, ranks = run.bus, run.ranks
     if config.mode == "serial":
         return Pipeline(units, bus, ranks, methods=methods)
-    threads = host_threads(config.host_threads, ranks.here)
-    copier = replace(threads, threads=1)  # one thread fills a bus
+    threads = host_threads(config.host_threads, ranks.here, launches=not bus.is_host)
+    copier = HostThreads(threads=1, cpus=threads.left or threads.cpus)  # one thread fills a bus
 
     def start(plan: HostThreads) -> None:
         enter_threads(plan)

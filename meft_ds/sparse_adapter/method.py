@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from meft_ds.offload.host.page_locked import taken
@@ -13,6 +15,7 @@ from meft_ds.offload.host.shared_memory import Specs
 from meft_ds.offload.host.transfer import ROWS
 from meft_ds.offload.method import Method, Run
 from meft_ds.offload.ranks import owned_range
+from meft_ds.offload.schedule.host_threads import allowed_cpus
 from meft_ds.offload.unit import Footprint, Unit
 from meft_ds.sparse_adapter.attach import Site, attach, find_ffns
 from meft_ds.sparse_adapter.config import ResolvedCompress, ResolvedSparseAdapter, SparseAdapterConfig
@@ -24,6 +27,7 @@ from meft_ds.sparse_adapter.rows.host import HostRows, initialise_rows, rows_buf
 from meft_ds.sparse_adapter.takeover import fill_rows, give_rows, holds_rows, kept_store, learned_rows, take_over
 from meft_ds.sparse_adapter.unit import RowsUnit, rows_footprint
 
+_logger = logging.getLogger("meft_ds")
 _SHAPING = ("d", "rows", "experts", "experts_per_token", "keys_per_token", "gate", "scope", "optimizer")
 
 
@@ -110,6 +114,8 @@ class SparseAdapterMethod(Method):
     def build(self, run: Run, memory: Mapping[str, Tensor]) -> list[Unit]:
         sizes, units = self.sizes, []
         run.bus.reserve({ROWS: self._rows_buffer(run)})
+        if run.ranks.rank == 0 and not run.bus.is_host and sizes.selection == "host":
+            _warn_of_one_thread()
         for layer, adapter in enumerate(self.adapters):
             kept = kept_store(adapter, run.dtype)
             if kept is not None:
@@ -186,6 +192,16 @@ class SparseAdapterMethod(Method):
             "dead_rows": sum(r.dead_rows() for r in rows),
             "spills": sum(r.spills for r in rows),
         }
+
+
+def _warn_of_one_thread() -> None:
+    cpus = len(allowed_cpus())
+    if torch.get_num_threads() == 1 and cpus > 1:
+        _logger.warning(
+            "sparse_adapter scores keys on the host with 1 of %d CPUs, because the training thread has 1 thread, as "
+            'launchers set it by OMP_NUM_THREADS; raise that, or set sparse_adapter.selection to "device"',
+            cpus,
+        )
 
 
 def _mode_of(adapter: SparseAdapter) -> Callable[[], bool]:

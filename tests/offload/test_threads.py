@@ -151,11 +151,32 @@ def test_a_number_wins_over_every_bound_and_only_an_excess_over_the_cpus_is_warn
     assert "host_threads is 5, but rank 1's share of this node is 4 CPU(s) (4,5,6,7)" in caplog.text
 
 
+@pytest.mark.parametrize(("cpus", "threads"), [(1, 1), (2, 1), (3, 1), (4, 2), (16, 14)])
+def test_on_an_accelerator_two_cpus_stay_free_and_one_is_for_the_update(cpus: int, threads: int) -> None:
+    everything = tuple(range(cpus))
+    assert choose("auto", [everything], 0, omp=None, quota=None, leave=2).threads == threads
+    assert choose("auto", [tuple(range(64))], 0, omp=None, quota=float(cpus), leave=2).threads == threads
+    two = choose("auto", [tuple(range(2 * cpus))] * 2, 1, omp=None, quota=None, leave=2)
+    own = tuple(range(cpus, 2 * cpus))
+    assert two == HostThreads(threads=threads, cpus=own[:threads], left=own[threads:])
+
+
+def test_what_a_number_or_a_bound_leaves_goes_to_the_launching_threads_up_to_two() -> None:
+    def plan(knob: Any, **bounds: Any) -> HostThreads:
+        return choose(knob, [EIGHT] * 2, 0, **{"omp": None, "quota": None, **bounds}, leave=2)
+
+    assert plan(4) == HostThreads(threads=4, cpus=(0, 1, 2, 3))
+    assert plan(3) == HostThreads(threads=3, cpus=(0, 1, 2), left=(3,))
+    assert plan(1) == HostThreads(threads=1, cpus=(0, 1), left=(2, 3))
+    assert plan("auto", omp="1") == HostThreads(threads=1, cpus=(0, 1), left=(2, 3))
+
+
 def test_host_threads_reads_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(threads, "allowed_cpus", lambda: EIGHT)
     monkeypatch.setattr(threads, "cpu_quota", lambda: 6.5)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     assert host_threads("auto", Ranks()) == HostThreads(threads=7, cpus=None)
+    assert host_threads("auto", Ranks(), launches=True) == HostThreads(threads=5, cpus=None)
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
     assert host_threads("auto", Ranks()) == HostThreads(threads=2, cpus=None)
 

@@ -27,7 +27,7 @@ class ScheduleConfig(Settings):
     host_threads: Annotated[int | Literal["auto"], BeforeValidator(_threads)] = Field(
         "auto",
         description="Threads of the host update on each rank. auto = the rank's share of the CPUs that its process may "
-        "use, at most OMP_NUM_THREADS.",
+        "use, on an accelerator all but 2 of them, at most OMP_NUM_THREADS.",
     )
     trace_file: Annotated[str | None, BeforeValidator(file_name), AfterValidator(writable)] = Field(
         None,

@@ -22,20 +22,32 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class HostThreads:
-    """What one rank's worker uses. `cpus` is None where the rank has its allowed CPUs to itself: nothing is bound."""
+    """What one rank's worker uses. `cpus` is None where the rank has its allowed CPUs to itself: nothing is bound.
+
+    `left` are CPUs of the rank that the worker leaves to others; empty where it leaves none or nothing is bound.
+    """
 
     threads: int
     cpus: tuple[int, ...] | None
+    left: tuple[int, ...] = ()
 
 
-def host_threads(knob: int | Literal["auto"], ranks: Ranks) -> HostThreads:
-    """Return the plan for this rank. Collective; call it on the main thread, because affinity belongs to a thread."""
+LAUNCHING = 2
+"""CPUs for the threads that launch an accelerator's work: the program's, and autograd's."""
+
+
+def host_threads(knob: int | Literal["auto"], ranks: Ranks, *, launches: bool = False) -> HostThreads:
+    """Return the plan for this rank. Collective; call it on the main thread, because affinity belongs to a thread.
+
+    `launches`: the rank drives an accelerator.
+    """
     all_allowed = ranks.gather(allowed_cpus())
     quota = cpu_quota()
     omp = os.environ.get("OMP_NUM_THREADS")
-    plan = choose(knob, all_allowed, ranks.rank, omp=omp, quota=quota)
+    leave = LAUNCHING if launches else 0
+    plan = choose(knob, all_allowed, ranks.rank, omp=omp, quota=quota, leave=leave)
     if knob == "auto" and _first_number(omp) == 1 and Ranks.everyone().rank == 0:
-        free = choose(knob, all_allowed, ranks.rank, omp=None, quota=quota).threads
+        free = choose(knob, all_allowed, ranks.rank, omp=None, quota=quota, leave=leave).threads
         if free > 1:
             _warn_once(
                 f"the host update uses 1 thread because OMP_NUM_THREADS is 1, as launchers set it by themselves; this "
@@ -51,17 +63,19 @@ def choose(
     *,
     omp: str | None,
     quota: float | None,
+    leave: int = 0,
 ) -> HostThreads:
     """Return the plan for `rank`; reads nothing but its arguments.
 
     Ranks with equal allowed CPUs divide them. Other sets are the rank's own: a launcher has bound it. An automatic
-    number is the smallest of the rank's CPUs, its part of the quota, and OMP_NUM_THREADS.
+    number is the smallest of the rank's CPUs, its part of the quota (both less `leave`), and OMP_NUM_THREADS.
 
     Args:
         knob: "auto", or the number of threads (at least 1) whatever the other arguments say.
         all_allowed: sorted allowed CPUs of each rank of this node.
         omp: OMP_NUM_THREADS as the environment has it.
         quota: CPUs' worth of time that this node's ranks may use together, because they share a cgroup.
+        leave: CPUs that other threads of the rank need.
     """
     allowed = all_allowed[rank]
     sharers = [k for k, other in enumerate(all_allowed) if other == allowed]
@@ -69,9 +83,9 @@ def choose(
     cpus = allowed[lo : max(hi, lo + 1)]  # with more ranks than CPUs a slice may be empty: several then use one CPU
 
     if knob == "auto":
-        bounds = [len(cpus)]
+        bounds = [max(1, len(cpus) - leave)]
         if quota is not None:
-            bounds.append(max(1, math.ceil(quota / len(all_allowed))))
+            bounds.append(max(1, math.ceil(quota / len(all_allowed)) - leave))
         if omp_bound := _first_number(omp):
             bounds.append(omp_bound)
         threads = min(bounds)
@@ -83,7 +97,10 @@ def choose(
                 'take turns. Use "auto" or at most %d',
                 *(threads, rank, len(cpus), ",".join(map(str, cpus)), len(cpus)),
             )
-    return HostThreads(threads=threads, cpus=cpus if len(sharers) > 1 else None)
+    if len(sharers) == 1:
+        return HostThreads(threads=threads, cpus=None)
+    split = max(len(cpus) - leave, min(threads, len(cpus)))
+    return HostThreads(threads=threads, cpus=cpus[:split], left=cpus[split:])
 
 
 def _first_number(omp: str | None) -> int | None:
