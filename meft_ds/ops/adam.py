@@ -256,8 +256,11 @@ def direction_in_torch(
     v = exp_avg_sq.float().mul(hyper.beta2).addcmul(g, g, value=1 - hyper.beta2)
     exp_avg.copy_(m)
     exp_avg_sq.copy_(v)
-    denominator = v.sqrt().div_((1 - hyper.beta2**step) ** 0.5).add_(hyper.eps)
-    out.copy_(m.div_(1 - hyper.beta1**step).div_(denominator))
+    first, second = 1 - hyper.beta1**step, (1 - hyper.beta2**step) ** 0.5
+    if isinstance(first, Tensor):  # torch would divide in float64, at half the speed
+        first, second = first.float(), second.float()
+    denominator = v.sqrt().div_(second).add_(hyper.eps)
+    out.copy_(m.div_(first).div_(denominator))
 
 
 def blocks_of_rows(ids: Tensor, n: int, height: int) -> Iterator[tuple[slice, Tensor, slice]]:

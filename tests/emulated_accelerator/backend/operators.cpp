@@ -10,7 +10,9 @@
 #include <ATen/ops/as_strided_cpu_dispatch.h>
 #include <torch/library.h>
 
+#include <mutex>
 #include <optional>
+#include <unordered_map>
 
 #include "memory.h"
 #include "streams.h"
@@ -101,6 +103,14 @@ class Call {
 
   // Shapes of the outputs, if they do not depend on values. Grows arguments of the kind `out=`.
   bool infer() {
+    std::string key = op_.operator_name().name + "." + op_.operator_name().overload_name;
+    bool keeps = true;
+    for (const IValue& arg : args_) keeps = keeps && describe(arg, key);
+    if (keeps)
+      if (auto found = kept(key)) {
+        shapes_ = std::move(*found);
+        return true;
+      }
     Stack meta;
     for (const IValue& arg : args_)
       meta.push_back(elsewhere(mapped(arg,
@@ -117,12 +127,70 @@ class Call {
     for (size_t i = 0; i < args_.size(); i++)
       if (writes(i) && args_[i].isTensor() && ours(args_[i].toTensor())) {
         auto wanted = before[i].toTensor().sizes();
-        if (wanted != args_[i].toTensor().sizes()) args_[i].toTensor().resize_(wanted);
+        if (wanted == args_[i].toTensor().sizes()) continue;
+        args_[i].toTensor().resize_(wanted);
+        keeps = false;
       }
     shapes_.assign(meta.begin(), meta.end());
     for (const IValue& v : shapes_)
       if (!v.isTensor() && !v.isTensorList() && !v.isNone()) return false;
+    if (keeps) keep(key, shapes_);
     return true;
+  }
+
+  // Adds to `key` what shapes can depend on; false if that cannot be said.
+  static bool describe(const IValue& v, std::string& key) {
+    auto raw = [&key](auto value) { key.append(reinterpret_cast<const char*>(&value), sizeof(value)); };
+    key.push_back('|');
+    if (v.isTensor() && v.toTensor().defined()) {
+      const Tensor& t = v.toTensor();
+      raw(t.scalar_type());
+      raw(t.device().is_cpu());
+      raw(t.unsafeGetTensorImpl()->is_wrapped_number());
+      raw(t.dim());
+      for (int64_t size : t.sizes()) raw(size);
+      for (int64_t stride : t.strides()) raw(stride);
+    } else if (v.isNone() || v.isTensor()) {
+      key.push_back('n');
+    } else if (v.isInt()) {
+      raw(v.toInt());
+    } else if (v.isDouble()) {
+      raw(v.toDouble());
+    } else if (v.isBool()) {
+      raw(v.toBool());
+    } else if (v.isString()) {
+      key += v.toStringRef();
+    } else if (v.isDevice()) {
+      raw(v.toDevice().type());
+    } else if (v.isList()) {
+      raw(v.toListRef().size());
+      for (const IValue& e : v.toListRef())
+        if (!describe(e, key)) return false;
+    } else {
+      return false;
+    }
+    return true;
+  }
+
+  // torch computes shapes in Python, which takes longer than a small operator. Training asks for the same ones again.
+  static std::optional<std::vector<IValue>> kept(const std::string& key) {
+    std::lock_guard<std::mutex> lock(shapes_guard());
+    auto found = shapes_kept().find(key);
+    if (found == shapes_kept().end()) return std::nullopt;
+    return found->second;
+  }
+  static void keep(const std::string& key, const std::vector<IValue>& shapes) {
+    std::lock_guard<std::mutex> lock(shapes_guard());
+    if (shapes_kept().size() > 20'000) shapes_kept().clear();
+    shapes_kept()[key] = shapes;
+  }
+  static std::unordered_map<std::string, std::vector<IValue>>& shapes_kept() {
+    static auto* kept = new std::unordered_map<std::string, std::vector<IValue>>();
+    return *kept;
+  }
+  static std::mutex& shapes_guard() {
+    static std::mutex guard;
+    return guard;
   }
 
   // Shapes depend on values, as of nonzero: the host waits, as on CUDA.
@@ -156,8 +224,8 @@ class Call {
     auto run = [op = op_, name = name_, host = std::move(host), targets = std::move(targets)]() mutable {
       try {
         op.callBoxed(&host);
-      } catch (const std::exception& error) {
-        TORCH_CHECK(false, "emulated device, asynchronous error of ", name, ": ", error.what());
+      } catch (const c10::Error& error) {
+        TORCH_CHECK(false, "emulated device, asynchronous error of ", name, ": ", error.what_without_backtrace());
       }
       for (size_t i = 0; i < targets.size(); i++) deliver(host[i], targets[i], i, name);
     };

@@ -38,22 +38,24 @@ class Queue {
     jobs_.push_back(std::move(work));
     submitted_++;
     if (!lazy) demanded_ = submitted_;
-    changed_.notify_all();
+    more_.notify_one();
     return submitted_;
   }
   void demand(uint64_t position) {
     std::lock_guard<std::mutex> lock(m_);
     if (position > demanded_) {
       demanded_ = position;
-      changed_.notify_all();
+      more_.notify_one();
     }
   }
   void synchronize() {
     std::unique_lock<std::mutex> lock(m_);
     uint64_t upto = submitted_;
     demanded_ = upto;
-    changed_.notify_all();
-    changed_.wait(lock, [&] { return completed_ >= upto; });
+    more_.notify_one();
+    waiting_++;
+    done_.wait(lock, [&] { return completed_ >= upto; });
+    waiting_--;
     if (error_) {
       auto error = error_;
       error_ = nullptr;
@@ -63,7 +65,7 @@ class Queue {
   bool idle() {
     std::lock_guard<std::mutex> lock(m_);
     demanded_ = submitted_;  // who asks again and again waits
-    changed_.notify_all();
+    more_.notify_one();
     return completed_ >= submitted_;
   }
   std::string doing() {
@@ -83,7 +85,7 @@ class Queue {
       Work job;
       {
         std::unique_lock<std::mutex> lock(m_);
-        changed_.wait(lock, [&] { return !jobs_.empty() && completed_ < demanded_; });
+        more_.wait(lock, [&] { return !jobs_.empty() && completed_ < demanded_; });
         job = std::move(jobs_.front());
         jobs_.pop_front();
         running_ = job.name.empty() ? "an event" : job.name;
@@ -103,12 +105,13 @@ class Queue {
       std::lock_guard<std::mutex> lock(m_);
       running_.clear();
       completed_++;
-      changed_.notify_all();
+      if (waiting_) done_.notify_all();
     }
   }
 
   std::mutex m_;
-  std::condition_variable changed_;
+  std::condition_variable more_, done_;
+  int waiting_ = 0;
   std::deque<Work> jobs_;
   uint64_t submitted_ = 0, demanded_ = 0, completed_ = 0;
   std::string running_;
