@@ -13,7 +13,7 @@ torch_experts, triton_sketch. Below them: build (chooses the path, compiles csrc
 """
 
 from meft_ds.ops.adam import adam_direction_, adamw_, adamw_lazy_rows_, adamw_rows_
-from meft_ds.ops.build import backend
+from meft_ds.ops.build import backend, do_without_triton, triton_fault
 from meft_ds.ops.experts import (
     Entries,
     expert_backward,
@@ -35,6 +35,7 @@ __all__ = [
     "adamw_rows_",
     "backend",
     "combine",
+    "do_without_triton",
     "expert_backward",
     "expert_forward",
     "expert_scores",
@@ -47,4 +48,5 @@ __all__ = [
     "sq_norm",
     "subspace_apply_",
     "top_experts",
+    "triton_fault",
 ]

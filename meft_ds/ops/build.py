@@ -41,6 +41,7 @@ _FLAGS = ("-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "
 _NATIVE_FLAGS = ("-mcpu=native",) if platform.machine() == "aarch64" else ("-march=native",)
 _OPENMP_FLAGS = ("-fopenmp",)
 _loading = threading.Lock()
+_without_triton = threading.Event()
 
 
 def backend() -> Literal["cpp", "torch"]:
@@ -58,7 +59,32 @@ def kernels(device: torch.device = CPU) -> Any | None:
 
 def triton_kernels(device: torch.device) -> Any | None:
     """Return the module of Triton kernels, or None where another path serves tensors on `device`."""
-    return _load_triton() if device.type == "cuda" and not _plain_torch() else None
+    if device.type != "cuda" or _plain_torch() or _without_triton.is_set():
+        return None
+    module, fault = _probed(device)
+    if fault:
+        do_without_triton(fault)
+    return module
+
+
+def triton_fault(device: torch.device) -> str:
+    """Return why Triton's kernels cannot run on `device`; "" where they can, and where nobody asks for them.
+
+    The first call runs one, which may compile (about a second, once per machine).
+    """
+    return "" if device.type != "cuda" or _plain_torch() else _probed(device)[1]
+
+
+def do_without_triton(fault: str, *, warn: bool = True) -> None:
+    """Take plain torch on accelerators from now on, because of `fault`, perhaps another rank's."""
+    known = _without_triton.is_set()
+    _without_triton.set()
+    if warn and not known:
+        logger.warning(
+            "Triton's kernels cannot run (%s); going on with the slower plain torch path. Triton needs a C compiler "
+            "and Python's headers; MEFT_DS_OPS=torch silences this.",
+            fault,
+        )
 
 
 def typed(t: Tensor | None) -> tuple[int, int]:
@@ -75,13 +101,26 @@ def _plain_torch() -> bool:
     return os.environ.get("MEFT_DS_OPS", "").lower() == "torch"
 
 
+def _probed(device: torch.device) -> tuple[Any | None, str]:
+    with _loading:
+        return _probe_once(device)
+
+
 @functools.cache
-def _load_triton() -> Any | None:
+def _probe_once(device: torch.device) -> tuple[Any | None, str]:
     try:
         from meft_ds.ops import triton_sketch
-    except ImportError:
-        return None
-    return triton_sketch
+
+        triton_sketch.probe(device)
+    except Exception as error:
+        logger.debug("Triton's kernels cannot run", exc_info=error)
+        return None, _reason(error)
+    return triton_sketch, ""
+
+
+def _reason(error: Exception) -> str:
+    """Return an error's last line: compilers tell much before it."""
+    return next((line.strip() for line in reversed(str(error).splitlines()) if line.strip()), repr(error))
 
 
 @functools.cache
@@ -89,11 +128,10 @@ def _load_once() -> Any | None:
     try:
         return _load()
     except Exception as error:
-        reason = next((line for line in reversed(str(error).strip().splitlines()) if line.strip()), repr(error))
         logger.warning(
             "the C++ host kernels could not be built (%s); going on with the slower plain torch path. "
             "A C++17 compiler and ninja are needed; MEFT_DS_OPS=torch silences this.",
-            reason.strip(),
+            _reason(error),
         )
         logger.debug("build of the C++ host kernels failed", exc_info=error)
         return None

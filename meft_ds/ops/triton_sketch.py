@@ -16,6 +16,18 @@ import triton.language as tl
 from torch import Tensor
 
 _ROWS, _COLUMNS = 32, 128  # a block of results of one program
+# Triton's versions differ in whether they fuse a product and a sum by default, which rounds once instead of twice. The
+# host's kernels never do.
+_ROUNDING = {"enable_fp_fusion": False}
+
+
+def probe(device: torch.device) -> None:
+    """Run a kernel on `device`, and raise whatever keeps it from running, such as a missing C compiler."""
+    index, value = torch.tensor([[0, 1]], dtype=torch.int16), torch.tensor([[3.0, 4.0]], dtype=torch.float16)
+    x = torch.tensor([[1.0, 2.0]], device=device)
+    result = sketch(x, index.to(device), value.to(device), torch.float32).item()
+    if result != 11.0:
+        raise RuntimeError(f"1 * 3 + 2 * 4 came out as {result}")
 
 
 def sketch(x: Tensor, index: Tensor, value: Tensor, out_dtype: torch.dtype) -> Tensor:
@@ -26,7 +38,7 @@ def sketch(x: Tensor, index: Tensor, value: Tensor, out_dtype: torch.dtype) -> T
     # time those rows come from the cache.
     grid = (triton.cdiv(outputs, _COLUMNS), triton.cdiv(T, _ROWS))
     if T and outputs:
-        _sketch[grid](x, index, value, out, T, n, outputs, width, _ROWS, _COLUMNS)
+        _sketch[grid](x, index, value, out, T, n, outputs, width, _ROWS, _COLUMNS, **_ROUNDING)
     return out
 
 
@@ -35,7 +47,7 @@ def combine(z: Tensor, index: Tensor, value: Tensor) -> Tensor:
     outputs, width = index.shape
     out = torch.empty(outputs, columns, device=z.device)
     if columns and outputs:
-        _combine[(outputs, triton.cdiv(columns, 1024))](z, index, value, out, columns, width, 1.0, 1024)
+        _combine[(outputs, triton.cdiv(columns, 1024))](z, index, value, out, columns, width, 1.0, 1024, **_ROUNDING)
     return out
 
 
@@ -58,7 +70,7 @@ def subspace_apply(
     d2 = s.shape[1]
     products = torch.empty(m, d2, device=weight.device)
     if d2:
-        _combine[(m, triton.cdiv(d2, 1024))](s, *p, products, d2, p[0].shape[1], alpha, 1024)
+        _combine[(m, triton.cdiv(d2, 1024))](s, *p, products, d2, p[0].shape[1], alpha, 1024, **_ROUNDING)
     random = residual is None and weight.dtype != torch.float32
     _update[(triton.cdiv(n, _COLUMNS), triton.cdiv(m, _ROWS))](
         weight,
@@ -77,6 +89,7 @@ def subspace_apply(
         residual is not None,
         _ROWS,
         _COLUMNS,
+        **_ROUNDING,
     )
 
 
@@ -93,10 +106,11 @@ def adam_direction(
     grad_scale: float,
 ) -> None:
     n = grad.numel()
+    betas = beta1, 1 - beta1, beta2, 1 - beta2
     corrections = 1 / (1 - beta1**step), 1 / (1 - beta2**step) ** 0.5
     if n:
         _direction[(triton.cdiv(n, 1024),)](
-            exp_avg, exp_avg_sq, grad, out, n, beta1, 1 - beta1, beta2, 1 - beta2, *corrections, eps, grad_scale, 1024
+            exp_avg, exp_avg_sq, grad, out, n, *betas, *corrections, eps, grad_scale, 1024, **_ROUNDING
         )
 
 
@@ -127,7 +141,7 @@ def _sums(x, index, value, row, column, rows, columns, n, width):
     return total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])  # numbers of tokens that 16 divides, and 1, would be compiled apart
 def _sketch(x, index, value, out, T, n, outputs, width, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)

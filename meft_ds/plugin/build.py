@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from meft_ds import ops
 from meft_ds.config import MeftConfig
 from meft_ds.offload.dense_unit import DenseUnit
 from meft_ds.offload.host.memory import (
@@ -52,12 +53,23 @@ def build(run: Run, methods: list[Method], config: MeftConfig, *, writer: Writer
     Raises:
         ValueError: when the plan does not fit the memory, or nothing is left to train.
     """
+    _agree_on_kernels(run)
     units, plan = build_units(run, methods, config)
     pipeline = _pipeline(units, methods, run, config.schedule)
     schedule = config.schedule
     trace = None if schedule.trace_file is None else Trace(schedule.trace_file, schedule.trace_windows, rank=rank)
     telemetry = Telemetry(pipeline=pipeline, methods=methods, plan=plan, writer=writer, trace=trace)
     return Runtime(run=run, methods=methods, plan=plan, pipeline=pipeline, telemetry=telemetry)
+
+
+def _agree_on_kernels(run: Run) -> None:
+    """Take Triton's kernels on every rank or on none: ranks must round alike. Collective."""
+    if run.bus.is_host:
+        return
+    faults = run.ranks.gather(ops.triton_fault(run.bus.device))
+    if any(faults):
+        at, fault = next((at, fault) for at, fault in enumerate(faults) if fault)
+        ops.do_without_triton(f"on rank {at}: {fault}", warn=run.ranks.rank == 0)
 
 
 def find_ranks(group: dist.ProcessGroup | None, world: int, device: torch.device) -> Ranks:

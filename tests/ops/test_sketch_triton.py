@@ -66,6 +66,11 @@ def as_bits(t: Tensor) -> Tensor:
 
 
 @kernel_test
+def test_the_probe_runs() -> None:
+    triton_sketch.probe(torch.device(DEVICE))
+
+
+@kernel_test
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("index_dtype", [torch.int16, torch.int32])
 def test_sketch_and_combine(dtype: torch.dtype, index_dtype: torch.dtype) -> None:
