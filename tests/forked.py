@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Ranks forked from one process that has imported everything, which makes a run of a few ranks cost a second or two.
 
-`python -m tests.forked` is that process. It reads one JSON request per line. It answers with the process ids of the
-ranks on one line and, when they have all ended, with how they ended on another. `Forge` talks to it; the fixture
-`forge` in `conftest.py` is the one of the whole test run.
+`python -m tests.forked` is that process, after a call of the function that its argument names. It reads one JSON
+request per line. It answers with the process ids of the ranks on one line and, when they have all ended, with how they
+ended on another. `Forge` talks to it; the fixture `forge` in `conftest.py` is the one of the whole test run.
 
 What a rank does is a function `name(folder, **arguments)` whose result JSON can write. It finds its rank in the
 environment, as under a launcher.
@@ -45,12 +45,17 @@ class Ended:
 class Forge:
     """The process that forks ranks, for the time of a `with` block.
 
+    `preload` is "package.module:function", what it calls before its first fork.
+
     Example: `one, other = forge.results("tests.plugin.fault_ranks:slow", tmp_path)`
     """
 
+    def __init__(self, preload: str = "tests.forked:preload") -> None:
+        self._preload = preload
+
     def __enter__(self) -> Forge:
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "tests.forked"],
+            [sys.executable, "-m", "tests.forked", self._preload],
             cwd=REPO,
             env={**os.environ, "PYTHONPATH": os.pathsep.join([str(REPO), os.environ.get("PYTHONPATH", "")])}
             | {"OMP_NUM_THREADS": "1"},
@@ -186,12 +191,11 @@ def _part() -> None:
 def _serve() -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print is no answer
-    preload()
+    _named(sys.argv[1])()
     for line in sys.stdin:
         request = json.loads(line)
         folder = Path(request["folder"])
-        module, _, name = request["call"].partition(":")
-        function = getattr(importlib.import_module(module), name)
+        function = _named(request["call"])
         for path in folder.glob("rank*.json"):
             path.unlink()
         began = time.monotonic()
@@ -208,6 +212,11 @@ def _serve() -> None:
         print(
             json.dumps([_ended(folder, rank, *ended[pid]) for rank, pid in enumerate(pids)]), file=answers, flush=True
         )
+
+
+def _named(function: str) -> Callable[..., Any]:
+    module, _, name = function.partition(":")
+    return getattr(importlib.import_module(module), name)
 
 
 def _ended(folder: Path, rank: int, pid: int, code: int, seconds: float) -> dict[str, Any]:
