@@ -148,7 +148,7 @@ def steps(engine: Any, seeds: Any) -> list[float]:
     losses = []
     for seed in seeds:
         for micro in range(engine.gradient_accumulation_steps()):
-            loss = engine(**batch(100 * seed + micro)).loss
+            loss = engine(**{key: t.to(engine.device) for key, t in batch(100 * seed + micro).items()}).loss
             engine.backward(loss)
             engine.step()
             losses.append(loss.item())
