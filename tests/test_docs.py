@@ -39,7 +39,20 @@ BLOCKS = {
     "": {"subspace": {"nonzeros": 2}},
 }
 """What engine an example marked `run: NAME` works on; `run` alone takes the last."""
-PROGRAMS = ("python", "deepspeed", "pytest", "pip", "git", "make", "mkdocs", "pre-commit", "ruff", "mypy", ".ci/run")
+PROGRAMS = (
+    "python",
+    "deepspeed",
+    "pytest",
+    "pip",
+    "git",
+    "make",
+    "mkdocs",
+    "pre-commit",
+    "ruff",
+    "mypy",
+    ".ci/run",
+    "benchmarks/gpu_check.sh",
+)
 
 
 def fences(page: Path, *kinds: str) -> list[tuple[str, str]]:
