@@ -30,7 +30,7 @@ class DenseUnit(MasterUnit):
     def allocate(self) -> None:
         """Take the memory; masters start as the parameters are now."""
         super().allocate()
-        own = torch.empty(self._hi - self._lo, dtype=self._dtype)
+        own = torch.empty(self._hi - self._lo, dtype=self._dtype, device="cpu")
         for index, (_, p) in enumerate(self.params):
             with self.weights.whole([p]):
                 for first, part in self._own_parts(index, p.detach()):

@@ -186,7 +186,7 @@ def reduce_rows_to_owners(ids: Tensor, rows: Tensor, n: int, ranks: Ranks) -> tu
     if ranks.world == 1:
         return ids, rows
     device, width = rows.device, rows.shape[1]
-    bounds = torch.tensor([boundary(n, k, ranks.world) for k in range(ranks.world + 1)])
+    bounds = torch.tensor([boundary(n, k, ranks.world) for k in range(ranks.world + 1)], device="cpu")
     cuts = torch.searchsorted(ids, bounds)
     control, control_group = ranks.for_numbers(device)
     sent = (cuts[1:] - cuts[:-1]).to(control)

@@ -32,9 +32,9 @@ from meft_ds.ops.adam import AdamHyper
 class Footprint:
     """Bytes a unit needs, known before anything is allocated.
 
-    `host_shared` is held once per node however many ranks share it, `host_private` by this rank alone; `payload` is
-    the part of the latter that must be page-locked for the way down. `down` and `up` are upper bounds for one
-    accumulation window.
+    `host_shared` is held once per node however many ranks share it, `host_private` by this rank alone, page-locked
+    memory as it is taken (`page_locked.taken`). `payload` is the size of the page-locked buffer for the way down.
+    `down` and `up` are upper bounds for one accumulation window.
     """
 
     host_shared: int = 0

@@ -273,7 +273,7 @@ def blocks_of_rows(ids: Tensor, n: int, height: int) -> Iterator[tuple[slice, Te
         The block's rows; ids of its active rows, counted from its first row; where those ids lie in `ids`.
     """
     firsts = range(0, n, height)
-    cuts = torch.searchsorted(ids, torch.tensor([*firsts, n])).tolist()
+    cuts = torch.searchsorted(ids, torch.tensor([*firsts, n], device="cpu")).tolist()
     for first, begin, end in zip(firsts, cuts, cuts[1:], strict=False):
         yield slice(first, min(first + height, n)), ids[begin:end] - first, slice(begin, end)
 

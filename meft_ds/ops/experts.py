@@ -36,7 +36,7 @@ class Entries:
     def pairs(self) -> tuple[Tensor, Tensor]:
         """Return (token, index into the flat [T * E] gates) of every entry, int64."""
         T, E, m = self.shape
-        token = torch.repeat_interleave(torch.arange(T), self.ends.diff(prepend=self.ends.new_zeros(1)))
+        token = torch.repeat_interleave(torch.arange(T, device="cpu"), self.ends.diff(prepend=self.ends.new_zeros(1)))
         return token, token * E + self.candidate.long() // m
 
 
@@ -52,7 +52,7 @@ def top_experts(p: Tensor, per_token: int) -> Tensor:
     cpp = kernels()
     if cpp is None:
         return torch_experts.top_experts(p, per_token)
-    ids = torch.empty(T, per_token, dtype=torch.int64)
+    ids = torch.empty(T, per_token, dtype=torch.int64, device="cpu")
     cpp.top_experts(*typed(p), T, N, per_token, ids.data_ptr(), torch.get_num_threads())
     return ids
 
@@ -78,7 +78,7 @@ def expert_scores(x: Tensor, keys: Tensor, starts: Tensor, experts: Tensor, toke
     cpp = kernels()
     if cpp is None:
         return torch_experts.expert_scores(x, keys, starts, experts, tokens, m)
-    q = torch.empty(T, E, m)
+    q = torch.empty(T, E, m, device="cpu")
     at = x.data_ptr(), keys.data_ptr(), keys.stride(0), DTYPE_CODES[x.dtype], cpp.Sizes(T, E, m, d)
     chosen = starts.data_ptr(), n_experts, experts.data_ptr(), address(tokens)
     cpp.expert_scores(*at, *chosen, q.data_ptr(), torch.get_num_threads())
@@ -105,7 +105,10 @@ def select_keys(
     cpp = kernels()
     if cpp is None:
         return torch_experts.select_keys(q, gates, tokens, experts, k, n_experts)
-    mask, active = torch.empty(T, E, m, dtype=torch.bool), torch.zeros(n_experts, m, dtype=torch.bool)
+    mask, active = (
+        torch.empty(T, E, m, dtype=torch.bool, device="cpu"),
+        torch.zeros(n_experts, m, dtype=torch.bool, device="cpu"),
+    )
     at = q.data_ptr(), address(gates), address(tokens), experts.data_ptr(), cpp.Sizes(T, E, m, 0)
     cpp.select_keys(*at, k, mask.data_ptr(), active.data_ptr(), torch.get_num_threads())
     return mask, active
@@ -126,10 +129,13 @@ def list_entries(mask: Tensor, experts: Tensor, slots: Tensor) -> Entries:
     cpp = kernels()
     if cpp is None:
         return Entries(*torch_experts.list_entries(mask, experts, slots), (T, E, m))
-    ends = torch.empty(T, dtype=torch.int64)
+    ends = torch.empty(T, dtype=torch.int64, device="cpu")
     given = mask.data_ptr(), experts.data_ptr(), slots.data_ptr(), cpp.Sizes(T, E, m, 0)
     total = cpp.count_entries(*given, ends.data_ptr())
-    slot, candidate = torch.empty(total, dtype=torch.int32), torch.empty(total, dtype=torch.int32)
+    slot, candidate = (
+        torch.empty(total, dtype=torch.int32, device="cpu"),
+        torch.empty(total, dtype=torch.int32, device="cpu"),
+    )
     cpp.list_entries(*given, slot.data_ptr(), candidate.data_ptr())
     return Entries(ends, slot, candidate, (T, E, m))
 
@@ -158,7 +164,7 @@ def expert_forward(
         part, kept = torch_experts.forward(x, bank, token, entries.slot, known, gate)
         _put(y, part, add)
         return kept
-    kept = torch.empty(entries.slot.shape[0])
+    kept = torch.empty(entries.slot.shape[0], device="cpu")
     at = (x.data_ptr(), bank.data_ptr(), DTYPE_CODES[x.dtype], *_listed(cpp, entries, x))
     cpp.expert_forward(*at, address(scores), address(gates), kept.data_ptr(), *typed(y), add, torch.get_num_threads())
     return kept

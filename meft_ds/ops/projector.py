@@ -63,12 +63,12 @@ class Projector:
         # on the CPU, because generators of other devices draw other numbers from the same seed
         g = torch.Generator().manual_seed(seed)
         bounds = [d * c // k for c in range(k + 1)]
-        at = torch.empty(m, k, dtype=torch.int64)
+        at = torch.empty(m, k, dtype=torch.int64, device="cpu")
         for c in range(k):
             size = bounds[c + 1] - bounds[c]
-            deal = torch.randperm(m, generator=g) % size
-            at[:, c] = bounds[c] + torch.randperm(size, generator=g)[deal]
-        sign = torch.randint(0, 2, (m, k), generator=g).to(torch.float32) * 2 - 1
+            deal = torch.randperm(m, generator=g, device="cpu") % size
+            at[:, c] = bounds[c] + torch.randperm(size, generator=g, device="cpu")[deal]
+        sign = torch.randint(0, 2, (m, k), generator=g, device="cpu").to(torch.float32) * 2 - 1
         drawn = cls(_narrow(at, d).to(device), sign.half().to(device), d)
         return drawn.with_values(drawn.row_value.float())
 

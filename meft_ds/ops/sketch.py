@@ -50,7 +50,7 @@ def sketch(x: Tensor, index: Tensor, value: Tensor, out_dtype: torch.dtype | Non
     if cpp is None:
         _expect_range("index", index, x.shape[1])
         return _other_path(x).sketch(x, index, value, out_dtype)
-    out = torch.empty(x.shape[0], index.shape[0], dtype=out_dtype)
+    out = torch.empty(x.shape[0], index.shape[0], dtype=out_dtype, device="cpu")
     cpp.sketch(*typed(x), *x.shape, _view(cpp, index, value), *typed(out), torch.get_num_threads())
     return out
 
@@ -74,7 +74,7 @@ def combine(z: Tensor, index: Tensor, value: Tensor) -> Tensor:
     if cpp is None:
         _expect_range("index", index, z.shape[0])
         return _other_path(z).combine(z, index, value)
-    out = torch.empty(index.shape[0], z.shape[1])
+    out = torch.empty(index.shape[0], z.shape[1], device="cpu")
     cpp.combine(*typed(z), *z.shape, _view(cpp, index, value), out.data_ptr(), torch.get_num_threads())
     return out
 

@@ -16,7 +16,7 @@ def top_experts(p: Tensor, per_token: int) -> Tensor:
 
 
 def expert_scores(x: Tensor, keys: Tensor, starts: Tensor, experts: Tensor, tokens: Tensor | None, m: int) -> Tensor:
-    rows = starts[experts][..., None] + torch.arange(m)
+    rows = starts[experts][..., None] + torch.arange(m, device="cpu")
     short = rows >= starts[experts + 1][..., None]
     q = torch.einsum("td,temd->tem", x.float(), keys.float()[rows.clamp(max=keys.shape[0] - 1)])
     q = q.masked_fill(short, 0)
@@ -31,8 +31,8 @@ def select_keys(
     if tokens is not None:
         s = s.masked_fill(~tokens[:, None], 0)
     order = torch.sort(s, dim=1, descending=True, stable=True).indices[:, :k]
-    mask = (torch.zeros(s.shape, dtype=torch.bool).scatter_(1, order, True) & (s > 0)).view(T, E, m)
-    active = torch.zeros(n_experts, m, dtype=torch.int64)
+    mask = (torch.zeros(s.shape, dtype=torch.bool, device="cpu").scatter_(1, order, True) & (s > 0)).view(T, E, m)
+    active = torch.zeros(n_experts, m, dtype=torch.int64, device="cpu")
     active.index_add_(0, experts.reshape(-1), mask.view(T * E, m).long())
     return mask, active > 0
 
@@ -41,7 +41,7 @@ def list_entries(mask: Tensor, experts: Tensor, slots: Tensor) -> tuple[Tensor, 
     T, E, m = mask.shape
     slot = slots[experts]
     chosen = (mask & (slot >= 0)).view(T, E * m)
-    candidate = torch.arange(E * m, dtype=torch.int32).expand(T, -1)
+    candidate = torch.arange(E * m, dtype=torch.int32, device="cpu").expand(T, -1)
     return chosen.sum(1).cumsum(0), slot.view(T, E * m)[chosen], candidate[chosen]
 
 
@@ -53,7 +53,7 @@ def forward(
     rows = bank[slot.long()].float()
     q = (x.float()[token] * rows[:, :d]).sum(1) if scores is None else scores
     s = (q if gates is None else q * gates).clamp(min=0)
-    return torch.zeros(x.shape).index_add_(0, token, s[:, None] * rows[:, d:]), q * (s > 0)
+    return torch.zeros(x.shape, device="cpu").index_add_(0, token, s[:, None] * rows[:, d:]), q * (s > 0)
 
 
 def backward(
@@ -64,6 +64,6 @@ def backward(
     rows = bank[slot.long()].float()
     dz = (dy.float()[token] * rows[:, d:]).sum(1) * (kept != 0)
     gate = torch.ones_like(kept) if gates is None else gates
-    dx = torch.zeros(x.shape).index_add_(0, token, (dz * gate)[:, None] * rows[:, :d])
+    dx = torch.zeros(x.shape, device="cpu").index_add_(0, token, (dz * gate)[:, None] * rows[:, :d])
     each = torch.cat([(dz * gate)[:, None] * x.float()[token], (kept * gate)[:, None] * dy.float()[token]], dim=1)
-    return dx, dz * kept, torch.zeros(bank.shape[0], 2 * d).index_add_(0, slot.long(), each)
+    return dx, dz * kept, torch.zeros(bank.shape[0], 2 * d, device="cpu").index_add_(0, slot.long(), each)

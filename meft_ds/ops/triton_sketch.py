@@ -23,7 +23,10 @@ _ROUNDING = {"enable_fp_fusion": False}
 
 def probe(device: torch.device) -> None:
     """Run a kernel on `device`, and raise whatever keeps it from running, such as a missing C compiler."""
-    index, value = torch.tensor([[0, 1]], dtype=torch.int16), torch.tensor([[3.0, 4.0]], dtype=torch.float16)
+    index, value = (
+        torch.tensor([[0, 1]], dtype=torch.int16, device="cpu"),
+        torch.tensor([[3.0, 4.0]], dtype=torch.float16, device="cpu"),
+    )
     x = torch.tensor([[1.0, 2.0]], device=device)
     result = sketch(x, index.to(device), value.to(device), torch.float32).item()
     if result != 11.0:

@@ -110,7 +110,7 @@ class Tiles:
         self.param, self.expert, self.input_first, self.offset = param, expert, input_first, offset
         grouped = _grouped(list(tiles))
         used = sorted({r for rows, cols in grouped for r in (rows if input_first else cols)})
-        kept = torch.zeros(features, dtype=torch.bool)
+        kept = torch.zeros(features, dtype=torch.bool, device="cpu")
         for lo, hi in used:
             kept[lo:hi] = True
         self.keep: Tensor | None = None if bool(kept.all()) else kept.nonzero()[:, 0].to(device)
@@ -207,13 +207,13 @@ def _merged(tiles: list[RowsCols]) -> list[tuple[tuple[Range, ...], tuple[Range,
 
 
 def _indices(ranges: Iterable[Range]) -> Tensor:
-    return torch.cat([torch.arange(lo, hi) for lo, hi in ranges])
+    return torch.cat([torch.arange(lo, hi, device="cpu") for lo, hi in ranges])
 
 
 def _as_slice(index: Tensor, device: torch.device) -> _Index:
     """Return a slice where the indices follow each other: a view is cheaper than a copy."""
     first, count = int(index[0]), len(index)
-    if bool((index == torch.arange(first, first + count)).all()):
+    if bool((index == torch.arange(first, first + count, device="cpu")).all()):
         return slice(first, first + count)
     return index.to(device)
 

@@ -58,7 +58,7 @@ class RandomMaskMethod(Method):
     def _draw(self, name: str, weight: nn.Parameter) -> Tensor:
         g = torch.Generator().manual_seed(self._config.seed + zlib.crc32(name.encode()))
         count = max(1, round(self._config.fraction * weight.numel()))
-        return torch.randperm(weight.numel(), generator=g)[:count].sort().values.to(weight.device)
+        return torch.randperm(weight.numel(), generator=g, device="cpu")[:count].sort().values.to(weight.device)
 
     def footprints(self, run: Run) -> list[Footprint]:
         return [unit.footprint() for unit in self._units]

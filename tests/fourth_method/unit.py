@@ -30,7 +30,7 @@ class MaskUnit(MasterUnit):
     def allocate(self) -> None:
         """Take the memory; masters start as the elements are now."""
         super().allocate()
-        own = torch.empty(self._hi - self._lo, dtype=self._dtype)
+        own = torch.empty(self._hi - self._lo, dtype=self._dtype, device="cpu")
         for index, (_, p) in enumerate(self.params):
             for first, part in self._own_parts(index, p.detach()):
                 own[first : first + len(part)] = part

@@ -79,8 +79,8 @@ class RowAdam(FlatAdam):
         self.mode = mode
         self.decay_log = 0.0  # sum of `AdamHyper.log_decay` over all applied steps
         if mode == "lazy":
-            self.row_steps = torch.zeros(master.shape[0], dtype=torch.int32)
-            self.row_decay = torch.zeros(master.shape[0], dtype=torch.float64)
+            self.row_steps = torch.zeros(master.shape[0], dtype=torch.int32, device="cpu")
+            self.row_decay = torch.zeros(master.shape[0], dtype=torch.float64, device="cpu")
 
     def step_rows(self, ids: Tensor, grad: Tensor, hyper: AdamHyper, *, step: int, grad_scale: float) -> None:
         """Take one step from gradients `grad` [k, w] of rows `ids` (int64 [k], sorted, local)."""

@@ -47,7 +47,7 @@ def _agrees_with_linear(module: nn.Linear) -> bool:
     if type(module).forward is nn.Linear.forward:
         return True
     twin, draw = copy.copy(module), torch.Generator().manual_seed(0)
-    x, weight, bias = (torch.randn(shape, generator=draw) for shape in ((2, 4, 5), (3, 5), (3,)))
+    x, weight, bias = (torch.randn(shape, generator=draw, device="cpu") for shape in ((2, 4, 5), (3, 5), (3,)))
     given = {"weight": nn.Parameter(weight), "bias": None if module.bias is None else nn.Parameter(bias)}
     twin.__dict__.update(in_features=5, out_features=3, _parameters=given)
     try:

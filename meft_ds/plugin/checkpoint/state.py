@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -248,7 +249,8 @@ def _check_file(path: Path, entry: files.Fingerprint) -> None:
 def _copy_overlap(path: Path, file_lo: int, file_hi: int, targets: dict[str, Tensor], lo: int, hi: int) -> None:
     first, last = max(lo, file_lo), min(hi, file_hi)
     try:
-        with safe_open(path, framework="pt") as f:
+        # safetensors would slice onto the program's default device
+        with torch.device("cpu"), safe_open(path, framework="pt") as f:
             for key, target in targets.items():
                 part = f.get_slice(key)[first - file_lo : last - file_lo]
                 target[first - lo : last - lo] = part.to(target.dtype) if key in MOMENTS else part

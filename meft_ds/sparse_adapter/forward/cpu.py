@@ -26,7 +26,7 @@ def can_fuse(x: Tensor) -> bool:
 def apply_fused(x: Tensor, p: Tensor | None, job: Job, starts: Tensor) -> Tensor:
     """Return y [T, d] for x [T, d] in the rows' dtype; p is P [T, N] or None (no gate); starts int64 [N + 1]."""
     # Without an input that requires grad autograd would not record the node, and rows would get no gradient.
-    anchor = torch.empty(0, requires_grad=job.train and torch.is_grad_enabled())
+    anchor = torch.empty(0, requires_grad=job.train and torch.is_grad_enabled(), device="cpu")
     return _Fused.apply(anchor, x, p, job, starts)
 
 
@@ -38,7 +38,7 @@ class _Fused(torch.autograd.Function):
         banks = _banks(job, starts)
         # Several banks add up in fp32.
         several = len(banks) != 1
-        y = torch.zeros(x.shape, dtype=torch.float32) if several else torch.empty_like(x)
+        y = torch.zeros(x.shape, dtype=torch.float32, device="cpu") if several else torch.empty_like(x)
         kept = []
         for bank in banks:
             rows, entries, _ = _open(job, bank, train=False)
@@ -58,14 +58,14 @@ class _Fused(torch.autograd.Function):
         several = len(kept) != 1
         dx = d_gates = dp = None
         if ctx.needs_input_grad[1]:
-            dx = torch.zeros(x.shape, dtype=torch.float32) if several else torch.empty_like(x)
+            dx = torch.zeros(x.shape, dtype=torch.float32, device="cpu") if several else torch.empty_like(x)
         if gates is not None and ctx.needs_input_grad[2]:
-            d_gates = torch.zeros(gates.shape)
+            d_gates = torch.zeros(gates.shape, device="cpu")
         for q, bank in zip(kept, _banks(job, ctx.starts), strict=True):
             rows, entries, total = _open(job, bank, train=job.train)
             grad = total
             if job.train and total is None:
-                grad = torch.empty(rows.shape, dtype=torch.float32)
+                grad = torch.empty(rows.shape, dtype=torch.float32, device="cpu")
             ops.expert_backward(
                 dy,
                 x,
@@ -83,7 +83,7 @@ class _Fused(torch.autograd.Function):
                 job.rows.add_grad(bank.ids, grad)
         if d_gates is not None:
             shape, dtype = ctx.p_like
-            dp = torch.zeros(shape, dtype=dtype).scatter_(1, job.selection.experts, d_gates.to(dtype))
+            dp = torch.zeros(shape, dtype=dtype, device="cpu").scatter_(1, job.selection.experts, d_gates.to(dtype))
         return None, None if dx is None else dx.to(x.dtype), dp, None, None
 
 
@@ -113,8 +113,8 @@ def _open(job: Job, bank: _Bank, *, train: bool) -> tuple[Tensor, ops.Entries, T
     if lent is not None:
         rows, where, total = lent
     else:
-        rows, where, total = job.rows.gather(bank.ids), torch.arange(bank.ids.shape[0]), None
+        rows, where, total = job.rows.gather(bank.ids), torch.arange(bank.ids.shape[0], device="cpu"), None
     selection = job.selection
-    slots = torch.full(selection.active.shape, -1, dtype=torch.int32)
+    slots = torch.full(selection.active.shape, -1, dtype=torch.int32, device="cpu")
     slots.view(-1)[bank.positions] = where.to(torch.int32)
     return rows, ops.list_entries(selection.mask, selection.experts, slots), total

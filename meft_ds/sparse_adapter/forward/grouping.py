@@ -175,25 +175,25 @@ def make_banks(active: Tensor, starts: Tensor, capacity: int, slot_bytes: int) -
     (active or not) of a bank too. An expert with more than ``capacity`` active rows appears in several banks.
     """
     m = active.shape[1]
-    table = torch.where(active, starts[:-1, None] + torch.arange(m), -1)
+    table = torch.where(active, starts[:-1, None] + torch.arange(m, device="cpu"), -1)
     max_groups = max(1, _CHUNK_BYTES // (slot_bytes * m))
     banks: list[Bank] = []
     run: list[int] = []
     held = 0
     for expert, used in enumerate(active.sum(1).tolist()):
         if run and (held + used > capacity or len(run) == max_groups):
-            banks.append(Bank(torch.tensor(run), table[run]))
+            banks.append(Bank(torch.tensor(run, device="cpu"), table[run]))
             run, held = [], 0
         if used > capacity:
             for part in active[expert].nonzero().view(-1).split(capacity):
-                only = torch.full((1, m), -1)
+                only = torch.full((1, m), -1, device="cpu")
                 only[0, part] = table[expert, part]
-                banks.append(Bank(torch.tensor([expert]), only))
+                banks.append(Bank(torch.tensor([expert], device="cpu"), only))
         elif used:
             run.append(expert)
             held += used
     if run:
-        banks.append(Bank(torch.tensor(run), table[run]))
+        banks.append(Bank(torch.tensor(run, device="cpu"), table[run]))
     return banks
 
 

@@ -31,14 +31,14 @@ class Router(nn.Module):
 
 def expert_starts(r: int, n_experts: int) -> Tensor:
     """Return the first row of every expert, and r last: int64 [N + 1]. The first r % N slices hold one more."""
-    e = torch.arange(n_experts + 1)
+    e = torch.arange(n_experts + 1, device="cpu")
     return e * (r // n_experts) + e.clamp(max=r % n_experts)
 
 
 def init_keys(r: int, d: int, std: float, seed: int, layer: int) -> Tensor:
     """Draw keys A ~ N(0, std^2), fp32 [r, d] on the CPU; the same for the same (seed, layer)."""
     generator = torch.Generator().manual_seed((seed * 1_000_003 + layer) % 2**63)
-    return torch.empty(r, d).normal_(0.0, std, generator=generator)
+    return torch.empty(r, d, device="cpu").normal_(0.0, std, generator=generator)
 
 
 def init_router(keys: Tensor, n_experts: int, scale: float) -> Tensor:

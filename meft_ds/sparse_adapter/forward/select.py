@@ -67,7 +67,7 @@ def key_scores(x: Tensor, keys: Tensor, starts: Tensor, pairs: SortedPairs) -> T
     table = (starts[:-1, None] + slot).clamp(max=r - 1)
     parts = []
     for chunk in range(pairs.chunks):
-        groups, _order = group_chunk(pairs, chunk, torch.arange(n_experts), d * x.element_size())
+        groups, _order = group_chunk(pairs, chunk, torch.arange(n_experts, device="cpu"), d * x.element_size())
         assert groups.order is not None
         scores = x.new_zeros(groups.rows + 1, m)
         for block in groups.blocks:

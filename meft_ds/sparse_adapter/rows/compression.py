@@ -71,7 +71,7 @@ class RowCompression:
 
         rows float32 [n, 2 d], s float32 [h, 2 d'], ids int64 [n].
         """
-        each = ids.to(torch.int32)[:, None], torch.ones(len(ids), 1, dtype=torch.float16)
+        each = ids.to(torch.int32)[:, None], torch.ones(len(ids), 1, dtype=torch.float16, device="cpu")
         ops.subspace_apply_(rows, s, each, self.rows, alpha=alpha, decay=decay, key=0, step=0)
 
     def device_bytes(self) -> int:
@@ -94,8 +94,8 @@ class CompressedRowAdam(RowAdam):
         self._compression = compression
         height = min(block_rows(master.shape[1]), master.shape[0])
         # kept, because fresh memory for every block costs more than the update
-        self._minus_ds = torch.zeros(height, compression.width)
-        self._active = torch.empty(height if mode == "lazy" else 0, master.shape[1])
+        self._minus_ds = torch.zeros(height, compression.width, device="cpu")
+        self._active = torch.empty(height if mode == "lazy" else 0, master.shape[1], device="cpu")
 
     def step_rows(self, ids: Tensor, grad: Tensor, hyper: AdamHyper, *, step: int, grad_scale: float) -> None:
         """Take one step from compressed gradients [k, 2 d'] of rows `ids` (int64 [k], sorted, local)."""
@@ -119,7 +119,7 @@ class CompressedRowAdam(RowAdam):
         minus_ds = self._minus_ds[:n].zero_()
         ops.adamw_rows_(minus_ds, exp_avg, exp_avg_sq, ids, grad, step=step, **adam)
         alpha, decay = hyper.lr * self._compression.settings.scale, 1.0 - hyper.lr * hyper.weight_decay
-        self._compression.add_expanded_(rows, minus_ds, torch.arange(n), alpha=alpha, decay=decay)
+        self._compression.add_expanded_(rows, minus_ds, torch.arange(n, device="cpu"), alpha=alpha, decay=decay)
         if self.replica is not None:
             self.replica[own].copy_(rows)
 
@@ -129,7 +129,9 @@ class CompressedRowAdam(RowAdam):
         """Update moments where they lie; gather, move and scatter the few active masters."""
         master, exp_avg, exp_avg_sq = self.master[own], self.exp_avg[own], self.exp_avg_sq[own]
         minus_ds = self._minus_ds[: master.shape[0]].index_fill_(0, ids, 0)
-        awake = torch.zeros(master.shape[0], dtype=torch.float64)  # the rows of zeros have no decay to catch up
+        awake = torch.zeros(
+            master.shape[0], dtype=torch.float64, device="cpu"
+        )  # the rows of zeros have no decay to catch up
         ops.adamw_lazy_rows_(
             minus_ds, exp_avg, exp_avg_sq, self.row_steps[own], awake, ids, grad, decay_log=0.0, **adam
         )

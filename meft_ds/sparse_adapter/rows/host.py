@@ -63,10 +63,12 @@ class HostRows:
         self.spills = 0  # windows' overflows of the cache since the start
         self._bus = bus
         self._fetch_width = _fetch_width(self.d, selection)
-        self._slot_of_row = torch.zeros(self.r, dtype=torch.int64)  # 0 = not on the device; slot 0 is a row of zeros
+        self._slot_of_row = torch.zeros(
+            self.r, dtype=torch.int64, device="cpu"
+        )  # 0 = not on the device; slot 0 is a row of zeros
         self._used = 0
-        self._row_of_slot = torch.zeros(0, dtype=torch.int64)
-        self._has_grad = torch.zeros(1, dtype=torch.bool)
+        self._row_of_slot = torch.zeros(0, dtype=torch.int64, device="cpu")
+        self._has_grad = torch.zeros(1, dtype=torch.bool, device="cpu")
         self._cache = torch.zeros(1, self._fetch_width, dtype=self.dtype, device=self.device)
         self._grads = torch.zeros(1, 2 * self.d, dtype=torch.float32, device=self.device)
         self._spilled: list[tuple[Tensor, Tensor]] = []
@@ -75,7 +77,7 @@ class HostRows:
         self.window_tokens = 0
         self.expert_load: Tensor | None = None  # tokens per expert in the open window; int64 [N]
         self.last_expert_load: Tensor | None = None  # the same of the last closed window
-        self._ever_active = torch.zeros(self.r, dtype=torch.bool)
+        self._ever_active = torch.zeros(self.r, dtype=torch.bool, device="cpu")
         self.is_training: Callable[[], bool] = lambda: True  # the traffic of evaluation is counted apart
         self.trains = True
         # forwards whose backward may still come; those whose graph dies without one leave by themselves
@@ -282,7 +284,9 @@ class HostRows:
         self._bus.fetch_rows(source, rows, self._cache[first:last], self._channel("rows"))
         self._row_of_slot[first - 1 : last - 1] = rows
         self._used = last - 1
-        self._slot_of_row[rows] = torch.arange(first, last)  # last, or an interrupt would leave rows in others' slots
+        self._slot_of_row[rows] = torch.arange(
+            first, last, device="cpu"
+        )  # last, or an interrupt would leave rows in others' slots
 
     def _spill(self) -> None:
         self.spills += self.is_training()
@@ -316,7 +320,7 @@ class HostRows:
         self._move_grads_to_host()  # what comes later starts from zero, or it would be merged twice
         ids = torch.cat([ids for ids, _ in self._spilled])
         union, where = torch.unique(ids, sorted=True, return_inverse=True)
-        total = torch.zeros(union.numel(), 2 * self.d)
+        total = torch.zeros(union.numel(), 2 * self.d, device="cpu")
         start = 0
         for part, rows in self._spilled:
             total.index_add_(0, where[start : start + part.numel()], rows)
@@ -334,7 +338,7 @@ def _nothing() -> None:
 
 def _is_range(slots: Tensor) -> bool:
     """Are they 1, 2, 3 ...?"""
-    return torch.equal(slots, torch.arange(1, 1 + slots.numel()))
+    return torch.equal(slots, torch.arange(1, 1 + slots.numel(), device="cpu"))
 
 
 def _grown(t: Tensor, rows: int) -> Tensor:

@@ -57,7 +57,7 @@ class Scorer:
         self._window = [torch.zeros(site.grid, dtype=torch.float64, device=device) for site in sites]
         self._total = [torch.zeros_like(scores) for scores in self._window]
         # float32 sums of whole gradients, on the host; the open window's apart, because it may come to nothing
-        self._sums = [torch.zeros(site.shape) for site in sites] if kind == "paper" else []
+        self._sums = [torch.zeros(site.shape, device="cpu") for site in sites] if kind == "paper" else []
         self._open_sums = [torch.zeros_like(total) for total in self._sums]
         # one for all layers of a shape: together they would take as much as a few matrices
         cuts = {cuts for site in sites for cuts in (site.rows, site.cols)}
@@ -184,7 +184,7 @@ class Scorer:
 
     def _of_sum(self, site: Site, total: Tensor) -> Tensor:
         rows, cols = _indicator(site.rows, total.device), _indicator(site.cols, total.device)
-        found = torch.zeros(site.grid, dtype=torch.float64)
+        found = torch.zeros(site.grid, dtype=torch.float64, device="cpu")
         for expert in range(site.grid[0]):
             matrix = total if total.dim() == 2 else total[expert]
             for lo, hi, r in _stripes(site):
@@ -258,5 +258,7 @@ def _stripes(site: Site) -> list[tuple[int, int, slice]]:
 
 def tile_elements(site: Site) -> Tensor:
     """Return the elements of each tile, [R, C]."""
-    rows, cols = (torch.tensor([hi - lo for lo, hi in cuts], dtype=torch.float64) for cuts in (site.rows, site.cols))
+    rows, cols = (
+        torch.tensor([hi - lo for lo, hi in cuts], dtype=torch.float64, device="cpu") for cuts in (site.rows, site.cols)
+    )
     return rows[:, None] * cols[None, :]

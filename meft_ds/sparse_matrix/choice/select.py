@@ -171,15 +171,17 @@ class _Grid:
         sizes, values, roles, matrices, n = [], [], [], [], 0
         for site in sites:
             experts, _, _ = site.grid
-            rows, cols = (torch.tensor([high - low for low, high in cuts]) for cuts in (site.rows, site.cols))
-            along = torch.tensor([number[role] for role in site.roles])
+            rows, cols = (
+                torch.tensor([high - low for low, high in cuts], device="cpu") for cuts in (site.rows, site.cols)
+            )
+            along = torch.tensor([number[role] for role in site.roles], device="cpu")
             sizes.append((rows[:, None] * cols).expand(site.grid).flatten())
             roles.append((along if site.input_first else along[:, None]).expand(site.grid).flatten())
-            matrices.append(torch.arange(n, n + experts)[:, None, None].expand(site.grid).flatten())
+            matrices.append(torch.arange(n, n + experts, device="cpu")[:, None, None].expand(site.grid).flatten())
             values.append(_checked(scores[site.name], site).flatten())
             n += experts
         self.sizes, self._role, self._matrix = torch.cat(sizes), torch.cat(roles), torch.cat(matrices)
-        self._first = [0, *torch.tensor([len(v) for v in values]).cumsum(0).tolist()]
+        self._first = [0, *torch.tensor([len(v) for v in values], device="cpu").cumsum(0).tolist()]
         self.scores = torch.cat(values)
         if not self.scores.any():
             raise ValueError(
@@ -191,7 +193,7 @@ class _Grid:
 
     def of_roles(self, roles: tuple[str, ...] | None) -> Tensor:
         """Return the rising indices, int64, of tiles of any of these roles; of all tiles for None."""
-        wanted = torch.tensor([roles is None or role in roles for role in self._roles])
+        wanted = torch.tensor([roles is None or role in roles for role in self._roles], device="cpu")
         return wanted[self._role].nonzero().flatten()
 
     def best(self, of: Tensor, budget: int) -> list[int]:
@@ -249,8 +251,8 @@ class _Grid:
     def _normalize(self) -> None:
         n = len(self._roles)
         # the mean over elements, not over tiles: small ones at the edges would count too much
-        sums = torch.zeros(n, dtype=torch.float64).index_add_(0, self._role, self.scores * self.sizes)
-        means = sums / torch.zeros(n, dtype=torch.float64).index_add_(0, self._role, self.sizes.double())
+        sums = torch.zeros(n, dtype=torch.float64, device="cpu").index_add_(0, self._role, self.scores * self.sizes)
+        means = sums / torch.zeros(n, dtype=torch.float64, device="cpu").index_add_(0, self._role, self.sizes.double())
         self.scores = self.scores / torch.where(means > 0, means, 1.0)[self._role]
 
 
@@ -270,14 +272,14 @@ def _checked(score: Tensor, site: Site) -> Tensor:
 def _random(site: Site, seed: int) -> Tensor:
     word = hashlib.sha256(f"{seed}:{site.name}".encode()).digest()[:8]
     generator = torch.Generator().manual_seed(int.from_bytes(word, "little") >> 1)
-    return torch.rand(site.grid, dtype=torch.float64, generator=generator)
+    return torch.rand(site.grid, dtype=torch.float64, generator=generator, device="cpu")
 
 
 def _magnitude(site: Site) -> Tensor:
     weight = site.weight.detach()
     sizes = np.outer([high - low for low, high in site.rows], [high - low for low, high in site.cols])
     starts = [low for low, _ in site.cols]
-    out = torch.empty(site.grid, dtype=torch.float64)
+    out = torch.empty(site.grid, dtype=torch.float64, device="cpu")
     for expert, matrix in enumerate(weight if weight.dim() == 3 else weight[None]):
         sums = torch.stack([matrix[low:high].abs().sum(0, dtype=torch.float64) for low, high in site.rows])
         out[expert] = torch.from_numpy(np.add.reduceat(sums.cpu().numpy(), starts, axis=1) / sizes)
