@@ -96,7 +96,6 @@ def _cells() -> dict[str, Cell]:
         found[f"{name}, overflow"] = Cell(entry=_OF[name], options={"precision": "fp16"}, events=("overflow",))
         found[f"{name}, side stream"] = Cell(entry=_OF[name], events=("side stream",))
         found[f"{name}, two ranks"] = Cell(entry=_OF[name], world=2)
-    found["adapter+compress, two ranks"] = Cell(entry=_OF["adapter+compress"], world=2)
     for name in _PARTITIONED:
         found[f"{name}, ZeRO-3"] = Cell(entry=_OF[name], options=zero3())
         found[f"{name}, ZeRO-3, offload_param"] = Cell(entry=_OF[name], options=OFFLOAD)
@@ -216,8 +215,7 @@ def under(weather: str, seed: int = 0) -> Iterator[None]:
     """Let the streams of the emulated device run at another time, inside; on the CPU there is only "calm".
 
     "calm": at once. "delays": after a random while, another one for each stream. "lazy": only when somebody waits.
-    "slow": the default stream is late. "late": all others are. "one queue": all streams run in one, in the order in
-    which they were given work.
+    "slow": the default stream is late. "late": all others are.
     """
     if weather == "calm":
         yield
@@ -254,16 +252,9 @@ def _late(chance: random.Random) -> None:
         device.backend.set_delay(stream, 5000)
 
 
-def _one_queue(chance: random.Random) -> None:
-    from tests.emulated_accelerator import device
-
-    device.backend.set_one_queue(True)
-
-
 _WEATHERS: dict[str, Callable[[random.Random], None]] = {
     "delays": _delays,
     "lazy": _lazy,
     "slow": _slow,
     "late": _late,
-    "one queue": _one_queue,
 }

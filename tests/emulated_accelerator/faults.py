@@ -63,7 +63,7 @@ FAULTS = {
     "rows are gathered over those that still go up": Fault(edits=(_FETCHES, _UP), cells=("adapter, spill",)),
     "compressed rows are freed before they are down": Fault(
         edits=(("meft_ds.sparse_adapter.unit:RowsUnit.collect", "self._collected = self._payload", ""),),
-        cells=("adapter+compress", "adapter+compress, two ranks"),
+        cells=("adapter+compress",),
         weather="late",
     ),
     "a gather does not wait for the slice": Fault(

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from tests.emulated_accelerator.cells import CELLS
 from tests.forked import Forge
 
 IN_ORDER = "tests.emulated_accelerator.collectives:in_order"
@@ -44,11 +43,3 @@ def test_another_order_on_one_queue_hangs_and_says_so(emulated_forge: Forge, tmp
     assert [one.code for one in ended] == [1, 1]
     for one in ended:
         assert "allreduce of group" in one.log and "found no peer" in one.log
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("cell", [name for name, cell in CELLS.items() if cell.world == 2])
-def test_methods_train_on_one_hardware_queue(cell: str, emulated_forge: Forge, tmp_path: Path) -> None:
-    emulated_forge.results(
-        "tests.emulated_accelerator.cells:train", tmp_path, world=2, timeout=60, cell=cell, weather="one queue"
-    )
