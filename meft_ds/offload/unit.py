@@ -110,7 +110,10 @@ class Unit(ABC):
 
     @abstractmethod
     def send(self, bus: Bus) -> None:
-        """Move the owned payload down into the unit's page-locked buffer; it is there when this returns."""
+        """Move the owned payload down into the unit's page-locked buffer; it is there when the lane's job ends.
+
+        What `collect` made is kept until then: the stream that made it does not wait for the lane's.
+        """
 
     @abstractmethod
     def sq_norm(self) -> float:

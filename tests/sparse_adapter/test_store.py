@@ -1,4 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
+from typing import Literal
+
 import pytest
 import torch
 from hypothesis import given
@@ -7,7 +9,7 @@ from hypothesis import strategies as st
 from meft_ds.offload.host.transfer import Bus
 from meft_ds.offload.ranks import Ranks
 from meft_ds.ops.adam import AdamHyper
-from meft_ds.sparse_adapter.rows.host import HostRows
+from meft_ds.sparse_adapter.rows.host import HostRows, store_specs
 from meft_ds.sparse_adapter.unit import RowsUnit
 
 R, D = 40, 3
@@ -117,6 +119,14 @@ def test_next_window_sees_the_updated_rows(mode: str, selection: str) -> None:
     assert rows.version == 1 and not torch.equal(before, after)
     assert torch.equal(after, rows.master[table].to(torch.bfloat16))
     assert torch.equal(rows.keys_for_selection(), rows.master[:, :D].to(torch.bfloat16))
+
+
+def test_a_replica_is_page_locked_only_where_keys_go_up_from_it() -> None:
+    def locked(device: str, selection: Literal["host", "device"]) -> bool:
+        specs = store_specs("layer0", 8, D, torch.bfloat16, device=torch.device(device), selection=selection)
+        return specs["layer0.replica"].pinned
+
+    assert [locked("cuda", "host"), locked("cuda", "device"), locked("cpu", "device")] == [False, True, False]
 
 
 def test_a_discarded_window_leaves_store_moments_and_version_untouched_bit_for_bit() -> None:
