@@ -43,10 +43,12 @@ def cuda() -> torch.device:
 
 
 @pytest.fixture(scope="session")
-def on_cpu(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], runs.Result]:
-    """What a case gives on the CPU; all fp32 cases run in one other process."""
+def on_cpu(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], runs.Result]:
+    """What a case gives on the CPU. All cases that the chosen tests ask for run in one other process."""
     folder = tmp_path_factory.mktemp("on_cpu")
-    names = [name for name, case in runs.CASES.items() if case.precision == "fp32"]
+    given = [item.callspec.params for item in request.session.items if hasattr(item, "callspec")]
+    asked = {params.get("name") for params in given} | {name for params in given for name in params.get("names", ())}
+    names = [name for name, case in runs.CASES.items() if name in asked and case.precision == "fp32"]
     here = {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
     run_ranks(Path(runs.__file__), 1, str(folder), "twin", *names, env=here)
     return lambda name: runs.load(folder, name)
@@ -84,10 +86,10 @@ def _make_streams_late(engine: Any, seed: int) -> None:
         complete(unit)
 
     @contextlib.contextmanager
-    def late_lane(direction: Literal["down", "up"], after: Any = None) -> Iterator[None]:
-        with lane(direction, after):
+    def late_lane(direction: Literal["down", "up"], after: Any = None) -> Iterator[Any]:
+        with lane(direction, after) as transfer:
             sleep(direction)
-            yield
+            yield transfer
 
     pipeline.complete, pipeline.bus.lane = late_complete, late_lane
 

@@ -19,15 +19,16 @@ NAMES = [
 ]
 
 
+@pytest.mark.parametrize("names", [NAMES], ids=["all"])
 @pytest.mark.skipif(torch.accelerator.device_count() < 2, reason="needs two GPUs")
 def test_two_ranks_agree_with_each_other_with_serial_order_and_with_one_cpu(
-    tmp_path: Path, on_cpu: Callable[[str], runs.Result]
+    names: list[str], tmp_path: Path, on_cpu: Callable[[str], runs.Result]
 ) -> None:
     folders = {which: tmp_path / which for which in ("own", "twin")}
     for which, folder in folders.items():
         folder.mkdir()
-        run_ranks(Path(runs.__file__), 2, str(folder), which, *NAMES)
-    for name in NAMES:
+        run_ranks(Path(runs.__file__), 2, str(folder), which, *names)
+    for name in names:
         first, second = (runs.load(folders["own"], name, rank) for rank in range(2))
         # stage 3 gives whole weights to the first rank only
         for key, weight in second.weights.items():
