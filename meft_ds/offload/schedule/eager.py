@@ -197,6 +197,7 @@ class Tuner:
         # exact updates are hidden by a forward, but not their norms, which are taken during backward
         updates = sum(s.seconds for s in times.spans if (s.lane, s.what) == ("host", "update"))
         means["sums"] = [times.first_forward_s, times.last_backward_s, updates]
+        # a thread that launches is ahead of its device: all arrivals are later by the same time, which changes no order
         begun = next((at for what, at in reversed(times.marks) if what == "forward_end"), 0.0)
         for span in times.spans:
             if (key := _LANE_TIMES.get(span.lane)) is None:
