@@ -13,6 +13,7 @@
 #include "streams.h"
 
 namespace emulated {
+void bind_clock(pybind11::module_& m);  // in clock_executor.cpp
 namespace {
 
 constexpr c10::DeviceIndex kDevices = 8;  // by number; all share one memory and the streams of the process
@@ -161,5 +162,6 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         submit(stream, {Kind::host, callable(std::move(function)), name});
       },
       py::arg("stream"), py::arg("function"), py::arg("name"));
+  bind_clock(m);
   m.def("host_view", &host_view, py::arg("tensor"));
 }

@@ -14,6 +14,7 @@
 #include <optional>
 #include <unordered_map>
 
+#include "clock.h"
 #include "memory.h"
 #include "streams.h"
 
@@ -23,8 +24,6 @@ namespace {
 using at::Tensor;
 using c10::IValue;
 using torch::jit::Stack;
-
-bool ours(const Tensor& t) { return t.defined() && t.device().type() == kType; }
 
 // `v` with `f` of every tensor in it.
 template <class F>
@@ -70,9 +69,8 @@ class Call {
   void run(Stack* stack) {
     Stack host;
     bool known = infer();
-    for (const IValue& arg : args_)
-      host.push_back(elsewhere(
-          mapped(arg, [](const Tensor& t) { return ours(t) ? host_view(t) : t.clone(); }), c10::Device(at::kCPU)));
+    auto on_host = [&](const Tensor& t) { return !ours(t) ? t.clone() : known ? host_view(t) : values_of(t); };
+    for (const IValue& arg : args_) host.push_back(elsewhere(mapped(arg, on_host), c10::Device(at::kCPU)));
     known ? later(std::move(host), stack) : now(std::move(host), stack);
   }
 
@@ -256,6 +254,7 @@ class Call {
 };
 
 void fallback(const c10::OperatorHandle& op, Stack* stack) {
+  Paused paused;
   at::AutoDispatchBelowADInplaceOrView below;
   Call(op, stack).run(stack);
 }
@@ -329,13 +328,15 @@ void record_on(Tensor& self, c10::Stream stream) { record_stream(self.storage().
 // memory is read before the call returns, and written before it returns.
 Tensor copy_from(const Tensor& self, const Tensor& dst, bool non_blocking) {
   if (!dst.numel()) return dst;
+  Paused paused;
   int stream = current_stream();
   const Tensor source = self.sizes() == dst.sizes() ? self : self.expand(dst.sizes());
   if (ours(source) && ours(dst)) {
     int64_t bytes = int64_t(source.nbytes() + dst.nbytes());
     count("launch", "aten::copy_");
-    submit(stream, {Kind::copy, [from = host_view(source), to = host_view(dst)]() mutable { to.copy_(from); }, "copy",
-                    bytes});
+    Work work{Kind::copy, [from = host_view(source), to = host_view(dst)]() mutable { to.copy_(from); }, "copy", bytes};
+    work.source = &source, work.target = &dst;
+    submit(stream, std::move(work));
     return dst;
   }
   bool up = ours(dst);
@@ -349,7 +350,9 @@ Tensor copy_from(const Tensor& self, const Tensor& dst, bool non_blocking) {
   Tensor from = !up ? host_view(source) : returns_early && !direct ? source.clone() : source.detach();
   Tensor to = up ? host_view(dst) : dst.detach();
   int64_t bytes = int64_t(up ? dst.nbytes() : source.nbytes());
-  submit(stream, {up ? Kind::up : Kind::down, [from, to]() mutable { to.copy_(from); }, name, bytes, direct});
+  Work work{up ? Kind::up : Kind::down, [from, to]() mutable { to.copy_(from); }, name, bytes, direct};
+  work.source = &source, work.target = &dst, work.blocking = !returns_early;
+  submit(stream, std::move(work));
   if (!returns_early) synchronize(stream, name);
   return dst;
 }
@@ -358,8 +361,9 @@ Tensor copy_from_and_resize(const Tensor& self, const Tensor& dst) {
   return copy_from(self, dst, false);
 }
 at::Scalar local_scalar_dense(const Tensor& self) {
+  Paused paused;
   synchronize(current_stream(), "item");
-  return at::_local_scalar_dense(host_view(self));
+  return at::_local_scalar_dense(values_of(self));
 }
 
 int64_t math_attention(const Tensor&, const Tensor&, const Tensor&, const std::optional<Tensor>&, double, bool,
@@ -372,6 +376,8 @@ bool swaps_in_place(const Tensor& a, const Tensor& b) {
 }
 
 }  // namespace
+
+bool ours(const Tensor& t) { return t.defined() && t.device().type() == kType; }
 
 Tensor host_view(const Tensor& tensor) {
   auto options = tensor.options().device(at::kCPU).requires_grad(false);

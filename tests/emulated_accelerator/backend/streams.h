@@ -32,6 +32,9 @@ struct Work {
   const c10::OperatorHandle* op = nullptr;
   const std::vector<c10::IValue>* args = nullptr;  // an operator's, on the device; valid during `submit`
   const std::vector<c10::IValue>* outs = nullptr;
+  const at::Tensor* source = nullptr;  // a copy's
+  const at::Tensor* target = nullptr;
+  bool blocking = false;  // whether the caller waits for the copy next
 };
 
 struct Event {
