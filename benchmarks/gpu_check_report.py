@@ -9,10 +9,10 @@ The exit code is 0 if each step was run and succeeded.
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
-from xml.etree import ElementTree
 
 
 def main() -> None:
@@ -21,9 +21,8 @@ def main() -> None:
     for line in (folder / "steps.tsv").read_text().splitlines():
         name, status, seconds = line.split("\t")
         step: dict[str, Any] = {"step": name, "status": status, "seconds": int(seconds)}
-        if (folder / f"{name}.xml").exists():
-            step |= _counts(folder / f"{name}.xml")
-        steps.append(step)
+        log = folder / f"{name}.log"
+        steps.append(step | (_counts(log.read_text(errors="replace")) if log.exists() else {}))
     report: dict[str, Any] = {"benchmark": "gpu_check", "steps": steps, "gpu_step": None}
     measured = folder / "gpu_step.json"
     if measured.exists():
@@ -35,20 +34,23 @@ def main() -> None:
         print(f"{step['step']:12}{step['status']:20}{step['seconds']:>9}{counts}")
         for name in step.get("failures", ()):
             print(f"    failed: {name}")
+        for name in step.get("never_ended", ()):
+            print(f"    never ended: {name}")
     rows = report["gpu_step"]["rows"] if report["gpu_step"] else []
     print(f"{sum(row['status'] == 'ok' for row in rows)} of {len(rows)} rows measured")
     print(json.dumps(report))
     sys.exit(any(step["status"] != "0" for step in steps))
 
 
-def _counts(path: Path) -> dict[str, Any]:
-    """Count what pytest wrote, and name what failed."""
-    cases = list(ElementTree.parse(path).iter("testcase"))
-    failures = [case for case in cases if case.find("failure") is not None or case.find("error") is not None]
-    skipped = sum(case.find("skipped") is not None for case in cases)
-    names = [f"{case.get('classname')}.{case.get('name')}" for case in failures]
-    counts = {"passed": len(cases) - len(failures) - skipped, "failed": len(failures), "skipped": skipped}
-    return {**counts, "failures": names}
+def _counts(log: str) -> dict[str, Any]:
+    """Count what pytest told with -v, and name what failed, and the test that never ended; {} of another log."""
+    told = re.findall(r"^(tests/\S+::.+?) (PASSED|FAILED|ERROR|SKIPPED)\b", log, re.MULTILINE)
+    begun = re.findall(r"^(tests/\S+::.+?) $", log, re.MULTILINE)  # and no more: it was ended
+    if not told and not begun:
+        return {}
+    how_many = {word.lower(): sum(result == word for _, result in told) for word in ("PASSED", "FAILED", "SKIPPED")}
+    bad = [name for name, result in told if result in ("FAILED", "ERROR")]
+    return {**how_many, "failures": bad, "never_ended": begun}
 
 
 if __name__ == "__main__":

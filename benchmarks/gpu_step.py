@@ -52,6 +52,7 @@ from benchmarks.child_process import run_child  # noqa: E402
 from benchmarks.gpu_step_rows import ROWS, run_row  # noqa: E402
 from benchmarks.machine import machine, machine_line  # noqa: E402
 from benchmarks.models import SHAPES  # noqa: E402
+from meft_ds.offload.host.memory import free_host_bytes  # noqa: E402
 
 COLUMNS = (
     *("s_per_step", "s_per_step_min", "s_per_step_max", "tokens_per_s", "practicality"),
@@ -134,7 +135,7 @@ class _Runner:
         self._deadline = time.monotonic() + arguments.minutes * 60
         cap = (arguments.memory_cap_gb or float("inf")) * 2**30
         self._device_bytes = min(hardware["device_bytes"] or float("inf"), cap)
-        self._host_bytes = hardware["host_gib"] * 2**30
+        self._host_bytes = hardware["free_host_bytes"]
         self._built = False
 
     def run(self, model: str, row: str, accumulation: int) -> dict[str, Any]:
@@ -233,6 +234,7 @@ def _hardware() -> dict[str, Any]:
         "device": device,
         "device_bytes": device_bytes,
         **machine(),
+        "free_host_bytes": free_host_bytes(),
         "host_gib": round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30),
         "versions": versions,
     }

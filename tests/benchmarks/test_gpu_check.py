@@ -16,16 +16,17 @@ ROOT = Path(__file__).resolve().parents[2]
 # In place of `python`: what the script starts is told from its arguments, and the rest goes to Python itself.
 STAND_IN = f"""#!/usr/bin/env bash
 for word in "$@"; do
-    [[ "$word" == --junitxml=* ]] && xml="${{word#*=}}"
     [[ "$before" == --out ]] && out="$word"
     before="$word"
 done
 case "$*" in
     *pip\\ install*) echo "asked for $*" ;;
-    *tests/gpu/test_sanitizer.py*) echo "sanitizer: $TORCH_CUDA_SANITIZER"; sleep 987 ;;
+    *tests/gpu/test_sanitizer.py*) echo "sanitizer: $TORCH_CUDA_SANITIZER"
+        echo -n 'tests/gpu/b.py::hangs '; sleep 987 ;;
     *tests/gpu*) echo "interpret: ${{TRITON_INTERPRET-unset}}, sanitizer: ${{TORCH_CUDA_SANITIZER-unset}}"
-        echo '<testsuites><testsuite><testcase classname="a" name="good"/><testcase classname="a" name="bad"><failure/>
-            </testcase><testcase classname="a" name="none"><skipped/></testcase></testsuite></testsuites>' >"$xml"
+        echo 'tests/gpu/a.py::good PASSED [ 10%]'
+        echo 'tests/gpu/a.py::bad[one, two] FAILED [ 20%]'
+        echo 'tests/gpu/a.py::none SKIPPED (why) [ 30%]'
         exit 1 ;;
     *gpu_step.py*) echo "asked for $*"; echo '{{"rows": [{{"status": "ok"}}, {{"status": "not run"}}]}}' >"$out" ;;
     *) exec {sys.executable} "$@" ;;
@@ -66,11 +67,13 @@ def test_steps_that_fail_or_hang_do_not_keep_the_next_from_running(tmp_path: Pat
         ("steps", "0"),
     ]
     tests = report["steps"][1]
-    assert (tests["passed"], tests["failed"], tests["skipped"]) == (1, 1, 1) and tests["failures"] == ["a.bad"]
+    assert (tests["passed"], tests["failed"], tests["skipped"]) == (1, 1, 1) and tests["never_ended"] == []
+    assert tests["failures"] == ["tests/gpu/a.py::bad[one, two]"]
+    assert report["steps"][2]["never_ended"] == ["tests/gpu/b.py::hangs"]
     assert len(report["gpu_step"]["rows"]) == 2
     assert f"--no-index --find-links {wheels} {wheels}/some.whl" in (out / "install.log").read_text()
-    assert (out / "tests.log").read_text() == "interpret: unset, sanitizer: unset\n"
-    assert (out / "sanitizer.log").read_text() == "sanitizer: 1\n"
+    assert (out / "tests.log").read_text().startswith("interpret: unset, sanitizer: unset\n")
+    assert (out / "sanitizer.log").read_text().startswith("sanitizer: 1\n")
     assert "--models 3b" in (out / "steps.log").read_text()
     assert "987" not in subprocess.run(["pgrep", "-af", "sleep"], capture_output=True, text=True).stdout
 
@@ -87,4 +90,5 @@ def test_without_time_each_step_is_said_not_to_have_run(tmp_path: Path, stand_in
 def test_it_runs_dry_where_there_is_no_gpu(tmp_path: Path) -> None:
     _, report = check(tmp_path, "--dry-run", "--minutes", "3", PYTHON=sys.executable)
     assert [step["status"] for step in report["steps"]] == ["0", "0", "0"]
+    assert report["steps"][0]["skipped"] > 100 and report["steps"][1]["skipped"] > 10
     assert [(row["row"], row["status"]) for row in report["gpu_step"]["rows"]] == [("torch", "ok"), ("tiles", "ok")]

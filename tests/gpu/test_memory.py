@@ -79,6 +79,6 @@ def test_no_more_device_memory_is_taken_than_announced(name: str, caplog: pytest
     runtime.synchronize()
     held, peak = runtime.memory_allocated() - before, runtime.max_memory_allocated() - before
     engine.destroy()
-    assert 0.3 * planned < held <= 1.02 * planned + MIB
+    assert 0.2 * planned < held <= 1.02 * planned + MIB
     # one layer's temporaries come to what is announced
     assert peak <= 1.02 * planned + activations + 8 * MIB

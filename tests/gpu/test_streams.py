@@ -20,4 +20,4 @@ def test_streams_that_are_late_change_no_bit_and_the_cpu_agrees(
     late = result_of(case, case.mode, prepare=lambda engine: make_streams_late(engine, seed=1))
     assert differing(in_order, late) == []
     if case.precision == "fp32":
-        assert_close(in_order, on_cpu(name))
+        assert_close(case, in_order, on_cpu(name))
