@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Write docs/reference/configuration.md from the models of the block: python docs/write_configuration.py"""
+"""Write docs/reference/configuration.md and the shipped JSON schema from the models of the block:
+python docs/write_configuration.py"""
 
 from __future__ import annotations
 
@@ -11,9 +12,12 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+import meft_ds
+from meft_ds.cli import schema
 from meft_ds.config import MeftConfig
 
 PAGE = Path(__file__).resolve().parent / "reference" / "configuration.md"
+SCHEMA = Path(meft_ds.__file__).parent / schema.FILE
 
 HEAD = """\
 # The `"meft_offload"` block
@@ -107,4 +111,5 @@ def _cell(field: FieldInfo) -> str:
 
 if __name__ == "__main__":
     PAGE.write_text(page(), encoding="utf-8")
-    print(f"wrote {PAGE}")
+    SCHEMA.write_text(schema.text(schema.block_schema()), encoding="utf-8")
+    print(f"wrote {PAGE} and {SCHEMA}")

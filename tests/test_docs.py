@@ -43,6 +43,7 @@ PROGRAMS = (
     "python",
     "deepspeed",
     "pytest",
+    "meft-ds",
     "pip",
     "git",
     "make",

@@ -17,7 +17,8 @@ LONGEST = 400
 
 # From top to bottom; a file may import files of its own level and of those below. The longest prefix that fits counts.
 LEVELS = [
-    ["__init__", "autoload"],
+    ["__init__", "__main__", "autoload"],
+    ["cli"],
     ["plugin"],
     ["config"],
     [*METHODS],
