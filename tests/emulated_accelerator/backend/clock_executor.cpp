@@ -2,7 +2,13 @@
 // The clock as an executor: a stream's work takes its time from a profile and is not done, unless whole numbers come
 // of it. Those are always right, or programs could not go on: indices, counts, masks. Floating point values are never
 // computed; who makes whole numbers of them (topk, comparisons, the host) sees normally distributed noise of a seed.
-#include <ATen/ATen.h>
+#include <ATen/CPUGeneratorImpl.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/ones.h>
+#include <ATen/ops/randn.h>
+#include <ATen/ops/zeros.h>
 #include <ATen/SDPBackend.h>
 #include <ATen/native/transformers/attention.h>
 #include <pybind11/pybind11.h>
