@@ -22,7 +22,7 @@ done
 case "$*" in
     *pip\\ install*) echo "asked for $*" ;;
     *tests/gpu/test_sanitizer.py*) echo "sanitizer: $TORCH_CUDA_SANITIZER"
-        echo -n 'tests/gpu/b.py::hangs '; sleep 987 ;;
+        echo -n 'tests/gpu/b.py::hangs '; sleep 43210 ;;
     *tests/gpu*) echo "interpret: ${{TRITON_INTERPRET-unset}}, sanitizer: ${{TORCH_CUDA_SANITIZER-unset}}"
         echo 'tests/gpu/a.py::good PASSED [ 10%]'
         echo 'tests/gpu/a.py::bad[one, two] FAILED [ 20%]'
@@ -75,7 +75,7 @@ def test_steps_that_fail_or_hang_do_not_keep_the_next_from_running(tmp_path: Pat
     assert (out / "tests.log").read_text().startswith("interpret: unset, sanitizer: unset\n")
     assert (out / "sanitizer.log").read_text().startswith("sanitizer: 1\n")
     assert "--models 3b" in (out / "steps.log").read_text()
-    assert "987" not in subprocess.run(["pgrep", "-af", "sleep"], capture_output=True, text=True).stdout
+    assert "sleep 43210" not in subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True).stdout
 
 
 def test_without_time_each_step_is_said_not_to_have_run(tmp_path: Path, stand_in: str) -> None:
