@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+import json
+import re
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -74,3 +76,111 @@ def schema(
     else:
         files.check_writable(out)
         files.write_text(out, text)
+
+
+@app.command()
+def export(
+    checkpoint: Annotated[Path, typer.Argument(help="Folder of save_checkpoint, of a tag, or Trainer's checkpoint-N.")],
+    out: Annotated[Path, typer.Argument(help="What to write; it must not exist.")],
+    base: Annotated[Path | None, typer.Option(help="Folder with config.json and tokenizer, if not beside it.")] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="float32, bfloat16 or float16. Default: as in the checkpoint.")
+    ] = None,
+    shard_size: Annotated[str, typer.Option(help="Most bytes of one file of weights, as 5GB or 500MB.")] = "5GB",
+    method_files: Annotated[bool, typer.Option("--method-files", help="Only the adapter, or only the tiles.")] = False,
+    verify: Annotated[bool, typer.Option("--verify", help="Generate from both and compare; takes the memory.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Write plain transformers weights from a checkpoint, without ranks or a GPU, in little memory.
+
+    Example: meft-ds export out/checkpoint-500 trained --dtype bfloat16 --verify
+    """
+    from meft_ds.cli import export as made
+
+    if dtype is not None and dtype not in made.DTYPES:
+        raise ValueError(f"--dtype: expected {', '.join(made.DTYPES)}, got {dtype!r}")
+    if verify and method_files:
+        raise ValueError("--verify compares models, and --method-files writes none; leave one out")
+    about = made.export(
+        checkpoint,
+        out,
+        base=base,
+        dtype=None if dtype is None else made.DTYPES[dtype],
+        shard_bytes=_bytes(shard_size),
+        method_files_only=method_files,
+    )
+    fine = True
+    if verify:
+        from meft_ds.cli.verify import compare
+
+        about |= (found := compare(checkpoint, out))
+        fine = found["logits_equal"] if dtype is None else found["logits_relative_difference"] < 0.05
+    _tell(about, as_json)
+    if not fine:
+        raise RuntimeError(f"{out} is written, but it does not compute what the checkpoint does; do not use it")
+
+
+tiles = typer.Typer(help="Look into files of tiles, and put tiles into model folders.", no_args_is_help=True)
+app.add_typer(tiles, name="tiles")
+_File = Annotated[Path, typer.Argument(help="What meft_ds.save_tiles or meft-ds export --method-files wrote.")]
+_Model = Annotated[Path, typer.Argument(help="Folder of a model in safetensors, in the dtype of its training.")]
+_Out = Annotated[Path, typer.Argument(help="Folder to write; it must not exist.")]
+
+
+@tiles.command()
+def show(file: _File, as_json: Json = False) -> None:
+    """Say which weights the tiles of a file belong to, and how much they changed.
+
+    Example: meft-ds tiles show tiles.safetensors
+    """
+    from meft_ds.cli.tiles import show as shown
+
+    about = shown(file)
+    if as_json:
+        _tell(about, as_json)
+        return
+    from rich.console import Console
+    from rich.table import Column, Table
+
+    table = Table(Column("weight", overflow="fold"), "shape", "dtype", "tiles", "share", "largest change")
+    for name, found in about["weights"].items():
+        numbers = f"{found['tiles']:,}", f"{found['share']:.2%}", f"{found['largest_change']:.3g}"
+        table.add_row(name, " x ".join(map(str, found["shape"])), found["dtype"], *numbers)
+    Console().print(table)
+
+
+@tiles.command()
+def apply(file: _File, model: _Model, out: _Out, as_json: Json = False) -> None:
+    """Write a copy of a model folder with the tiles in it.
+
+    Example: meft-ds tiles apply tiles.safetensors base trained
+    """
+    from meft_ds.cli.tiles import swap
+
+    _tell(swap(file, model, out, back=False), as_json)
+
+
+@tiles.command()
+def revert(file: _File, model: _Model, out: _Out, as_json: Json = False) -> None:
+    """Write a copy of a model folder with the tiles taken out: bit for bit what they were before training.
+
+    Example: meft-ds tiles revert tiles.safetensors trained base
+    """
+    from meft_ds.cli.tiles import swap
+
+    _tell(swap(file, model, out, back=True), as_json)
+
+
+def _bytes(size: str) -> int:
+    found = re.fullmatch(r"([1-9][0-9]{0,8}) ?(KB|MB|GB)", size)
+    if found is None:
+        raise ValueError(f"--shard-size: expected a size such as 5GB or 500MB, got {size!r}")
+    return int(found[1]) * {"KB": 10**3, "MB": 10**6, "GB": 10**9}[found[2]]
+
+
+def _tell(about: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        typer.echo(json.dumps(about))
+        return
+    for key, value in about.items():
+        typer.echo(f"{key}: {', '.join(map(str, value)) if isinstance(value, list) else value}")

@@ -12,9 +12,10 @@ from __future__ import annotations
 import logging
 import os
 import secrets
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -30,7 +31,16 @@ from meft_ds.sparse_adapter.layer import SparseAdapter
 from meft_ds.sparse_adapter.layout import FORMAT, JSON_NAME, About, TensorFile, read_about, text_of
 from meft_ds.sparse_adapter.rows.source import DeviceRows
 
-__all__ = ["FORMAT", "JSON_NAME", "SavedAdapter", "load_adapter", "needed_from", "read_adapter", "write_adapter"]
+__all__ = [
+    "FORMAT",
+    "JSON_NAME",
+    "SavedAdapter",
+    "load_adapter",
+    "needed_from",
+    "publish",
+    "read_adapter",
+    "write_adapter",
+]
 
 _logger = logging.getLogger("meft_ds")
 
@@ -80,11 +90,27 @@ def write_adapter(directory: str | Path, model: nn.Module, state: Mapping[str, T
         tensors[f"layers.{i}.router"] = router.detach().float().cpu().contiguous()
     for name in base:
         tensors[f"base.{name}"] = given[name].detach().cpu().clone().contiguous()
+    return publish(
+        directory,
+        lambda path: save_file(tensors, path, metadata={"format": "pt"}),
+        model_class=type(model).__name__,
+        config=next(iter(adapters.values())).config,
+        modules=list(adapters),
+        base=base,
+        elsewhere=list(trained.elsewhere),
+    )
+
+
+def publish(directory: Path, write: Callable[[Path], Any], **about: Any) -> Path:
+    """Let ``write`` write the tensor file, then write the JSON and remove what was there; return the JSON's path.
+
+    ``about``: the fields of ``layout.About`` but ``tensors``.
+    """
     # named by its content, which is known when it is written
     staged = directory / f".meft_adapter-{secrets.token_hex(8)}.tmp"
     try:
         with files.named(directory):
-            files.write_new(staged, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
+            files.write_new(staged, write)
             found = files.fingerprint(staged)
             name = f"meft_adapter-{found['sha256'][:16]}.safetensors"
             file = directory / name
@@ -92,17 +118,8 @@ def write_adapter(directory: str | Path, model: nn.Module, state: Mapping[str, T
             os.replace(staged, file)
     finally:
         staged.unlink(missing_ok=True)
-    first = next(iter(adapters.values()))
-    about = About(
-        model_class=type(model).__name__,
-        config=first.config,
-        modules=list(adapters),
-        base=base,
-        elsewhere=list(trained.elsewhere),
-        tensors=TensorFile(file=name, **found),
-    )
     try:
-        files.write_text(directory / JSON_NAME, text_of(about))
+        files.write_text(directory / JSON_NAME, text_of(About(**about, tensors=TensorFile(file=name, **found))))
     except Exception:
         if not was_there:
             file.unlink()

@@ -68,18 +68,8 @@ def apply_tiles(model: nn.Module, path: str | Path) -> nn.Module:
     """
     saved = read_tiles(path)
     weights = _weights(model, saved, path)
-    if differing := _differing(weights, saved.tiles, saved.originals):
-        if not _differing(weights, saved.tiles, saved.values):
-            raise ValueError(f"{path}: these tiles are applied already; revert_tiles takes them out")
-        raise ValueError(
-            f"{path}: these tiles were not trained from what is in {listed(differing)}: the model is not the base "
-            "that they belong to, or other tiles are applied to it; load that base, or revert those first"
-        )
-    if broken := [name for name, values in saved.values.items() if not torch.isfinite(values).all()]:
-        raise ValueError(
-            f"{path}: NaN or infinite values in tiles of {listed(broken)}; save the tiles of an earlier checkpoint"
-        )
-    _put(weights, saved.tiles, saved.values)
+    check_applies(weights, saved, path)
+    put(weights, saved.tiles, saved.values)
     return model
 
 
@@ -100,6 +90,28 @@ def revert_tiles(model: nn.Module, path: str | Path) -> nn.Module:
     """
     saved = read_tiles(path)
     weights = _weights(model, saved, path)
+    check_reverts(weights, saved, path)
+    put(weights, saved.tiles, saved.originals)
+    return model
+
+
+def check_applies(weights: dict[str, Tensor], saved: SavedTiles, path: str | Path) -> None:
+    """Raise ValueError unless `weights` hold what the tiles of `path` were trained from."""
+    if differing := _differing(weights, saved.tiles, saved.originals):
+        if not _differing(weights, saved.tiles, saved.values):
+            raise ValueError(f"{path}: these tiles are applied already; revert_tiles takes them out")
+        raise ValueError(
+            f"{path}: these tiles were not trained from what is in {listed(differing)}: the model is not the base "
+            "that they belong to, or other tiles are applied to it; load that base, or revert those first"
+        )
+    if broken := [name for name, values in saved.values.items() if not torch.isfinite(values).all()]:
+        raise ValueError(
+            f"{path}: NaN or infinite values in tiles of {listed(broken)}; save the tiles of an earlier checkpoint"
+        )
+
+
+def check_reverts(weights: dict[str, Tensor], saved: SavedTiles, path: str | Path) -> None:
+    """Raise ValueError unless `weights` hold the values of the tiles of `path`."""
     if differing := _differing(weights, saved.tiles, saved.values):
         if not _differing(weights, saved.tiles, saved.originals):
             raise ValueError(f"{path}: these tiles are not applied to this model; there is nothing to revert")
@@ -107,8 +119,6 @@ def revert_tiles(model: nn.Module, path: str | Path) -> nn.Module:
             f"{path}: the values of these tiles are not what is in {listed(differing)}: the model is another one, or "
             "other tiles are applied to it, or it was trained further; revert with the file applied or saved last"
         )
-    _put(weights, saved.tiles, saved.originals)
-    return model
 
 
 def collect_tiles(
@@ -272,7 +282,8 @@ def _differing(weights: dict[str, Tensor], tiles: dict[str, list[StoredTile]], w
 
 
 @torch.no_grad()
-def _put(weights: dict[str, Tensor], tiles: dict[str, list[StoredTile]], flats: dict[str, Tensor]) -> None:
+def put(weights: Mapping[str, Tensor], tiles: dict[str, list[StoredTile]], flats: dict[str, Tensor]) -> None:
+    """Write each weight's tiles from their flat values."""
     for name, weight in weights.items():
         for tile, values in _tiles(weight, tiles[name], flats[name].to(weight.device)):
             tile.copy_(values)

@@ -153,7 +153,13 @@ class SparseMatrixMethod(Method):
         if self._scorer is not None:
             return {"windows": self._scorer.windows, **self._scorer.about()}, self._scorer.state()
         assert self.choice is not None
-        return {"choice": self.choice.to_json(), "units": {unit.name: unit.numel for unit in self._units}}, {}
+        # only who takes tiles out of a checkpoint reads the layout
+        layout = {
+            unit.name: [[unit.params[m.param][0], m.expert, m.input_first] for m in unit.matrices]
+            for unit in self._units
+        }
+        units = {unit.name: unit.numel for unit in self._units}
+        return {"choice": self.choice.to_json(), "units": units, "layout": layout}, {}
 
     def load_state(self, run: Run, state: dict[str, Any], tensors: dict[str, Tensor], *, moments: bool) -> list[Unit]:
         if self._scorer is None:

@@ -176,6 +176,11 @@ def plain_weights(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: t for name, t in state.items() if not any(extras.owns(name) for extras in registry.EXTRAS)}
 
 
+def trained_beside(model: nn.Module) -> list[str]:
+    """Return names of the base's tensors that files of methods' own, such as an adapter's, hold too."""
+    return [name for extras in _present(model) for name in extras.needed(model) if not extras.owns(name)]
+
+
 def _present(model: nn.Module) -> list[Extras]:
     return [extras for extras in registry.EXTRAS if extras.present(model)]
 

@@ -107,6 +107,7 @@ class CheckpointOverrides(DeepSpeedEngine):
                 counters=self.optimizer.counters(),
                 about=self._about(),
                 methods={method.name: method.state(run) for method in methods},
+                trained_base=export.trained_beside(self.module),
             )
             if save_latest and saving.ranks.rank == 0:
                 saving.latest()

@@ -8,7 +8,7 @@ unfinished save. Nothing of ours needs pickle.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ def save(
     counters: dict[str, Any],
     about: dict[str, Any],
     methods: dict[str, MethodState],
+    trained_base: Sequence[str] = (),
 ) -> None:
     """Write this rank's slices and, on rank 0 and last of all, the manifest. Collective.
 
@@ -44,6 +45,7 @@ def save(
         counters: numbers that resuming needs (JSON types).
         about: what the state belongs to (method settings, sizes); must be equal when it is loaded.
         methods: what each method keeps beside its units, by its name; tensors are the first rank's.
+        trained_base: names of the base's tensors that an adapter file needs; only who exports reads them.
 
     Raises:
         RuntimeError: on every rank, when a file cannot be written; a checkpoint of the same tag is as it was then.
@@ -70,6 +72,7 @@ def save(
                 "about": about,
                 "counters": counters,
                 "units": {unit.name: unit.scalars() for unit in units},
+                "trained_base": list(trained_base),
                 "methods": {method: numbers for method, (numbers, _) in methods.items()},
                 "files": {name: entry for mine, _ in gathered for name, entry in mine.items()},
                 "deepspeed": {name: entry for _, theirs in gathered for name, entry in theirs.items()},
@@ -102,11 +105,11 @@ def verify(
             problem = f"{folder} needs files renamed, which its save was killed before: {e}"
     ranks.barrier()
     try:
-        manifest = _read_manifest(folder)
+        manifest = read_manifest(folder)
         _check_about(manifest["about"], about, folder, accepts)
         _check_files(folder, manifest, units)
         for name, entry in manifest["deepspeed"].items() if ranks.rank == 0 else ():
-            _check_file(folder.parent / name, entry)
+            check_entry(folder.parent / name, entry)
     except (ValueError, OSError) as e:
         problem = problem or str(e)
     except (AttributeError, KeyError, TypeError, RecursionError) as e:  # a whole manifest that we did not write
@@ -171,7 +174,8 @@ def _write(saving: Saving, name: str, tensors: dict[str, Tensor]) -> files.Finge
     )
 
 
-def _read_manifest(folder: Path) -> Manifest:
+def read_manifest(folder: Path) -> Manifest:
+    """Read the manifest in `<save_dir>/<tag>/meft/`. Raise ValueError, saying what is wrong, for anything else."""
     path = folder / MANIFEST
     if not folder.parent.is_dir():
         raise ValueError(f"{folder.parent} does not exist: there is no checkpoint of that tag")
@@ -215,7 +219,7 @@ def _check_files(folder: Path, manifest: Manifest, units: list[Unit]) -> None:
         # of units that come with the checkpoint (a method's choice) nobody knows yet which part is this rank's
         lo, hi, _ = mine.get(entry["unit"], (0, 2**63, 0))
         if "lo" not in entry or (entry["lo"] < hi and lo < entry["hi"]):
-            _check_file(folder / name, entry)
+            check_entry(folder / name, entry)
 
 
 def _shared(unit: Unit) -> str:
@@ -233,7 +237,8 @@ def _read_all(path: Path) -> dict[str, Tensor]:
         raise ValueError(f"{path} cannot be read: {e}; load an earlier checkpoint") from None
 
 
-def _check_file(path: Path, entry: files.Fingerprint) -> None:
+def check_entry(path: Path, entry: files.Fingerprint) -> None:
+    """Raise ValueError when a file is not the one that the manifest means."""
     try:
         size = files.check_file(path).st_size
     except (FileNotFoundError, NotADirectoryError):

@@ -50,6 +50,7 @@ class Manifest(TypedDict):
     methods: dict[str, dict[str, Any]]
     files: dict[str, FileEntry]
     deepspeed: dict[str, files.Fingerprint]
+    trained_base: NotRequired[list[str]]
     generation: NotRequired[str]
     sha256: NotRequired[str]
 
