@@ -120,6 +120,36 @@ def export(
         raise RuntimeError(f"{out} is written, but it does not compute what the checkpoint does; do not use it")
 
 
+@app.command()
+def doctor(
+    config: Annotated[Path | None, typer.Option(help="A ds_config to judge and to start a toy engine with.")] = None,
+    start: Annotated[bool, typer.Option(help="Start an engine on a toy model in a child process.")] = True,
+    as_json: Json = False,
+) -> None:
+    """Look at this machine, this interpreter and a ds_config, and say what to change.
+
+    Exits with 1 if there is a finding. Each finding has a fix. It measures for a few seconds.
+
+    Example: meft-ds doctor --config ds_configs/lsp.json
+    """
+    from meft_ds.cli import config_checks
+
+    ds_config = None if config is None else config_checks.read(config)
+    from meft_ds.cli.doctor import examine
+
+    lines, measured = examine(ds_config, start=start)
+    findings = sum(line.level == "finding" for line in lines)
+    if as_json:
+        found = [{k: v for k, v in vars(line).items() if v} for line in lines]
+        typer.echo(json.dumps({"findings": findings, "checks": found, "measured": measured}))
+    else:
+        for line in lines:
+            mark = {"fine": "ok  ", "note": "    ", "finding": "FIX "}[line.level]
+            typer.echo(f"{mark} {line.subject}: {line.text}" + (f"\n       -> {line.fix}" if line.fix else ""))
+        typer.echo(f"{findings} finding{'' if findings == 1 else 's'}")
+    raise typer.Exit(1 if findings else 0)
+
+
 tiles = typer.Typer(help="Look into files of tiles, and put tiles into model folders.", no_args_is_help=True)
 app.add_typer(tiles, name="tiles")
 _File = Annotated[Path, typer.Argument(help="What meft_ds.save_tiles or meft-ds export --method-files wrote.")]

@@ -49,6 +49,15 @@ def backend() -> Literal["cpp", "torch"]:
     return "torch" if kernels() is None else "cpp"
 
 
+def is_built() -> bool:
+    """Return whether the C++ kernels for this machine and environment are built, without building them."""
+    from torch.utils import cpp_extension
+
+    name = f"meft_ds_ops_{_fingerprint()}"
+    folder = Path(cpp_extension._get_build_directory(name, verbose=False))
+    return (folder / "finished").exists() and (folder / f"{name}.so").exists()
+
+
 def kernels(device: torch.device = CPU) -> Any | None:
     """Return the compiled extension module, or None where another path serves tensors on `device`."""
     if device.type != "cpu" or _plain_torch():
@@ -175,7 +184,7 @@ def _import(name: str, library: Path) -> Any:
 
 def _fingerprint() -> str:
     """Return a hash of sources, flags, compiler choice, torch, Python and the CPU's instruction sets."""
-    parts = [torch.__version__, sys.version, platform.machine(), os.environ.get("CXX", ""), _cpu_features()]
+    parts = [torch.__version__, sys.version, platform.machine(), os.environ.get("CXX", ""), cpu_features()]
     parts += [*_FLAGS, *_NATIVE_FLAGS, *_OPENMP_FLAGS]
     digest = hashlib.sha256("\0".join(parts).encode())
     for source in sorted(_CSRC.iterdir()):
@@ -183,7 +192,8 @@ def _fingerprint() -> str:
     return digest.hexdigest()[:16]
 
 
-def _cpu_features() -> str:
+def cpu_features() -> str:
+    """Return the CPU's instruction sets as the operating system names them."""
     with contextlib.suppress(OSError), open("/proc/cpuinfo") as lines:
         for line in lines:
             key, _, value = line.partition(":")

@@ -8,7 +8,8 @@ Files: decision (whose engine?), engine (the overrides), build (ranks, plan, mem
 (what build made), registry (the methods), ds_config (what does not go with the block), optimizer and hyper (what
 DeepSpeed sees of the pipeline), trainable (what trains of the base), zero3 (partitioned weights), telemetry
 (`meft_stats()` and monitors), full_params, replaced and zero_grad (what programs do to parameters between steps),
-successor (a second engine on a model), console (log lines). Room: checkpoint (files).
+successor (a second engine on a model), console (log lines),
+build_locks (what a start waits for for ever). Room: checkpoint (files).
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from __future__ import annotations
 from types import ModuleType
 from typing import Any
 
+from meft_ds.plugin import build_locks
 from meft_ds.plugin.decision import (
     BLOCK,
     ds_config_of,
@@ -31,6 +33,7 @@ _MARK = "_meft_ds_new"
 def install(engine_module: ModuleType) -> None:
     """Put the decision into `DeepSpeedEngine.__new__`; called once `deepspeed.runtime.engine` is loaded. Idempotent."""
     engine_class = engine_module.DeepSpeedEngine
+    build_locks.watch()
     if _MARK in vars(engine_class):
         return
     original = engine_class.__new__

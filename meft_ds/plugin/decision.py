@@ -69,7 +69,7 @@ def without_training(kwargs: Mapping[str, Any], ds_config: Mapping[str, Any]) ->
 
 def warn_of_misspelt_block(ds_config: Mapping[str, Any]) -> None:
     """Warn once, on the first rank, of a key that may be meant for the block: DeepSpeed ignores unknown keys."""
-    for path in _near_misses(ds_config):
+    for path in near_misses(ds_config):
         if path not in _told and _first_rank():
             _log.warning(
                 'the ds_config has no top-level key "%s" but one named "%s", which nobody reads, so this is '
@@ -87,7 +87,8 @@ def _first_rank() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def _near_misses(ds_config: Mapping[str, Any]) -> Iterator[str]:
+def near_misses(ds_config: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the paths of keys that may be meant for the block."""
     for key, value in ds_config.items():
         if _is_near(key):
             yield str(key)

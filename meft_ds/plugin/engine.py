@@ -19,7 +19,7 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import nn
 
 from meft_ds import __version__
-from meft_ds.config import BLOCK, MeftConfig, parse_config
+from meft_ds.config import BLOCK, MeftConfig
 from meft_ds.offload.host.memory import in_units
 from meft_ds.offload.host.transfer import Bus
 from meft_ds.offload.method import Method, Run
@@ -53,11 +53,7 @@ class MeftEngine(CheckpointOverrides):
         show_log()
         if Ranks.everyone().rank == 0:
             checks.tell(ds_config)
-        self._meft_config = parse_config(
-            ds_config[BLOCK],
-            checks.conflicts(ds_config),
-            lambda config: [fault for method in registry.chosen(config) for fault in method.conflicts(ds_config)],
-        )
+        self._meft_config = registry.parsed(ds_config)
         if kwargs.get("mpu") is not None:
             raise ValueError(
                 "meft_offload does not go with model parallelism (mpu); call deepspeed.initialize without it"

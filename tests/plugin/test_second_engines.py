@@ -143,9 +143,9 @@ def test_no_key_of_deepspeeds_own_passes_for_a_misspelt_block() -> None:
     from deepspeed.runtime import config, constants
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
-    from meft_ds.plugin.decision import _near_misses
+    from meft_ds.plugin.decision import near_misses
 
     keys = {value for module in (config, constants) for value in vars(module).values() if isinstance(value, str)}
     assert len(keys) > 100
     nested = dict.fromkeys([*DeepSpeedZeroConfig.model_fields, "cpu_offload", "cpu_offload_params"])
-    assert list(_near_misses({**dict.fromkeys(keys), "zero_optimization": nested})) == []
+    assert list(near_misses({**dict.fromkeys(keys), "zero_optimization": nested})) == []
