@@ -10,7 +10,8 @@ device (`native`), and ZeRO-Offload's order (`zero_offload`). Every cell runs in
 `--layers` and at all of them. Layers cost the same, so the difference is a layer's time, and what is left over is that
 of embeddings, head and step. The table is extrapolated from both to the model's full depth.
 
-  s/step     extrapolated; "x" is over native
+  s/step     extrapolated; "x" is over native. ~: idle time falls with the depth so fast that a line would take it
+             below 0. It is taken as 0, so the true figure is a little higher
   idle       share of a step in which the default stream runs no kernel: sync (the launching thread waited for the
              device or a copy), bus (the stream waited for a copy), host (a thread waited for an update), launch (the
              launching thread itself: Python, host work, launches)
@@ -83,16 +84,21 @@ def _cell(pair: list[dict[str, Any]], tokens: str, arguments: argparse.Namespace
     def at_depth(small: float, large: float) -> float:
         return large + (large - small) / layers * (depth - arguments.layers)
 
-    seconds = at_depth(few["s_per_step"], many["s_per_step"])
-    idle = {cause: max(0.0, at_depth(few["idle"][cause], many["idle"][cause])) for cause in CAUSES}
+    # A step is kernels and idle time. Idle time that falls from layer to layer, because they hide an update, ends at 0.
+    raw = {cause: at_depth(few["idle"][cause], many["idle"][cause]) for cause in CAUSES}
+    idle = {cause: max(0.0, s) for cause, s in raw.items()}
+    seconds = at_depth(few["kernels_s"], many["kernels_s"]) + sum(idle.values())
+    layer = (seconds - many["s_per_step"]) / max(1, depth - arguments.layers)
     device = at_depth(few["device_bytes"], many["device_bytes"])
     return {
         "status": "ok",
         "s_per_step": seconds,
-        "layer_s": (many["s_per_step"] - few["s_per_step"]) / layers,
-        "rest_s": seconds - depth * (many["s_per_step"] - few["s_per_step"]) / layers,
+        "layer_s": layer,
+        "rest_s": seconds - depth * layer,
+        "bent": raw["host"] < -0.01 * seconds,
         "idle": sum(idle.values()) / seconds,
         "idle_by_cause": {cause: idle[cause] / seconds for cause in CAUSES},
+        "kernels_s": seconds - sum(idle.values()),
         "syncs_per_layer": (many["syncs"] - few["syncs"]) / layers,
         "device_bytes": int(device),
         "fits": device <= profile.memory_bytes,
@@ -107,10 +113,10 @@ def _print_row(method: str, tokens: str, cell: dict[str, Any], native: dict[str,
         return
     if native is not None and native["status"] == "ok":
         cell["vs_native"] = cell["s_per_step"] / native["s_per_step"]
-    over = " " if cell["fits"] else "*"
+    over, bent = " " if cell["fits"] else "*", "~" if cell["bent"] else " "
     ratio = cell.get("vs_native", float("nan"))
     print(
-        f"{method:13}{tokens:>7}{cell['s_per_step']:>9.3f}{ratio:>7.2f}{cell['idle']:>7.2f}"
+        f"{method:13}{tokens:>7}{cell['s_per_step']:>9.3f}{bent}{ratio:>6.2f}{cell['idle']:>7.2f}"
         + "".join(f"{cell['idle_by_cause'][c]:>8.2f}" for c in CAUSES)
         + f"{cell['syncs_per_layer']:>7.1f}{cell['device_bytes'] / 1e9:>10.1f}{over}{cell['host_bytes'] / 1e9:>9.1f}"
         + f"{1e3 * cell['layer_s']:>10.2f}{1e3 * cell['rest_s']:>9.1f}",
