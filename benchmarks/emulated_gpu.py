@@ -10,8 +10,8 @@ device (`native`), and ZeRO-Offload's order (`zero_offload`). Every cell runs in
 `--layers` and at all of them. Layers cost the same, so the difference is a layer's time, and what is left over is that
 of embeddings, head and step. The table is extrapolated from both to the model's full depth.
 
-  s/step     extrapolated; "x" is over native. ~: idle time falls with the depth so fast that a line would take it
-             below 0. It is taken as 0, so the true figure is a little higher
+  s/step     extrapolated; "x" is over native. ~: waits for the host fall with the depth, because layers hide the
+             update of the head. A line takes them too low, and the true figure is higher
   idle       share of a step in which the default stream runs no kernel: sync (the launching thread waited for the
              device or a copy), bus (the stream waited for a copy), host (a thread waited for an update), launch (the
              launching thread itself: Python, host work, launches)
@@ -95,7 +95,7 @@ def _cell(pair: list[dict[str, Any]], tokens: str, arguments: argparse.Namespace
         "s_per_step": seconds,
         "layer_s": layer,
         "rest_s": seconds - depth * layer,
-        "bent": raw["host"] < -0.01 * seconds,
+        "bent": few["idle"]["host"] - many["idle"]["host"] > 0.005 * many["s_per_step"],
         "idle": sum(idle.values()) / seconds,
         "idle_by_cause": {cause: idle[cause] / seconds for cause in CAUSES},
         "kernels_s": seconds - sum(idle.values()),
