@@ -71,7 +71,9 @@ def count(folder: Path, name: str, layers: int) -> dict[str, Any]:
     backend.set_owner("ours")
     engine = engine_of(Entry(name=name, block=BLOCKS[name]), gas=1, model=model, precision="bf16", **QUIET)
     for step in range(WARM):
-        _window(engine, step)  # not flushed: after that the next window would read weights, which others may have edited
+        _window(
+            engine, step
+        )  # not flushed: after that the next window would read weights, which others may have edited
     torch.accelerator.synchronize()
     backend.reset_counts()
     backend.reset_peaks()

@@ -37,8 +37,8 @@ class Budget:
 
 
 BUDGETS = {
-    # Down: inputs of the keys' scores, the router's choice, the mask, the scores' gates. Up: what was selected, twice
-    # the slots of fetched rows, and once more rows. Backward brings three lists of slots up again.
+    # Down: inputs, experts, gates and the mask, for the scores on the host. Up: indices and the fetched rows, for which
+    # pageable memory waits. Backward brings its indices up again.
     "adapter, selection on the host": Budget(
         waits={"training: copy down": 4, "training: copy up": 3, "autograd: copy up": 3},
         pageable={"training: copy up": 3, "autograd: copy up": 3},
@@ -46,7 +46,7 @@ BUDGETS = {
         beside=0.03,
         passing=850_000,
     ),
-    # The keys are there, so inputs do not go down; the experts' load is counted on the device, by a bincount that waits.
+    # Inputs stay where they are; the experts' load is counted on the device, by a bincount that waits.
     "adapter, selection on the device": Budget(
         waits={
             "training: copy down": 2,
@@ -87,8 +87,8 @@ def per_layer(kind: str, two: dict[str, Any], four: dict[str, Any]) -> dict[str,
 
 
 def by_whom_computes(found: dict[str, float]) -> dict[str, float]:
-    """Without lanes, whose threads are there to wait."""
-    return {what: times for what, times in found.items() if not what.startswith("lane")}
+    """Without lanes, whose threads are there to wait, and without events, which a step reads once they are reached."""
+    return {what: times for what, times in found.items() if not what.startswith("lane") and "event" not in what}
 
 
 @pytest.mark.parametrize("name", BUDGETS)
@@ -109,13 +109,13 @@ def test_each_layer_keeps_to_its_budget(name: str, emulated_forge: Forge, tmp_pa
         assert locked <= on_the_host
 
 
-def test_a_step_waits_for_nothing_that_grows_with_the_window(emulated_forge: Forge, tmp_path: Path) -> None:
-    """Beside three copies of the batch: the step reads three events, which are reached by then."""
+def test_a_step_waits_for_nothing_but_the_copies_of_its_batch(emulated_forge: Forge, tmp_path: Path) -> None:
     (found,) = emulated_forge.results(
         "tests.emulated_accelerator.counting:count", tmp_path, world=1, name="tiles, state on the host", layers=2
     )
-    of_training = {what: times / COUNTED for what, times in found["waits"].items() if what.startswith("training")}
-    assert of_training == {"training: copy up": 3, "training: event": 3}
+    waits = {what: times / COUNTED for what, times in found["waits"].items()}
+    assert by_whom_computes(waits) == {"training: copy up": 3}
+    assert waits["training: event"] <= 4  # times of the device, at the end of a window
 
 
 @pytest.mark.slow
