@@ -51,14 +51,20 @@ def trained(forge: Forge, folder: Path, cell: str, weather: str) -> list[dict[st
 
 
 def assert_close(cell: Cell, wanted: dict[str, Any], found: dict[str, Any]) -> None:
-    """fp32 up to the order of sums. In half precision, losses and weights up to what rounding does in a few steps."""
+    """fp32 up to the order of sums. In half precision, losses and weights up to what rounding does in a few steps.
+
+    A fit turns a difference of rounding into other projectors, so runs that fit agree less closely.
+    """
     half = cell.options.get("precision", "fp32") != "fp32"
+    fits = cell.entry.block.get("subspace", {}).get("projectors") == "learned"
+    near = {"rtol": cell.entry.rtol, "atol": cell.entry.atol} if fits else {"rtol": 1e-5, "atol": 1e-5}
     assert wanted["state"].keys() == found["state"].keys()
     for name, t in wanted["state"].items():
         got = found["state"][name]
         if not half:
-            torch.testing.assert_close(got, t, rtol=1e-5, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
+            torch.testing.assert_close(got, t, **near, msg=lambda text, name=name: f"{name}: {text}")
         elif name.startswith("model/"):
-            assert torch.dist(got.float(), t.float()) <= 0.01 * t.float().norm() + 1e-3, name
-    assert found["losses"] == pytest.approx(wanted["losses"], rel=0.01 if half else 1e-5)
-    assert found["norms"] == pytest.approx(wanted["norms"], rel=0.1 if half else 1e-4)
+            assert torch.dist(got.float(), t.float()) <= (0.05 if fits else 0.01) * t.float().norm() + 1e-3, name
+    losses = (0.03 if fits else 0.01) if half else near["rtol"]
+    assert found["losses"] == pytest.approx(wanted["losses"], rel=losses)
+    assert found["norms"] == pytest.approx(wanted["norms"], rel=0.1 if half else 10 * near["rtol"])
