@@ -180,11 +180,12 @@ class Pipeline(Windows):
         if finite and self._calibrating:
             for method in self.methods:
                 method.keep_calibration()
+        written = self.bus.mark()  # edits of the program and moments for new projectors; payloads came before
         for entry in self._entries:
             if entry.early and entry.finite:
                 continue
             if finite:
-                self._update(entry, settings, scale)
+                self._update(entry, settings, scale, written)
             else:
                 entry.unit.discard()
         if not self.overlaps:

@@ -7,6 +7,7 @@ import threading
 import weakref
 from abc import abstractmethod
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -83,19 +84,20 @@ class Updates:
 
     # -- stages --------------------------------------------------------------------------------------------------------
 
-    def _update(self, entry: UnitProgress, settings: StepSettings, scale: float) -> None:
+    def _update(self, entry: UnitProgress, settings: StepSettings, scale: float, after: Any = None) -> None:
+        """Hand over an update. Where the state is on the device, it waits for what was written there before `after`."""
         hyper = settings.hyper_of(entry.unit)
         entry.pending, entry.updated = True, False
         entry.steps += 1
-        self._lanes.host.submit(partial(self._host_job, entry, hyper, entry.steps, scale, self.bus.of_window()))
+        self._lanes.host.submit(partial(self._host_job, entry, hyper, entry.steps, scale, after, self.bus.of_window()))
 
-    def _host_job(self, entry: UnitProgress, hyper: AdamHyper, step: int, scale: float, bus: Bus) -> None:
+    def _host_job(self, entry: UnitProgress, hyper: AdamHyper, step: int, scale: float, after: Any, bus: Bus) -> None:
         with self.timeline.span("host", "update", entry.unit.name):
             entry.unit.host_step(hyper, step=step, grad_scale=scale)
-        self._lanes.up.submit(partial(self._up_job, entry, bus))
+        self._lanes.up.submit(partial(self._up_job, entry, after, bus))
 
-    def _up_job(self, entry: UnitProgress, bus: Bus) -> None:
-        with self.timeline.span("up", "fetch", entry.unit.name, on=bus.lane("up")):
+    def _up_job(self, entry: UnitProgress, after: Any, bus: Bus) -> None:
+        with self.timeline.span("up", "fetch", entry.unit.name, on=bus.lane("up", after)):
             entry.unit.fetch(bus, self._ranks_of.up)
             entry.up_mark = bus.mark()
         self._progress.tell(entry, "updated")

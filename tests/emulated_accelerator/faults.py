@@ -54,6 +54,11 @@ FAULTS = {
     "nobody waits for what goes down": Fault(
         edits=((BUS + "lane", _SYNCHRONIZES, _UNSYNCHRONIZED.format("down")),), cells=("adapter", *ON_HOST)
     ),
+    "an update on the device does not wait for moments of new projectors": Fault(
+        edits=(("meft_ds.offload.updates:Updates._up_job", 'bus.lane("up", after)', 'bus.lane("up")'),),
+        cells=("subspace, state on the device",),
+        weather="slow",
+    ),
     "a read on another stream does not wait for the update": Fault(
         edits=((BUS + "training", "self.wait(done)", "pass"),), cells=SIDE, weather="calm"
     ),

@@ -25,8 +25,8 @@ def test_every_method(cell: str, forge: Forge, emulated_forge: Forge, tmp_path: 
 @pytest.mark.slow
 @pytest.mark.parametrize("cell", CELLS)
 def test_every_setting(cell: str, forge: Forge, emulated_forge: Forge, tmp_path: Path) -> None:
-    """In calm weather, with random delays on every stream, and when streams advance only if somebody waits."""
-    compare(cell, ["calm", "delays", "lazy"], forge, emulated_forge, tmp_path)
+    """In calm weather, with random delays on every stream, with the default one late, and when all wait to be asked."""
+    compare(cell, ["calm", "delays", "slow", "lazy"], forge, emulated_forge, tmp_path)
 
 
 def compare(cell: str, weathers: list[str], forge: Forge, emulated_forge: Forge, folder: Path) -> None:
