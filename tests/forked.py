@@ -165,6 +165,7 @@ def _be_rank(rank: int, world: int, port: int, body: Callable[[int], Any], folde
             MASTER_ADDR="127.0.0.1",
             MASTER_PORT=str(port),
         )
+        _renew_threads()
         result = body(rank)
         (folder / f"rank{rank}.json").write_text(json.dumps(result))
         _part()
@@ -178,6 +179,13 @@ def _be_rank(rank: int, world: int, port: int, body: Callable[[int], Any], folde
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
+
+
+def _renew_threads() -> None:
+    """Let torch make its pool of threads anew now: autograd's threads, which start at once, would race for it."""
+    import torch
+
+    torch.set_num_threads(1)
 
 
 def _part() -> None:
