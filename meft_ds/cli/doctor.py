@@ -133,7 +133,7 @@ def _memory() -> list[Check]:
 
 
 def _host_speed(measured: dict[str, Any]) -> list[Check]:
-    p, m, v, g = (torch.zeros(_VALUES) for _ in range(4))
+    p, m, v, g = (torch.zeros(_VALUES, device="cpu") for _ in range(4))
     hyper = AdamHyper(lr=1e-4, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.0)
     path = ops.backend()
     rate = _VALUES / _seconds(lambda: ops.adamw_(p, m, v, g, hyper, step=1))
@@ -179,7 +179,7 @@ def _of_gpu(index: int) -> dict[str, Any]:
     free, total = torch.cuda.mem_get_info(device)
     about: dict[str, Any] = {"name": torch.cuda.get_device_name(device), "total": total, "used": total - free}
     host, there = (
-        torch.empty(2**28, dtype=torch.uint8, pin_memory=True),
+        torch.empty(2**28, dtype=torch.uint8, device="cpu", pin_memory=True),
         torch.empty(2**28, dtype=torch.uint8, device=device),
     )
     a = torch.randn(4096, 4096, device=device, dtype=torch.bfloat16)

@@ -73,7 +73,7 @@ def run(kind: str, source: Path, out: Path, target: Path) -> None:
     model.eval()
     vocabulary = model.get_input_embeddings().weight.shape[0]
     generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(0, vocabulary, (2, TOKENS), generator=generator)
+    tokens = torch.randint(0, vocabulary, (2, TOKENS), generator=generator, device="cpu")
     logits = []
     with torch.no_grad():
         for _ in range(TOKENS):

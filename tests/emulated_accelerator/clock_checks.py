@@ -148,6 +148,7 @@ def values(folder: Path) -> dict[str, Any]:
     ids = torch.arange(10, device=DEVICE)
     bits = x.view(torch.int32)
     return {
+        "counted in memory that held values": _counted(),
         "whole numbers": ((ids * 3 + 1)[ids > 4]).cpu().tolist(),
         "loss": x.sum().item(),
         "finite": bool(torch.isfinite(x).all()),
@@ -157,6 +158,13 @@ def values(folder: Path) -> dict[str, Any]:
         "chosen by bits": torch.topk(bits, 4, dim=1).indices.cpu().unique().numel(),
         "resident bytes": _resident(),
     }
+
+
+def _counted() -> list[int]:
+    """Return counts that lie where values lay before."""
+    held = [torch.rand(8, device=DEVICE) for _ in range(20)]
+    del held
+    return torch.arange(3, device=DEVICE).bincount().cpu().tolist()
 
 
 def costs(folder: Path) -> dict[str, list[float]]:

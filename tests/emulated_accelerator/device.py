@@ -141,7 +141,7 @@ def _register() -> types.ModuleType:
         "init": lambda: None,
         "_lazy_init": lambda: None,
         "_is_in_bad_fork": lambda: False,
-        "device_count": lambda: 8,
+        "device_count": lambda: 2,
         "current_device": current_device,
         "set_device": lambda device: torch.accelerator.set_device_index(_device(device).index),
         "get_device_properties": properties,

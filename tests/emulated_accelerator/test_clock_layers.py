@@ -44,9 +44,11 @@ def backward(products: int) -> float:
 def test_native(emulated_forge: Forge, tmp_path: Path) -> None:
     """Nothing waits: f, dX, dW, and AdamW of 28 bytes for a parameter."""
     found = layer(emulated_forge, tmp_path, "native")
-    by_hand = forward() + backward(2) + 28 * SHAPE.layer_parameters / P.bytes_per_s
-    assert found["kernels_s"] == pytest.approx(by_hand, rel=NEAR)
-    assert found["s_per_step"] == pytest.approx(by_hand, rel=NEAR)
+    assert found["kernels_s"] == pytest.approx(native(), rel=NEAR)
+
+
+def native() -> float:
+    return forward() + backward(2) + 28 * SHAPE.layer_parameters / P.bytes_per_s
 
 
 def test_tiles(emulated_forge: Forge, tmp_path: Path) -> None:
@@ -70,8 +72,6 @@ def test_subspace(emulated_forge: Forge, tmp_path: Path) -> None:
     combined = sum(4 * out * d for out, _ in MATRICES) / P.bytes_per_s
     by_hand = forward() + backward(1) + sketches + products + update + combined
     assert found["kernels_s"] == pytest.approx(by_hand, rel=NEAR)
-    # In so few layers the step waits for the update of the head. Another layer hides a part of that.
-    assert found["s_per_step"] < found["kernels_s"] * (1 + NEAR)
 
 
 def test_adapter(emulated_forge: Forge, tmp_path: Path) -> None:
@@ -80,6 +80,11 @@ def test_adapter(emulated_forge: Forge, tmp_path: Path) -> None:
     r = 2 d rows of 2 d values, 8 experts of 16 rows for a token.
     """
     found = layer(emulated_forge, tmp_path, "adapter")
+    assert found["kernels_s"] == pytest.approx(adapter()[0], rel=NEAR)
+
+
+def adapter() -> tuple[float, float]:
+    """Seconds of the device's work, and of a step."""
     rows, experts, per_expert = 2 * D * 2 * D, 8, 16
     pairs = T * experts
     up = 2 * rows / P.pcie["pinned_up"] + 2 * T * D / P.pcie["pinned_down"] + 10 * P.pcie["latency_us"] * 1e-6
@@ -89,10 +94,17 @@ def test_adapter(emulated_forge: Forge, tmp_path: Path) -> None:
     # the same rows again, their gradients made, added and sent in fp32; two inputs and one output of the pairs
     in_backward = (4 * 2 * rows + 7 * 4 * rows + 10 * 2 * pairs * D) / P.bytes_per_s
     update = 28 * rows / P.host_bytes_per_s
-    by_hand = max(forward() + in_forward + up + on_host, update) + backward(1) + in_backward
-    assert found["s_per_step"] == pytest.approx(by_hand, rel=NEAR)
-    assert found["kernels_s"] == pytest.approx(forward() + backward(1) + in_forward + in_backward, rel=NEAR)
-    assert found["syncs"] == pytest.approx(10, abs=0.7)  # the step's own vary by one from run to run
+    step = max(forward() + in_forward + up + on_host, update) + backward(1) + in_backward
+    return forward() + backward(1) + in_forward + in_backward, step
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("method", "seconds"), [("native", native()), ("adapter", adapter()[1])])
+def test_steps(method: str, seconds: float, emulated_forge: Forge, tmp_path: Path) -> None:
+    """On a quiet machine: threads pay for the time that they take, and other programs make that longer."""
+    found = layer(emulated_forge, tmp_path, method)
+    assert found["s_per_step"] == pytest.approx(seconds, rel=NEAR)
+    assert found["syncs"] == pytest.approx(10 if method == "adapter" else 0, abs=0.7)  # the step's own vary by one
 
 
 def layer(forge: Forge, folder: Path, method: str) -> dict[str, float]:

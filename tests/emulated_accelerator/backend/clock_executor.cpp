@@ -51,8 +51,14 @@ void note_written(const Tensor& t, bool computed) {
     uncomputed.erase(storage_of(t));
     return;
   }
-  Uncomputed& of = uncomputed[storage_of(t)];
-  of = {t.scalar_type(), of.writes + 1};
+  static uint64_t writes = 0;
+  uncomputed[storage_of(t)] = {t.scalar_type(), ++writes};
+}
+
+// What lay in a block before says nothing of what comes.
+void forget_block(const void* address) {
+  std::lock_guard<std::mutex> lock(values_guard);
+  uncomputed.erase(address);
 }
 
 // A CPU tensor of noise in the place of `t`, the same one until `t` is written. One value alone is 1: losses, norms and
@@ -307,6 +313,7 @@ void bind_clock(pybind11::module_& m) {
     static Clock clock;
     set_executor(&clock);
     set_poison(false);
+    tell_of_blocks(&forget_block);
   });
   m.def("clock_now", &clock_now, free);
   m.def("thread_time", &thread_time, free);

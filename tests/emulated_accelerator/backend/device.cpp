@@ -16,7 +16,7 @@ namespace emulated {
 void bind_clock(pybind11::module_& m);  // in clock_executor.cpp
 namespace {
 
-constexpr c10::DeviceIndex kDevices = 8;  // by number; all share one memory and the streams of the process
+constexpr c10::DeviceIndex kDevices = 2;  // by number; all share one memory and the streams of the process
 
 c10::Stream stream_of(int id, c10::DeviceIndex device) {
   return c10::Stream(c10::Stream::UNSAFE, c10::Device(kType, device), id);

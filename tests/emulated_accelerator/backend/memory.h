@@ -34,6 +34,8 @@ void reset_peaks();
 void set_owner(const std::string& owner);
 // Raise torch.OutOfMemoryError when more would be in use; 0: no limit.
 void set_capacity(int64_t bytes);
+// Call this with the address of every block that is handed out; nullptr: nothing.
+void tell_of_blocks(void (*told)(const void*));
 // Overwrite fresh and freed blocks with NaN, in the order of the stream that owns them.
 void set_poison(bool on);
 

@@ -204,7 +204,9 @@ class Call {
       }
       stack->push_back(mapped(host[i], [&](const Tensor& t) {
         Tensor out = like_on(t, device_);
-        submit(stream, {Kind::copy, [to = host_view(out), from = t]() mutable { to.copy_(from); }, name_});
+        Work work{Kind::copy, [to = host_view(out), from = t]() mutable { to.copy_(from); }, name_};
+        work.source = &t, work.target = &out;
+        submit(stream, std::move(work));
         return out;
       }));
     }
