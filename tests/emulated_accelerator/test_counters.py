@@ -91,6 +91,7 @@ def by_whom_computes(found: dict[str, float]) -> dict[str, float]:
     return {what: times for what, times in found.items() if not what.startswith("lane") and "event" not in what}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", BUDGETS)
 def test_each_layer_keeps_to_its_budget(name: str, emulated_forge: Forge, tmp_path: Path) -> None:
     budget, (two, four) = BUDGETS[name], costs(emulated_forge, tmp_path, name)

@@ -9,6 +9,7 @@ import pytest
 
 from tests.forked import Forge
 
+pytestmark = pytest.mark.slow
 IN_ORDER = "tests.emulated_accelerator.collectives:in_order"
 
 

@@ -36,6 +36,7 @@ if importlib.util.find_spec("triton") is not None and (DEVICE == "cuda" or INTER
 
 
 @pytest.mark.skipif(DEVICE == "cuda" or INTERPRETED, reason="kernels are tested in this process")
+@pytest.mark.slow
 def test_kernels_agree_with_torch_in_the_interpreter() -> None:
     # without tests/conftest.py, which takes seconds to import DeepSpeed
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--noconftest", str(HERE)]

@@ -104,7 +104,8 @@ def test_the_last_step_is_written_when_its_updates_are_applied_and_not_before(tm
     assert len(writes) == ours
 
 
-@pytest.mark.parametrize("mode", ["exact", pytest.param("serial", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["exact", "serial"])
 def test_a_program_that_just_ends_writes_its_last_step_too(
     mode: str, run_python: Any, request: Any, tmp_path: Path
 ) -> None:
