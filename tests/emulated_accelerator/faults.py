@@ -33,7 +33,7 @@ class Fault:
 ON_HOST = ("subspace, state on the host", "tiles, state on the host", "fourth method")
 ON_DEVICE = ("subspace, state on the device", "tiles, state on the device")
 SIDE = ("subspace, side stream", "tiles, side stream", "fourth method, side stream")
-PARTITIONED = ("subspace, ZeRO-3", "tiles, ZeRO-3, two ranks")
+PARTITIONED = ("tiles, ZeRO-3, two ranks",)
 _UNSYNCHRONIZED = "took.seconds = 0.0 if direction == {!r} else done.synchronize() or begun.elapsed_time(done) / 1e3"
 _SYNCHRONIZES = "done.synchronize()\n    took.seconds = begun.elapsed_time(done) / 1e3"
 _WAITS = (BUS + "wait", "mark is not None", "False")
@@ -79,14 +79,6 @@ FAULTS = {
     "a write of a slice is noted on no stream": Fault(
         edits=(("meft_ds.plugin.zero3:Streams.wrote", "self._runtime is not None", "False"),),
         cells=PARTITIONED,
-        weather="slow",
-    ),
-    "a slice is written on the stream that gathers": Fault(
-        edits=(
-            ("meft_ds.plugin.zero3:Streams.training", "with self._runtime.stream(self._training):", "if True:"),
-            (BUS + "training", "with self._runtime.stream(self._training):", "if True:"),
-        ),
-        cells=("subspace, ZeRO-3",),
         weather="slow",
     ),
 }
