@@ -45,7 +45,7 @@ def test_kernels_agree_with_torch_in_the_interpreter() -> None:
     done = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout[-4000:]
     kernels = len(re.findall(r"^@kernel_test$", HERE.read_text(), re.MULTILINE))
-    passed = re.search(r"(\d+) passed, 1 skipped", done.stdout)  # this test itself
+    passed = re.search(r"(\d+) passed, 1 deselected", done.stdout)  # this test itself, which is slow
     assert passed is not None and int(passed[1]) >= kernels, done.stdout[-4000:]
 
 
